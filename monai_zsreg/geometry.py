@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coordinate systems, and the only code that converts between them.
+
+A point of an image has these coordinates, all in array axis order unless said otherwise:
+
+========  =====================================================================================
+index     voxel indices (i, j, k), voxel centers at whole numbers
+unit      ``(index + 0.5) / longest side``: isotropic, origin at the corner of the first voxel
+world     millimeters, RAS, as ``MetaTensor.affine`` maps them from indices (pixels without spacing)
+grid      normalized to [-1, 1] per axis with ``align_corners=False``, *reversed* axis order, as
+          ``torch.nn.functional.affine_grid`` and ``grid_sample`` want them
+ITK       millimeters, LPS: the first two world axes negated; files only
+========  =====================================================================================
+
+Transforms are pull matrices: they map a point of the fixed image to the point of the moving image that shows the
+same anatomy. A matrix is either homogeneous, ``(D+1, D+1)``, or without its last row, ``(D, D+1)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing, to_affine_nd
+from monai.transforms.utils import create_rotate
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+
+__all__ = [
+    "AffineParameters",
+    "Grid",
+    "apply_affine",
+    "compose_affine",
+    "compose_parameters",
+    "decompose_affine",
+    "flip_points",
+    "homogeneous",
+    "index_to_unit",
+    "isotropic_grid",
+    "itk_lattice",
+    "lps_to_ras",
+    "moved_header",
+    "ras_to_lps",
+    "theta_from_index",
+    "theta_from_unit",
+    "unit_from_world",
+    "unit_points_to_world",
+    "unit_to_index",
+    "unit_without_padding",
+    "world_from_unit",
+]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# matrices; the functions on tensors alone compile with torch.jit.script, so they keep to its subset of Python
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def homogeneous(matrix: Tensor) -> Tensor:
+    """Append the row (0, ..., 0, 1) to ``[..., D, D+1]`` matrices."""
+    last = torch.zeros_like(matrix[..., :1, :])
+    last[..., 0, -1] = 1.0
+    return torch.cat([matrix, last], dim=-2)
+
+
+def compose_affine(outer: Tensor, inner: Tensor) -> Tensor:
+    """``outer`` after ``inner``, both ``[..., D, D+1]``, result likewise."""
+    return outer @ homogeneous(inner)
+
+
+def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
+    """Map points.
+
+    Args:
+        matrix: ``[..., D, D+1]`` or ``[..., D+1, D+1]``.
+        points: ``[..., N, D]`` in the coordinate system that the matrix maps from.
+
+    Returns:
+        ``[..., N, D]`` in the system that it maps to.
+    """
+    dims = points.shape[-1]
+    return points @ matrix[..., :dims, :dims].transpose(-1, -2) + matrix[..., :dims, dims].unsqueeze(-2)
+
+
+def unit_to_index(points: Tensor, longest: float) -> Tensor:
+    """Unit coordinates of points ``[..., D]`` to indices, for a grid whose longest side has ``longest`` voxels."""
+    return points * longest - 0.5
+
+
+def index_to_unit(points: Tensor, longest: float) -> Tensor:
+    """Indices of points ``[..., D]`` to unit coordinates, for a grid whose longest side has ``longest`` voxels."""
+    return (points + 0.5) / longest
+
+
+def unit_without_padding(matrix: Tensor, margin: float, longest: float) -> Tensor:
+    """Pull matrix in unit coordinates of a padded grid to those of the grid before padding.
+
+    Args:
+        matrix: ``[..., D, D+1]``.
+        margin: voxels added on every side.
+        longest: longest side before padding, voxels.
+    """
+    dims = matrix.shape[-2]
+    # unit = padded * scale - offset, in both images
+    scale, offset = (longest + 2.0 * margin) / longest, margin / longest
+    linear = matrix[..., :dims]
+    shift = matrix[..., dims] * scale + offset * linear.sum(dim=-1) - offset
+    return torch.cat([linear, shift.unsqueeze(-1)], dim=-1)
+
+
+def theta_from_unit(matrix: Tensor, size: list[int]) -> Tensor:
+    """Pull matrix between two images on one grid, unit coordinates, to the argument of ``affine_grid``.
+
+    Args:
+        matrix: ``[..., D, D+1]``, fixed unit coordinates to moving unit coordinates.
+        size: spatial shape of the grid, D numbers.
+
+    Returns:
+        ``[..., D, D+1]``: fixed grid coordinates to moving grid coordinates.
+    """
+    dims = len(size)
+    # unit = (grid + 1) * half, axis by axis
+    half = torch.tensor([0.5 * float(n) / float(max(size)) for n in size], dtype=matrix.dtype, device=matrix.device)
+    linear = matrix[..., :dims] * (half.unsqueeze(0) / half.unsqueeze(1))
+    shift = (torch.sum(matrix[..., :dims] * half, dim=-1) + matrix[..., dims]) / half - 1.0
+    return torch.cat([linear.flip([-2, -1]), shift.flip([-1]).unsqueeze(-1)], dim=-1)
+
+
+def theta_from_index(matrix: Tensor, fixed_size: Sequence[int], moving_size: Sequence[int]) -> Tensor:
+    """Pull matrix between two images on their own grids, indices, to the argument of ``affine_grid``.
+
+    Args:
+        matrix: ``[D+1, D+1]``, fixed indices to moving indices.
+        fixed_size: spatial shape of the fixed image.
+        moving_size: spatial shape of the moving image.
+
+    Returns:
+        ``[D, D+1]``: fixed grid coordinates to moving grid coordinates.
+    """
+    dims = len(fixed_size)
+    full = _index_to_grid(moving_size, matrix) @ matrix @ torch.linalg.inv(_index_to_grid(fixed_size, matrix))
+    return full[:dims]
+
+
+def _index_to_grid(size: Sequence[int], like: Tensor) -> Tensor:
+    dims = len(size)
+    matrix = torch.zeros(dims + 1, dims + 1, dtype=like.dtype, device=like.device)
+    for axis, n in enumerate(size):
+        row = dims - 1 - axis
+        matrix[row, axis] = 2.0 / n
+        matrix[row, dims] = 1.0 / n - 1.0
+    matrix[dims, dims] = 1.0
+    return matrix
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# grids of images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The lattice of an image: spatial shape, and the matrix from indices to world coordinates.
+
+    Args:
+        shape: D spatial sizes.
+        affine: ``(D+1, D+1)`` float64 on the CPU, index to world (RAS mm).
+    """
+
+    shape: tuple[int, ...]
+    affine: Tensor
+
+    @classmethod
+    def of(cls, image: MetaTensor | Tensor, name: str = "image") -> Grid:
+        """Grid of a channel-first image ``[C, *spatial]`` with 2 or 3 spatial dimensions.
+
+        MONAI keeps a 4x4 affine for 2D images too; here it becomes 3x3. A tensor without an affine has the identity.
+
+        Raises:
+            RegistrationError: another number of dimensions, or an affine that is singular or not finite.
+        """
+        dims = image.ndim - 1
+        if dims not in (2, 3):
+            raise RegistrationError(name, tuple(image.shape), "a channel-first image with 2 or 3 spatial dimensions")
+        raw = image.affine if isinstance(image, MetaTensor) else torch.eye(dims + 1)
+        affine = torch.as_tensor(to_affine_nd(dims, raw.detach().cpu().double()), dtype=torch.float64)
+        if not bool(torch.isfinite(affine).all()) or abs(float(torch.linalg.det(affine))) < 1e-9:
+            raise RegistrationError(f"{name}.affine", affine.tolist(), "a finite, invertible matrix")
+        return cls(tuple(int(n) for n in image.shape[1:]), affine)
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions, D."""
+        return len(self.shape)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Distance between neighboring voxels along each array axis, mm."""
+        return tuple(float(s) for s in affine_to_spacing(self.affine, self.dims))
+
+    @property
+    def center(self) -> Tensor:
+        """World coordinates of the middle of the field of view, ``(D,)``."""
+        middle = torch.tensor([(n - 1) / 2 for n in self.shape], dtype=torch.float64)
+        return apply_affine(self.affine, middle.unsqueeze(0))[0]
+
+    @property
+    def extent(self) -> Tensor:
+        """Size of the axis-aligned world box that holds all voxels, ``(D,)`` in mm."""
+        sides = torch.tensor(self.shape, dtype=torch.float64)
+        return self.affine[: self.dims, : self.dims].abs() @ sides
+
+    def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
+        """True where both have one shape and their affines agree within ``tolerance`` mm at every corner."""
+        if self.shape != other.shape:
+            return False
+        corners = torch.cartesian_prod(*[torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in self.shape])
+        gap = apply_affine(self.affine, corners) - apply_affine(other.affine, corners)
+        return bool(gap.norm(dim=-1).max() <= tolerance)
+
+    def index_pull(self, transform: Tensor, moving: Grid) -> Tensor:
+        """World pull matrix to an index pull matrix from this (fixed) grid to ``moving``, ``(D+1, D+1)``."""
+        return torch.linalg.inv(moving.affine) @ transform @ self.affine
+
+
+def isotropic_grid(grid: Grid, spacing: float, side: int) -> Grid:
+    """A cube (square in 2D) of voxels along the world axes, around the middle of ``grid``.
+
+    The voxel in the cube's middle lies on a voxel of ``grid``, so an image that already lies along the world axes
+    with this spacing is copied, not interpolated.
+
+    Args:
+        grid: the grid of the image.
+        spacing: voxel size, mm.
+        side: number of voxels along every axis.
+    """
+    dims = grid.dims
+    middle = torch.tensor([float(n // 2) for n in grid.shape], dtype=torch.float64)
+    anchor = apply_affine(grid.affine, middle.unsqueeze(0))[0]
+    affine = torch.eye(dims + 1, dtype=torch.float64)
+    affine[:dims, :dims] *= spacing
+    affine[:dims, dims] = anchor - spacing * (side // 2)
+    return Grid((side,) * dims, affine)
+
+
+def world_from_unit(matrix: Tensor, fixed: Grid, moving: Grid) -> Tensor:
+    """Pull matrix in unit coordinates to world coordinates.
+
+    Args:
+        matrix: ``[D, D+1]``, unit coordinates of the ``fixed`` grid to unit coordinates of the ``moving`` grid.
+        fixed: grid that the fixed image was seen on.
+        moving: grid that the moving image was seen on.
+
+    Returns:
+        ``(D+1, D+1)`` float64 on the CPU, fixed world to moving world.
+    """
+    full = homogeneous(matrix.detach().cpu().double())
+    return moving.affine @ torch.linalg.inv(_index_to_unit(moving)) @ full @ _index_to_unit(fixed) @ torch.linalg.inv(fixed.affine)
+
+
+def unit_from_world(transform: Tensor, fixed: Grid, moving: Grid) -> Tensor:
+    """Inverse of `world_from_unit`: a world pull matrix ``(D+1, D+1)`` to ``[D, D+1]`` in unit coordinates."""
+    full = _index_to_unit(moving) @ fixed.index_pull(transform.double(), moving) @ torch.linalg.inv(_index_to_unit(fixed))
+    return full[: fixed.dims]
+
+
+def unit_points_to_world(points: Tensor, grid: Grid) -> Tensor:
+    """Points ``[N, D]`` in unit coordinates of ``grid`` to world mm, float64 on the CPU."""
+    matrix = grid.affine @ torch.linalg.inv(_index_to_unit(grid))
+    return apply_affine(matrix, points.detach().cpu().double())
+
+
+def _index_to_unit(grid: Grid) -> Tensor:
+    longest = max(grid.shape)
+    matrix = torch.eye(grid.dims + 1, dtype=torch.float64)
+    matrix[: grid.dims] /= longest
+    matrix[: grid.dims, grid.dims] = 0.5 / longest
+    return matrix
+
+
+def moved_header(affine: Tensor, transform: Tensor) -> Tensor:
+    """Header of the moving image after registration: where its voxels lie in the fixed image's world.
+
+    Args:
+        affine: index to world of the moving image, ``(r+1, r+1)``; MONAI keeps r = 3 for 2D images too.
+        transform: ``(D+1, D+1)``, fixed world to moving world, D <= r.
+
+    Returns:
+        ``(r+1, r+1)`` float64, on the device of ``affine``.
+    """
+    inverse = torch.linalg.inv(torch.as_tensor(transform, dtype=torch.float64)).to(affine.device)
+    full = torch.eye(affine.shape[-1], dtype=torch.float64, device=affine.device)
+    dims = inverse.shape[-1] - 1
+    full[:dims, :dims] = inverse[:dims, :dims]
+    full[:dims, -1] = inverse[:dims, dims]
+    return full @ affine.double()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# RAS and LPS
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def ras_to_lps(transform: np.ndarray) -> np.ndarray:
+    """World-to-world matrix ``(D+1, D+1)`` from RAS to LPS coordinates on both sides."""
+    flip = np.ones(len(transform))
+    flip[:2] = -1.0
+    return np.asarray(transform, dtype=np.float64) * np.outer(flip, flip)
+
+
+def lps_to_ras(transform: np.ndarray) -> np.ndarray:
+    """World-to-world matrix ``(D+1, D+1)`` from LPS to RAS coordinates on both sides (its own inverse)."""
+    return ras_to_lps(transform)
+
+
+def itk_lattice(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spacing ``(D,)``, origin ``(D,)`` and direction ``(D, D)`` of an ITK image (LPS) on ``grid``.
+
+    ITK's index order is our array axis order; ``itk.image_from_array`` reverses the axes of an array, so give it the
+    transpose.
+
+    Args:
+        grid: a lattice whose axes are orthogonal, as ITK requires.
+    """
+    dims = grid.dims
+    flip = np.ones(dims)
+    flip[:2] = -1.0
+    affine = grid.affine.numpy()
+    spacing = np.asarray(grid.spacing)
+    return spacing, flip * affine[:dims, dims], flip[:, None] * affine[:dims, :dims] / spacing
+
+
+def flip_points(points: np.ndarray) -> np.ndarray:
+    """Points ``[N, D]`` in mm from RAS to LPS or from LPS to RAS (its own inverse)."""
+    flip = np.ones(np.shape(points)[-1])
+    flip[:2] = -1.0
+    return np.asarray(points, dtype=np.float64) * flip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# parameters
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AffineParameters:
+    """An affine transform in the terms people read.
+
+    The transform is ``x -> center + translation + R diag(scale) K (x - center)`` with R a rotation (3D: about the
+    first, then second, then third axis as ``Rx Ry Rz``) and K upper triangular with ones on its diagonal.
+
+    Args:
+        translation: displacement of ``center``, mm.
+        rotation_deg: one angle in 2D, three in 3D, degrees.
+        scale: one factor an axis.
+        shear: entries of K above the diagonal, row by row.
+        center: the point that rotation, scale and shear leave in place, world coordinates.
+    """
+
+    translation: tuple[float, ...]
+    rotation_deg: tuple[float, ...]
+    scale: tuple[float, ...]
+    shear: tuple[float, ...]
+    center: tuple[float, ...]
+
+    @property
+    def angle_deg(self) -> float:
+        """The whole angle of the rotation, degrees, from 0 to 180."""
+        if len(self.rotation_deg) == 1:
+            return abs(self.rotation_deg[0])
+        rotation = create_rotate(3, [math.radians(a) for a in self.rotation_deg])[:3, :3]
+        return math.degrees(math.acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1) / 2))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and ``angle_deg``, ready for JSON."""
+        return asdict(self) | {"angle_deg": self.angle_deg}
+
+
+def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
+    """Split a world transform with positive determinant into translation, rotation, scale and shear.
+
+    Args:
+        transform: ``(D+1, D+1)``.
+        center: world point to state the translation at; the world's origin if None.
+
+    Raises:
+        RegistrationError: the determinant is not positive.
+    """
+    matrix = np.asarray(transform, dtype=np.float64)
+    dims = len(matrix) - 1
+    linear = matrix[:dims, :dims]
+    if not np.linalg.det(linear) > 0:
+        raise RegistrationError("transform", matrix.tolist(), "a matrix with positive determinant")
+    rotation, upper = np.linalg.qr(linear)
+    sign = np.where(np.diag(upper) < 0, -1.0, 1.0)
+    rotation, upper = rotation * sign, upper * sign[:, None]
+    scale = np.diag(upper)
+    shear = (upper / scale[:, None])[np.triu_indices(dims, 1)]
+    if dims == 2:
+        angles = [math.atan2(rotation[1, 0], rotation[0, 0])]
+    else:
+        angles = [
+            math.atan2(-rotation[1, 2], rotation[2, 2]),
+            math.asin(min(1.0, max(-1.0, rotation[0, 2]))),
+            math.atan2(-rotation[0, 1], rotation[0, 0]),
+        ]
+    middle = np.zeros(dims) if center is None else np.asarray(center, dtype=np.float64)
+    translation = linear @ middle + matrix[:dims, dims] - middle
+    return AffineParameters(
+        translation=tuple(translation.tolist()),
+        rotation_deg=tuple(math.degrees(a) for a in angles),
+        scale=tuple(scale.tolist()),
+        shear=tuple(shear.tolist()),
+        center=tuple(middle.tolist()),
+    )
+
+
+def compose_parameters(parameters: AffineParameters) -> np.ndarray:
+    """The matrix ``(D+1, D+1)`` of `AffineParameters`; the inverse of `decompose_affine`."""
+    dims = len(parameters.scale)
+    angles = [math.radians(a) for a in parameters.rotation_deg]
+    rotation = np.asarray(create_rotate(dims, angles), dtype=np.float64)[:dims, :dims]
+    shear = np.eye(dims)
+    shear[np.triu_indices(dims, 1)] = parameters.shear
+    center = np.asarray(parameters.center)
+    matrix = np.eye(dims + 1)
+    matrix[:dims, :dims] = rotation @ np.diag(parameters.scale) @ shear
+    matrix[:dims, dims] = center + np.asarray(parameters.translation) - matrix[:dims, :dims] @ center
+    return matrix

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transform files, landmark files, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+from monai_zsreg.io.files import atomic_path, output_folder, write_json
+from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
+from monai_zsreg.io.landmarks import Landmarks, pair_landmarks, read_landmarks
+
+__all__ = [
+    "ITK_SUFFIXES",
+    "Landmarks",
+    "atomic_path",
+    "output_folder",
+    "pair_landmarks",
+    "read_itk_transform",
+    "read_landmarks",
+    "write_itk_transform",
+    "write_json",
+]

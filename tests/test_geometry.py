@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws that coordinate conversions must obey, and other tools as judges: torch, NumPy, nibabel and ITK."""
+
+from __future__ import annotations
+
+import math
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.data.itk_torch_bridge import metatensor_to_itk_image
+from nibabel.affines import apply_affine as nibabel_apply
+from nibabel.affines import voxel_sizes
+
+from monai_zsreg import geometry
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import (
+    AffineParameters,
+    Grid,
+    apply_affine,
+    compose_affine,
+    compose_parameters,
+    decompose_affine,
+    flip_points,
+    homogeneous,
+    index_to_unit,
+    isotropic_grid,
+    lps_to_ras,
+    moved_header,
+    ras_to_lps,
+    theta_from_index,
+    theta_from_unit,
+    unit_from_world,
+    unit_to_index,
+    world_from_unit,
+)
+
+DIMS = st.sampled_from([2, 3])
+quick = settings(max_examples=40, deadline=None)
+
+
+def numbers(low: float, high: float, count: int) -> st.SearchStrategy[tuple[float, ...]]:
+    return st.tuples(*[st.floats(low, high)] * count)
+
+
+@st.composite
+def parameters(draw: st.DrawFn, dims: int | None = None, widest: float = 85.0) -> AffineParameters:
+    """Any rotation within ``widest`` degrees an axis, scales from a half to two, some shear."""
+    dims = draw(DIMS) if dims is None else dims
+    count = dims * (dims - 1) // 2
+    return AffineParameters(
+        translation=draw(numbers(-100, 100, dims)),
+        rotation_deg=draw(numbers(-widest, widest, count)),
+        scale=draw(numbers(0.5, 2.0, dims)),
+        shear=draw(numbers(-0.5, 0.5, count)),
+        center=draw(numbers(-100, 100, dims)),
+    )
+
+
+@st.composite
+def transforms(draw: st.DrawFn, dims: int) -> torch.Tensor:
+    return torch.as_tensor(compose_parameters(draw(parameters(dims))))
+
+
+@st.composite
+def grids(draw: st.DrawFn, dims: int) -> Grid:
+    """Oblique, sheared, anisotropic; half of them left-handed."""
+    affine = draw(transforms(dims))
+    affine[:dims, 0] *= draw(st.sampled_from([-1.0, 1.0]))
+    return Grid(tuple(draw(st.tuples(*[st.integers(2, 40)] * dims))), affine)
+
+
+def some_points(dims: int, count: int = 7) -> torch.Tensor:
+    return torch.as_tensor(np.random.default_rng(dims).uniform(-50, 50, (count, dims)))
+
+
+# ------------------------------------------------------------------------------------------------------------ matrices
+
+
+@quick
+@given(st.data(), DIMS)
+def test_apply_and_compose_agree_with_nibabel_and_matrix_products(data: st.DataObject, dims: int) -> None:
+    outer, inner = data.draw(transforms(dims)), data.draw(transforms(dims))
+    points = some_points(dims)
+    for matrix in (outer, outer[:dims]):
+        np.testing.assert_allclose(
+            apply_affine(matrix, points), nibabel_apply(outer.numpy(), points.numpy()), atol=1e-9
+        )
+    composed = compose_affine(outer[:dims], inner[:dims])
+    np.testing.assert_allclose(homogeneous(composed), outer @ inner, atol=1e-9)
+    np.testing.assert_allclose(
+        apply_affine(composed, points), apply_affine(outer, apply_affine(inner, points)), atol=1e-8
+    )
+    inverse = torch.linalg.inv(inner)
+    np.testing.assert_allclose(apply_affine(inverse, apply_affine(inner, points)), points, atol=1e-8)
+
+
+def test_batches() -> None:
+    matrices = torch.stack([torch.as_tensor(compose_parameters(p)) for p in PARAMETERS[3]])
+    points = torch.stack([some_points(3) + i for i in range(len(matrices))])
+    together = apply_affine(matrices[:, :3], points)
+    for matrix, few, mapped in zip(matrices, points, together, strict=True):
+        torch.testing.assert_close(mapped, apply_affine(matrix, few))
+    assert homogeneous(matrices[:, :3]).equal(matrices)
+    theta = theta_from_unit(matrices[:, :3], [4, 9, 6])
+    for matrix, one in zip(matrices, theta, strict=True):
+        torch.testing.assert_close(one, theta_from_unit(matrix[:3], [4, 9, 6]))
+
+
+PARAMETERS = {
+    2: [
+        AffineParameters((3.0, -2.0), (14.0,), (1.05, 0.93), (0.06,), (5.0, -4.0)),
+        AffineParameters((-30.0, 20.0), (-150.0,), (0.6, 1.9), (-0.4,), (50.0, 40.0)),
+    ],
+    3: [
+        AffineParameters(
+            (3.0, -2.0, 4.0), (10.0, -14.0, 8.0), (1.05, 0.93, 1.02), (0.06, -0.03, 0.02), (5.0, -4.0, 9.0)
+        ),
+        AffineParameters((0.0, 1.0, 2.0), (170.0, 60.0, -100.0), (0.6, 1.9, 1.0), (0.3, -0.4, 0.2), (0.0, 0.0, 0.0)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["homogeneous", "compose_affine", "apply_affine", "theta_from_unit", "unit_to_index", "index_to_unit"]
+)
+def test_functions_on_tensors_compile(name: str) -> None:
+    function = getattr(geometry, name)
+    matrix = torch.as_tensor(compose_parameters(PARAMETERS[2][0]))[:2]
+    arguments = {
+        "homogeneous": (matrix,),
+        "compose_affine": (matrix, matrix),
+        "apply_affine": (matrix, some_points(2)),
+        "theta_from_unit": (matrix, [4, 9]),
+    }.get(name, (some_points(2), 9.0))
+    torch.testing.assert_close(torch.jit.script(function)(*arguments), function(*arguments))
+
+
+# ------------------------------------------------------------------------------------------- unit, index and torch grid
+
+
+@quick
+@given(st.floats(1, 500), DIMS)
+def test_unit_and_index_undo_each_other(longest: float, dims: int) -> None:
+    points = some_points(dims)
+    torch.testing.assert_close(unit_to_index(index_to_unit(points, longest), longest), points)
+
+
+def test_unit_has_its_origin_at_the_corner() -> None:
+    assert index_to_unit(torch.tensor([-0.5, 9.5]), 10.0).tolist() == [0.0, 1.0]
+
+
+@quick
+@given(st.data(), DIMS)
+def test_theta_from_unit_equals_theta_from_index(data: st.DataObject, dims: int) -> None:
+    size = list(data.draw(st.tuples(*[st.integers(2, 40)] * dims)))
+    matrix = data.draw(transforms(dims))
+    to_unit = torch.eye(dims + 1, dtype=torch.float64)
+    to_unit[:dims] /= max(size)
+    to_unit[:dims, dims] = 0.5 / max(size)
+    index = torch.linalg.inv(to_unit) @ matrix @ to_unit
+    torch.testing.assert_close(
+        theta_from_unit(matrix[:dims], size), theta_from_index(index, size, size), atol=1e-8, rtol=1e-8
+    )
+
+
+@quick
+@given(st.data(), DIMS)
+def test_theta_makes_grid_sample_look_where_the_matrix_says(data: st.DataObject, dims: int) -> None:
+    """An image of its own voxel indices, sampled, shows the index that each fixed voxel was sent to."""
+    fixed_size = data.draw(st.tuples(*[st.integers(2, 12)] * dims))
+    moving_size = data.draw(st.tuples(*[st.integers(2, 12)] * dims))
+    matrix = torch.as_tensor(compose_parameters(data.draw(parameters(dims)))) @ torch.diag(
+        torch.tensor([0.3] * dims + [1.0], dtype=torch.float64)
+    )
+    matrix[:dims, dims] = torch.tensor(moving_size) / 2.0
+    theta = theta_from_index(matrix, fixed_size, moving_size)[None]
+    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in moving_size], indexing="ij")
+    sampled = torch.nn.functional.grid_sample(
+        torch.stack(axes)[None],
+        torch.nn.functional.affine_grid(theta, [1, dims, *fixed_size], align_corners=False),
+        padding_mode="border",
+        align_corners=False,
+    )[0]
+    fixed_index = torch.stack(
+        torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in fixed_size], indexing="ij"), -1
+    )
+    expected = apply_affine(matrix, fixed_index.reshape(-1, dims)).reshape(*fixed_size, dims).movedim(-1, 0)
+    limits = torch.tensor(moving_size).reshape(dims, *[1] * dims) - 1.0
+    torch.testing.assert_close(sampled, expected.clamp(min=torch.zeros_like(limits), max=limits), atol=1e-9, rtol=0)
+
+
+@quick
+@given(st.data(), DIMS)
+def test_unit_and_world_undo_each_other(data: st.DataObject, dims: int) -> None:
+    fixed, moving, transform = data.draw(grids(dims)), data.draw(grids(dims)), data.draw(transforms(dims))
+    back = world_from_unit(unit_from_world(transform, fixed, moving), fixed, moving)
+    torch.testing.assert_close(back, transform, atol=1e-7, rtol=1e-7)
+
+
+@quick
+@given(st.data(), DIMS)
+def test_the_same_point_in_unit_index_and_world(data: st.DataObject, dims: int) -> None:
+    fixed, moving, transform = data.draw(grids(dims)), data.draw(grids(dims)), data.draw(transforms(dims))
+    index = some_points(dims).abs()
+    moved_world = nibabel_apply(transform.numpy(), nibabel_apply(fixed.affine.numpy(), index.numpy()))
+    moved_index = nibabel_apply(np.linalg.inv(moving.affine.numpy()), moved_world)
+    np.testing.assert_allclose(
+        apply_affine(fixed.index_pull(transform, moving), index), moved_index, rtol=1e-7, atol=1e-6
+    )
+    unit = apply_affine(unit_from_world(transform, fixed, moving), index_to_unit(index, max(fixed.shape)))
+    np.testing.assert_allclose(unit_to_index(unit, max(moving.shape)), moved_index, rtol=1e-7, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- grids
+
+
+@quick
+@given(st.data(), DIMS)
+def test_grid_agrees_with_nibabel(data: st.DataObject, dims: int) -> None:
+    grid = data.draw(grids(dims))
+    np.testing.assert_allclose(grid.spacing, voxel_sizes(grid.affine.numpy()), rtol=1e-9)
+    middle = nibabel_apply(grid.affine.numpy(), [(n - 1) / 2 for n in grid.shape])
+    np.testing.assert_allclose(grid.center, middle, atol=1e-9)
+    corners = np.stack(np.meshgrid(*[[-0.5, n - 0.5] for n in grid.shape]), -1).reshape(-1, dims)
+    np.testing.assert_allclose(grid.extent, np.ptp(nibabel_apply(grid.affine.numpy(), corners), axis=0), rtol=1e-9)
+    assert grid.same_as(grid)
+    shifted = grid.affine.clone()
+    shifted[0, dims] += 0.01
+    assert not grid.same_as(Grid(grid.shape, shifted))
+    assert grid.same_as(Grid(grid.shape, shifted), tolerance=0.02)
+    assert not grid.same_as(Grid((grid.shape[0] + 1, *grid.shape[1:]), grid.affine))
+
+
+def test_grid_of_images() -> None:
+    affine = torch.as_tensor(compose_parameters(PARAMETERS[3][0]))
+    assert Grid.of(MetaTensor(torch.zeros(2, 3, 4, 5), affine=affine)).shape == (3, 4, 5)
+    assert Grid.of(MetaTensor(torch.zeros(2, 3, 4, 5), affine=affine)).affine.equal(affine)
+    flat = Grid.of(MetaTensor(torch.zeros(1, 3, 4), affine=torch.diag(torch.tensor([2.0, 3.0, 9.0, 1.0]))))
+    assert flat.affine.equal(torch.diag(torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64)))
+    assert Grid.of(torch.zeros(1, 3, 4)).affine.equal(torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 4),
+        torch.zeros(1, 1, 3, 4, 5),
+        MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.zeros(4, 4)),
+        MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.full((4, 4), math.nan)),
+    ],
+    ids=["no channel", "batch", "singular", "nan"],
+)
+def test_grid_refuses(image: torch.Tensor) -> None:
+    with pytest.raises(RegistrationError, match="^scan"):
+        Grid.of(image, "scan")
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5, 6), (9, 9, 9)])
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+def test_isotropic_grid_copies_voxels(shape: tuple[int, ...], flip: float) -> None:
+    """Along the world axes with the same spacing, every voxel inside goes over untouched."""
+    dims = len(shape)
+    affine = torch.diag(torch.tensor([1.5 * flip] + [1.5] * (dims - 1) + [1.0], dtype=torch.float64))
+    affine[:dims, dims] = torch.tensor([10.0, -20.0, 30.0])[:dims]
+    grid = Grid(shape, affine)
+    cube = isotropic_grid(grid, 1.5, 12)
+    assert cube.shape == (12,) * dims
+    pull = cube.index_pull(torch.eye(dims + 1, dtype=torch.float64), grid)
+    torch.testing.assert_close(pull, pull.round(), atol=1e-12, rtol=0)
+    image = torch.rand(1, 1, *shape, dtype=torch.float64)
+    theta = theta_from_index(pull, cube.shape, shape)[None]
+    where = torch.nn.functional.affine_grid(theta, [1, 1, *cube.shape], align_corners=False)
+    copied = torch.nn.functional.grid_sample(image, where, align_corners=False)
+    expected, found = image.flatten().sort().values, copied[copied > 1e-9].sort().values
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+@quick
+@given(st.data(), DIMS, st.floats(0.5, 6.0), st.integers(1, 30))
+def test_isotropic_grid_has_one_voxel_on_the_middle(data: st.DataObject, dims: int, spacing: float, side: int) -> None:
+    grid = data.draw(grids(dims))
+    cube = isotropic_grid(grid, spacing, side)
+    np.testing.assert_allclose(cube.spacing, (spacing,) * dims)
+    here = nibabel_apply(cube.affine.numpy(), [side // 2] * dims)
+    np.testing.assert_allclose(here, nibabel_apply(grid.affine.numpy(), [n // 2 for n in grid.shape]), atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@quick
+@given(st.data(), DIMS)
+def test_moved_header_shows_each_voxel_where_the_inverse_puts_it(data: st.DataObject, dims: int) -> None:
+    grid, transform = data.draw(grids(dims)), data.draw(transforms(dims))
+    index = some_points(dims)
+    header = moved_header(grid.affine, transform)
+    placed = nibabel_apply(header.numpy(), index.numpy())
+    np.testing.assert_allclose(
+        nibabel_apply(transform.numpy(), placed),
+        nibabel_apply(grid.affine.numpy(), index.numpy()),
+        rtol=1e-7,
+        atol=1e-6,
+    )
+    if dims == 2:
+        full = torch.eye(4, dtype=torch.float64)
+        full[:2, :2], full[:2, 3] = grid.affine[:2, :2], grid.affine[:2, 2]
+        moved = moved_header(full, transform)
+        torch.testing.assert_close(moved[[0, 1, 3]][:, [0, 1, 3]], header)
+        assert moved[2].tolist() == [0.0, 0.0, 1.0, 0.0] and moved[:2, 2].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("case", [0, 1])
+def test_itk_puts_the_moved_header_where_it_puts_the_transform(dims: int, case: int) -> None:
+    """Two ways for ITK: resample through the transform, or through nothing an image with the moved header."""
+    shape = (17, 12, 9)[:dims]
+    affine = torch.as_tensor(compose_parameters(PARAMETERS[dims][1 - case]))
+    affine[:dims, 0] *= -1
+    affine[:dims, dims] = -affine[:dims, :dims] @ torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)
+    transform = torch.as_tensor(compose_parameters(PARAMETERS[dims][case]))
+    transform[:dims, dims] = torch.tensor([1.0, -2.0, 0.5])[:dims]
+    voxels = torch.zeros(1, *shape)
+    voxels[(slice(None),) + (slice(2, -2),) * dims] = torch.rand(1, *[n - 4 for n in shape])
+    fixed = metatensor_to_itk_image(
+        MetaTensor(
+            torch.zeros(1, 20, 20, 20)[(...,) + (0,) * (3 - dims)],
+            affine=torch.diag(torch.tensor([0.8] * dims + [1.0], dtype=torch.float64)),
+        )
+    )
+
+    lps = ras_to_lps(transform.numpy())
+    itk_transform = itk.AffineTransform[itk.D, dims].New()
+    itk_transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:dims, :dims])))
+    itk_transform.SetOffset(lps[:dims, dims].tolist())
+
+    def resample(header: torch.Tensor, **options) -> np.ndarray:
+        image = metatensor_to_itk_image(MetaTensor(voxels, affine=header))
+        return itk.array_from_image(
+            itk.resample_image_filter(image, reference_image=fixed, use_reference_image=True, **options)
+        )
+
+    through_transform = resample(affine, transform=itk_transform)
+    through_header = resample(moved_header(affine, transform))
+    assert (through_transform > 0).mean() > 0.02
+    np.testing.assert_allclose(through_header, through_transform, atol=1e-3)
+
+
+@quick
+@given(st.data(), DIMS)
+def test_lps(data: st.DataObject, dims: int) -> None:
+    transform, points = data.draw(transforms(dims)).numpy(), some_points(dims).numpy()
+    lps = ras_to_lps(transform)
+    np.testing.assert_array_equal(lps_to_ras(lps), transform)
+    np.testing.assert_array_equal(flip_points(flip_points(points)), points)
+    np.testing.assert_allclose(
+        nibabel_apply(lps, flip_points(points)), flip_points(nibabel_apply(transform, points)), atol=1e-9
+    )
+
+
+def test_flip_points_goes_from_nibabel_to_itk(tmp_path) -> None:
+    affine = compose_parameters(PARAMETERS[3][0])
+    affine[:3, :3] = affine[:3, :3] @ np.linalg.inv(np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T)
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), affine), tmp_path / "i.nii")
+    image = itk.imread(str(tmp_path / "i.nii"))
+    itk_point = np.array(image.TransformIndexToPhysicalPoint([3, 1, 5]))
+    np.testing.assert_allclose(flip_points(nibabel_apply(affine, [[3, 1, 5]]))[0], itk_point, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+@quick
+@given(parameters())
+def test_parameters_survive_a_round_trip(given_parameters: AffineParameters) -> None:
+    matrix = compose_parameters(given_parameters)
+    found = decompose_affine(matrix, given_parameters.center)
+    for name in ("translation", "rotation_deg", "scale", "shear", "center"):
+        np.testing.assert_allclose(getattr(found, name), getattr(given_parameters, name), atol=1e-6, err_msg=name)
+
+
+@quick
+@given(st.data(), DIMS)
+def test_every_matrix_of_positive_determinant_survives_a_round_trip(data: st.DataObject, dims: int) -> None:
+    entries = data.draw(st.lists(st.floats(-3, 3), min_size=dims * (dims + 1), max_size=dims * (dims + 1)))
+    matrix = np.eye(dims + 1)
+    matrix[:dims] = np.reshape(entries, (dims, dims + 1))
+    assume(np.linalg.det(matrix) > 1e-3)
+    found = decompose_affine(matrix, (4.0, -5.0, 6.0)[:dims])
+    assert min(found.scale) > 0
+    np.testing.assert_allclose(compose_parameters(found), matrix, atol=1e-7)
+    np.testing.assert_allclose(compose_parameters(decompose_affine(torch.as_tensor(matrix))), matrix, atol=1e-7)
+
+
+@quick
+@given(parameters(widest=179.0))
+def test_angle_is_that_of_the_rotation(given_parameters: AffineParameters) -> None:
+    dims = len(given_parameters.scale)
+    rigid = AffineParameters(
+        (0.0,) * dims, given_parameters.rotation_deg, (1.0,) * dims, (0.0,) * len(given_parameters.shear), (0.0,) * dims
+    )
+    rotation = compose_parameters(rigid)[:dims, :dims]
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(dims), atol=1e-12)
+    # the eigenvalues of a rotation are exp(i angle), its conjugate, and in 3D 1
+    angle = np.degrees(np.abs(np.angle(np.linalg.eigvals(rotation))).max())
+    np.testing.assert_allclose(given_parameters.angle_deg, angle, atol=1e-5)
+    np.testing.assert_allclose(rigid.as_dict()["angle_deg"], angle, atol=1e-5)
+
+
+def test_parameters_by_hand() -> None:
+    quarter = compose_parameters(AffineParameters((1.0, 2.0), (90.0,), (2.0, 3.0), (0.0,), (10.0, 0.0)))
+    # the center goes to the center plus the translation; one step along x from it becomes two along y
+    np.testing.assert_allclose(quarter @ [10, 0, 1], [11, 2, 1], atol=1e-12)
+    np.testing.assert_allclose(quarter @ [11, 0, 1], [11, 4, 1], atol=1e-12)
+    np.testing.assert_allclose(quarter @ [10, 1, 1], [8, 2, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("linear", [np.diag([-1.0, 1.0, 1.0]), np.diag([0.0, 1.0, 1.0]), np.full((3, 3), np.nan)])
+def test_mirror_images_are_refused(linear: np.ndarray) -> None:
+    matrix = np.eye(4)
+    matrix[:3, :3] = linear
+    with pytest.raises(RegistrationError, match="^transform: .*positive determinant"):
+        decompose_affine(matrix)
