@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keypoints as centers of mass of thresholded feature maps (sections 2.3 and 2.4)."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monai_zsreg.errors import RegistrationError
+
+__all__ = ["CenterOfMass", "KeypointDetector"]
+
+
+class CenterOfMass(nn.Module):
+    """One keypoint a map: the center of mass of what exceeds a fraction of the map's maximum.
+
+    Equation 1 sets ``F[F <= threshold * max(F)] = 0``, equation 2 takes the center of mass of the rest. Differentiable
+    with respect to the map values that remain.
+
+    Args:
+        threshold: the fraction, from 0 (inclusive) to 1 (exclusive). The paper uses 0.95.
+
+    Raises:
+        RegistrationError: threshold out of range.
+
+    References:
+        Kori and Krishnamurthi, equations 1 and 2.
+
+    Example::
+
+        points, valid = CenterOfMass()(torch.rand(1, 128, 240, 240))  # [1, 128, 2], [1, 128]
+    """
+
+    def __init__(self, threshold: float = 0.95) -> None:
+        super().__init__()
+        if not 0.0 <= threshold < 1.0:
+            raise RegistrationError("threshold", threshold, "0 <= threshold < 1")
+        self.threshold = float(threshold)
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Keypoints of whole maps.
+
+        Args:
+            maps: ``[B, C, *spatial]`` with any number D of spatial dimensions.
+
+        Returns:
+            Points ``[B, C, D]`` in index coordinates, and a mask ``[B, C]``: False where a map has no positive value
+            and therefore no keypoint; the point there is 0 and means nothing.
+        """
+        flat = maps.flatten(2)
+        mass, moment = self.moments(maps, flat.max(dim=2).values)
+        return self.points(mass, moment)
+
+    def moments(self, maps: Tensor, peak: Tensor, first: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """Mass ``[B, C]`` and first moment ``[B, C, D]`` of maps above ``threshold * peak``.
+
+        They add up over the pieces of a volume, so a volume need not be in memory at once.
+
+        Args:
+            maps: ``[B, C, *spatial]``, whole maps or a piece of them.
+            peak: ``[B, C]``, maximum of each whole map.
+            first: indices of a piece along the first spatial axis; 0, 1, ... if None.
+        """
+        # a map whose maximum is not positive has no keypoint, so negative values never carry weight
+        floor = (self.threshold * peak).clamp(min=0.0)
+        flat = maps.flatten(2)
+        kept = torch.where(flat > floor.unsqueeze(2), flat, torch.zeros_like(flat)).view(maps.shape)
+        moments: list[Tensor] = []
+        for axis in range(maps.dim() - 2):
+            size = maps.shape[axis + 2]
+            profile = kept.movedim(axis + 2, 2).flatten(3).sum(dim=3) if maps.dim() > 3 else kept
+            position = torch.arange(size, device=maps.device)
+            if axis == 0 and first is not None:
+                position = first
+            moments.append((profile * position.to(maps.dtype)).sum(dim=2))
+        return kept.flatten(2).sum(dim=2), torch.stack(moments, dim=2)
+
+    def points(self, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Equation 2 from accumulated moments: points ``[B, C, D]`` and mask ``[B, C]``."""
+        valid = mass > 0
+        safe = torch.where(valid, mass, torch.ones_like(mass)).unsqueeze(2)
+        return torch.where(valid.unsqueeze(2), moment / safe, torch.zeros_like(moment)), valid
+
+
+class KeypointDetector(nn.Module):
+    """Keypoints of an image or a volume: feature maps, threshold, center of mass (sections 2.2 to 2.4).
+
+    Images give one keypoint a feature map. For volumes, whose extension the paper leaves to future work, the 2D
+    features run over all slices of the three orthogonal stacks; each stack is one feature volume a map, so a volume
+    has three times as many keypoints. The slices stream in two passes, first for the maximum of each map, then for the
+    center of mass over those slices alone that hold something above the threshold. Memory is that of ``slice_batch``
+    slices, whatever the size of the volume.
+
+    With ``symmetric`` the response to the image is added to the response to its negative. An edge then answers alike
+    whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
+    taken inside the foreground alone.
+
+    With several ``scales`` the keypoints of smaller copies of the image are appended; they show coarser structures.
+
+    Args:
+        features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``, with an attribute ``out_channels``.
+        center_of_mass: the thresholded center of mass.
+        symmetric: see above.
+        scales: whole factors by which copies of the image are shrunk.
+        slice_batch: slices in memory at once.
+
+    Raises:
+        RegistrationError: a scale or batch that is not a positive whole number.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        center_of_mass: CenterOfMass,
+        symmetric: bool = False,
+        scales: tuple[int, ...] = (1,),
+        slice_batch: int = 8,
+    ) -> None:
+        super().__init__()
+        if not scales or any(int(scale) != scale or scale < 1 for scale in scales):
+            raise RegistrationError("scales", scales, "positive whole numbers")
+        if slice_batch < 1:
+            raise RegistrationError("slice_batch", slice_batch, "at least 1")
+        self.features = features
+        self.center_of_mass = center_of_mass
+        self.symmetric = symmetric
+        self.scales = [int(scale) for scale in scales]
+        self.slice_batch = slice_batch
+
+    def count(self, spatial_dims: int) -> int:
+        """Number of keypoints for 2 or 3 spatial dimensions."""
+        stacks = 1 if spatial_dims == 2 else 3
+        channels: int = self.features.out_channels
+        return channels * len(self.scales) * stacks
+
+    def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            image: ``[B, 1, *spatial]`` with intensities in [0, 1].
+            foreground: ``[B, 1, *spatial]``, 1 in the foreground and 0 elsewhere; used where ``symmetric``.
+
+        Returns:
+            Points ``[B, K, D]`` in index coordinates, and a mask ``[B, K]``, False where there is no keypoint.
+        """
+        points: list[Tensor] = []
+        valid: list[Tensor] = []
+        for scale in self.scales:
+            small, inside = image, foreground
+            if scale > 1:
+                small, inside = _shrink(image, scale), (_shrink(foreground, scale) > 0.5).to(image.dtype)
+            if image.dim() == 4:
+                found, mask = self.center_of_mass(self._respond(small, inside))
+            else:
+                found, mask = self._stacks(small, inside)
+            points.append((found + 0.5) * float(scale) - 0.5)
+            valid.append(mask)
+        return torch.cat(points, dim=1), torch.cat(valid, dim=1)
+
+    def _respond(self, image: Tensor, foreground: Tensor) -> Tensor:
+        if not self.symmetric:
+            return self.features(image)
+        return self.features(image) + self.features((1.0 - image) * foreground)
+
+    @torch.jit.unused
+    def _stacks(self, volume: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
+        points: list[Tensor] = []
+        valid: list[Tensor] = []
+        for one, inside in zip(volume[:, 0], foreground[:, 0]):
+            box, start = _content_box(one)
+            found = [self._stack(one[box], inside[box], axis) for axis in range(3)]
+            points.append(torch.cat([point + start for point, _ in found], dim=1))
+            valid.append(torch.cat([mask for _, mask in found], dim=1))
+        return torch.cat(points), torch.cat(valid)
+
+    def _stack(self, volume: Tensor, foreground: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Points ``[1, C, 3]`` and mask of one volume, features taken in the planes at right angles to ``axis``."""
+        slices, inside = volume.movedim(axis, 0).unsqueeze(1), foreground.movedim(axis, 0).unsqueeze(1)
+        parts = torch.arange(len(slices), device=volume.device).split(self.slice_batch)
+        peaks = torch.cat([self._respond(slices[part], inside[part]).amax(dim=(2, 3)) for part in parts])
+        peak = peaks.amax(dim=0, keepdim=True)
+        holds = (peaks > self.center_of_mass.threshold * peak).any(dim=1)
+        mass = volume.new_zeros(1, peak.shape[1])
+        moment = volume.new_zeros(1, peak.shape[1], 3)
+        for part in torch.nonzero(holds).flatten().split(self.slice_batch):
+            # back to one feature volume [1, C, slices, H, W]
+            maps = self._respond(slices[part], inside[part]).movedim(0, 1).unsqueeze(0)
+            piece_mass, piece_moment = self.center_of_mass.moments(maps, peak, part)
+            mass, moment = mass + piece_mass, moment + piece_moment
+        points, valid = self.center_of_mass.points(mass, moment)
+        # the slice axis came first; put it where it belongs
+        order = [1, 2]
+        order.insert(axis, 0)
+        return points[..., order], valid
+
+
+def _content_box(volume: Tensor, margin: int = 4) -> tuple[tuple[slice, ...], Tensor]:
+    """Slices of the box around all that is not background (0), ``margin`` voxels larger, and its first corner ``[3]``.
+
+    Outside, the response is that of a constant, which is no feature; most of a padded volume is outside.
+    """
+    box: list[slice] = []
+    for axis, size in enumerate(volume.shape):
+        other = [a for a in range(volume.dim()) if a != axis]
+        used = torch.nonzero(volume.amax(dim=other) > 0).flatten()
+        first, last = (int(used[0]), int(used[-1])) if used.numel() > 0 else (0, size - 1)
+        box.append(slice(max(0, first - margin), min(size, last + margin + 1)))
+    return tuple(box), torch.tensor([float(part.start) for part in box], device=volume.device)
+
+
+def _shrink(image: Tensor, factor: int) -> Tensor:
+    if image.dim() == 4:
+        return F.avg_pool2d(image, factor)
+    return F.avg_pool3d(image, factor)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed-form transforms from point pairs, alone or by consensus: the alternative to the paper's regressor."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import apply_affine
+
+__all__ = ["TRANSFORMS", "LeastSquaresAffine"]
+
+TRANSFORMS = ("rigid", "similarity", "affine")
+
+class LeastSquaresAffine(nn.Module):
+    """Weighted least squares from fixed to moving points, optionally after finding the pairs that agree.
+
+    The affine solution comes from the normal equations of the centered points, the rigid and the similarity solution
+    from Umeyama's closed form, which never mirrors.
+
+    With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), transforms are fitted to many random
+    minimal subsets, the one that most pairs agree with is kept, and refitted to the pairs that agree with weights that
+    fall off smoothly with the residual. The subsets are drawn with a fixed seed, so one input has one answer, and a
+    pair's answer does not depend on its neighbors in the batch.
+
+    Points that do not determine the transform (fewer than D + 1, or D for rigid and similarity; all on one line, in
+    3D on one plane) give a matrix of NaN: the caller must look.
+
+    Args:
+        spatial_dims: D, 2 or 3.
+        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        consensus: look for agreeing pairs first.
+        threshold: residual beyond which a pair counts as disagreeing, in the unit of the points.
+        hypotheses: number of minimal subsets.
+        hypothesis: kind of transform fitted to the subsets; a similarity needs fewer points and lets fewer accidents
+            through than an affine one. By default a similarity for ``transform="affine"``, else ``transform``.
+        scale_range: hypotheses whose scale leaves this range are dropped.
+        seed: seed of the subsets.
+
+    Raises:
+        RegistrationError: an argument out of its range.
+
+    References:
+        Umeyama, IEEE TPAMI 13 (1991). Fischler and Bolles, CACM 24 (1981). Torr and Zisserman, MLESAC (2000).
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        transform: str = "affine",
+        consensus: bool = False,
+        threshold: float = 0.03,
+        hypotheses: int = 4096,
+        hypothesis: Optional[str] = None,
+        scale_range: tuple[float, float] = (0.6, 1.6),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        hypothesis = hypothesis or ("similarity" if transform == "affine" else transform)
+        if spatial_dims not in (2, 3):
+            raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
+        for name, kind in (("transform", transform), ("hypothesis", hypothesis)):
+            if kind not in TRANSFORMS:
+                raise RegistrationError(name, kind, f"one of {TRANSFORMS}")
+        if not threshold > 0:
+            raise RegistrationError("threshold", threshold, "a positive number")
+        if hypotheses < 1:
+            raise RegistrationError("hypotheses", hypotheses, "at least 1")
+        self.spatial_dims = spatial_dims
+        self.transform = transform
+        self.consensus = consensus
+        self.threshold = float(threshold)
+        self.hypotheses = int(hypotheses)
+        self.hypothesis = hypothesis
+        self.scale_range = (float(scale_range[0]), float(scale_range[1]))
+        self.seed = int(seed)
+
+    def forward(
+        self,
+        fixed_points: Tensor,
+        moving_points: Tensor,
+        weights: Optional[Tensor] = None,
+        threshold: Optional[float] = None,
+    ) -> Tensor:
+        """Estimate.
+
+        Args:
+            fixed_points: ``[B, N, D]``.
+            moving_points: ``[B, N, D]``, paired by position with ``fixed_points``.
+            weights: ``[B, N]``, not negative; 0 leaves a pair out. All 1 if None.
+            threshold: in place of the object's own, for this call.
+
+        Returns:
+            ``[B, D, D+1]``, fixed to moving; NaN where the points do not determine it.
+
+        Raises:
+            RegistrationError: shapes that do not fit.
+        """
+        if not torch.jit.is_scripting():
+            _check_points(fixed_points, moving_points, self.spatial_dims)
+        if weights is None:
+            weights = torch.ones_like(fixed_points[..., 0])
+        if self.consensus:
+            limit = self.threshold if threshold is None else threshold
+            weights = weights * self.agreement(fixed_points, moving_points, weights, limit)
+        return _fit(fixed_points, moving_points, weights, self.transform)
+
+    @torch.jit.unused
+    def agreement(self, fixed_points: Tensor, moving_points: Tensor, weights: Tensor, threshold: float) -> Tensor:
+        """Weights ``[B, N]`` in [0, 1] of the pairs that agree on one transform; 0 for those that do not."""
+        batch, count, dims = fixed_points.shape
+        size = dims + 1 if self.hypothesis == "affine" else dims
+        if count < size:
+            return torch.zeros_like(weights)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.rand(self.hypotheses, count, generator=generator).to(fixed_points)
+        # valid pairs come first, so a subset holds an invalid one only where there are too few
+        subset = (order + (weights > 0).to(order).unsqueeze(1)).topk(size, dim=2).indices  # [B, H, size]
+        flat = subset.reshape(batch, -1, 1).expand(-1, -1, dims)
+        shape = (batch * self.hypotheses, size, dims)
+        picked = weights.gather(1, subset.reshape(batch, -1)).reshape(shape[:2])
+        solve = _affine_from_subset if self.hypothesis == "affine" else _similarity_from_subset
+        matrix, scale = solve(
+            fixed_points.gather(1, flat).reshape(shape), moving_points.gather(1, flat).reshape(shape), self.hypothesis == "rigid"
+        )
+        matrix = matrix.reshape(batch, self.hypotheses, dims, dims + 1)
+        low, high = self.scale_range
+        # a subset with an invalid pair, or of points on one another, gives no transform
+        plausible = ((scale >= low) & (scale <= high) & (picked > 0).all(dim=1)).reshape(batch, -1)
+        matrix = torch.where(plausible[..., None, None], matrix, torch.zeros_like(matrix))
+        residual = (apply_affine(matrix, fixed_points.unsqueeze(1)) - moving_points.unsqueeze(1)).norm(dim=-1)
+        score = (_falloff(residual, threshold) * weights.unsqueeze(1)).sum(dim=2) * plausible
+        best = score.argmax(dim=1)
+        rows = torch.arange(batch, device=best.device)
+        agreed = _falloff(residual[rows, best], threshold) * plausible[rows, best].unsqueeze(1)
+        for _ in range(5):
+            refined = _fit(fixed_points, moving_points, weights * agreed, self.hypothesis)
+            residual = (apply_affine(refined, fixed_points) - moving_points).norm(dim=-1)
+            # a refit that is no longer determined keeps the weights it had
+            agreed = torch.where(residual.isnan(), agreed, _falloff(residual, threshold))
+        return agreed
+
+
+def _falloff(residual: Tensor, threshold: float) -> Tensor:
+    return (1.0 - (residual / threshold) ** 2).clamp(min=0.0)
+
+
+def _similarity_from_subset(x: Tensor, y: Tensor, rigid: bool) -> tuple[Tensor, Tensor]:
+    """Transform that takes D points to D points, exactly in their first direction: frame onto frame, no SVD.
+
+    Args:
+        x: ``[H, D, D]``, H subsets of D points.
+        y: ``[H, D, D]``.
+        rigid: leave the scale out.
+
+    Returns:
+        ``[H, D, D+1]`` and the scale ``[H]``, 0 or NaN where the points do not determine the transform.
+    """
+    size_x, size_y = _spread(x), _spread(y)
+    scale = size_y / size_x.clamp(min=1e-12)
+    linear = _frame(y).transpose(1, 2) @ _frame(x)
+    if not rigid:
+        linear = linear * scale.view(-1, 1, 1)
+    shift = y.mean(dim=1) - (linear @ x.mean(dim=1).unsqueeze(2)).squeeze(2)
+    matrix = torch.cat([linear, shift.unsqueeze(2)], dim=2)
+    bad = ~matrix.isfinite().flatten(1).all(dim=1) | (size_x < 1e-6)
+    return matrix.masked_fill(bad.view(-1, 1, 1), 0.0), scale.masked_fill(bad, 0.0)
+
+
+def _spread(points: Tensor) -> Tensor:
+    return (points - points.mean(dim=1, keepdim=True)).flatten(1).norm(dim=1)
+
+
+def _frame(points: Tensor) -> Tensor:
+    """Right-handed orthonormal frames ``[H, D, D]`` (rows) along the edges from the first of D points."""
+    first = points[:, 1] - points[:, 0]
+    first = first / first.norm(dim=1, keepdim=True)
+    if points.shape[2] == 2:
+        return torch.stack([first, torch.stack([-first[:, 1], first[:, 0]], dim=1)], dim=1)
+    second = points[:, 2] - points[:, 0]
+    second = second - (second * first).sum(dim=1, keepdim=True) * first
+    second = second / second.norm(dim=1, keepdim=True)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], dim=1)
+
+
+def _affine_from_subset(x: Tensor, y: Tensor, rigid: bool) -> tuple[Tensor, Tensor]:
+    """Affine transform through D + 1 point pairs, ``[H, D, D+1]``, and its scale ``[H]``; the scale is 0 where a
+    mirror image or a strong distortion shows that the subset is an accident."""
+    dims = x.shape[2]
+    edges_x, edges_y = x[:, 1:] - x[:, :1], y[:, 1:] - y[:, :1]
+    inverse, info = torch.linalg.inv_ex(edges_x)
+    linear = (inverse @ edges_y).transpose(1, 2)
+    shift = y[:, 0] - (linear @ x[:, 0].unsqueeze(2)).squeeze(2)
+    matrix = torch.cat([linear, shift.unsqueeze(2)], dim=2)
+    matrix = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+    scale = torch.linalg.det(matrix[:, :, :dims]).clamp(min=0.0) ** (1.0 / dims)
+    # the mean of the squared singular values is scale^2 for a similarity and grows with anisotropy
+    distorted = matrix[:, :, :dims].square().sum(dim=(1, 2)) > 2.0 * dims * scale**2
+    bad = (info != 0) | distorted
+    return matrix, scale.masked_fill(bad, 0.0)
+
+
+def _check_points(fixed_points: Tensor, moving_points: Tensor, dims: int) -> None:
+    for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
+        if points.dim() != 3 or points.shape[2] != dims or points.shape != fixed_points.shape:
+            raise RegistrationError(
+                name, tuple(points.shape), f"[B, N, {dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})"
+            )
+
+
+def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform: str, flat: float = 1e-3) -> Tensor:
+    """Weighted least-squares fit ``[B, D, D+1]``; NaN where the fixed points are flat, that is where the ratio of
+    their smallest to their largest spread is below ``flat``."""
+    dims = fixed_points.shape[2]
+    # single precision loses the small spread of close points
+    x, y, w = fixed_points.double(), moving_points.double(), weights.double().unsqueeze(2)
+    total = w.sum(dim=1, keepdim=True)
+    share = w / torch.where(total > 0, total, torch.ones_like(total))
+    x_mean, y_mean = (share * x).sum(dim=1, keepdim=True), (share * y).sum(dim=1, keepdim=True)
+    x, y = x - x_mean, y - y_mean
+    spread = (share * x).transpose(1, 2) @ x
+    cross = (share * y).transpose(1, 2) @ x
+    eigenvalues = torch.linalg.eigvalsh(spread)
+    # a rotation needs points that span all dimensions but one, an affine map all of them
+    smallest = eigenvalues[:, 0 if transform == "affine" else 1]
+    determined = (total[:, 0, 0] > 0) & (smallest > flat**2 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
+    eye = torch.eye(dims, dtype=x.dtype, device=x.device)
+    if transform == "affine":
+        safe = torch.where(determined.view(-1, 1, 1), spread, eye.expand_as(spread))
+        linear = torch.linalg.solve(safe, cross.transpose(1, 2)).transpose(1, 2)
+    else:
+        u, s, vt = torch.linalg.svd(torch.where(determined.view(-1, 1, 1), cross, eye.expand_as(cross)))
+        flip = torch.ones_like(s)
+        flip[:, dims - 1] = torch.where(torch.linalg.det(u @ vt) < 0, -1.0, 1.0).to(s.dtype)
+        linear = (u * flip.unsqueeze(1)) @ vt
+        if transform == "similarity":
+            variance = eigenvalues.sum(dim=1).clamp(min=1e-20)
+            linear = linear * ((s * flip).sum(dim=1) / variance).view(-1, 1, 1)
+    shift = y_mean.transpose(1, 2) - linear @ x_mean.transpose(1, 2)
+    matrix = torch.cat([linear, shift], dim=2)
+    nothing = torch.full_like(matrix, float("nan"))
+    return torch.where(determined.view(-1, 1, 1), matrix, nothing).to(fixed_points.dtype)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's feature extractor: the first two convolution layers of VGG-19 (section 2.3)."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.io.files import atomic_path
+
+__all__ = ["IMAGENET", "UNTRAINED_FOR_CHECKS_ONLY", "VGG19Features", "cached_weights_path"]
+
+IMAGENET = "imagenet"
+UNTRAINED_FOR_CHECKS_ONLY = "UNTRAINED_RANDOM_FILTERS_FOR_TOOL_CHECKS_ONLY"
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+_SHAPES = {
+    "features.0.weight": (64, 3, 3, 3),
+    "features.0.bias": (64,),
+    "features.2.weight": (64, 64, 3, 3),
+    "features.2.bias": (64,),
+}
+
+
+def cached_weights_path() -> Path:
+    """Where the 155 KB in use are kept after torchvision's download: the folder of torch's own hub checkpoints."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "monai_zsreg_vgg19_imagenet1k_v1_conv1.pt"
+
+
+class VGG19Features(nn.Module):
+    """Feature maps of VGG-19's conv1_1 and conv1_2, each after its ReLU.
+
+    ``forward`` takes one-channel images ``[B, 1, H, W]`` with intensities in [0, 1] and returns ``[B, 64 L, H, W]``
+    for L layers. Gray is repeated to three channels and normalized as the weights were trained. The convolutions
+    replicate the border, because zeros beside a bright border would be an edge that the image does not have.
+
+    The weights are buffers that do not persist: no checkpoint of a network around this one holds them. They are read
+    from a named file or from the cache when the object is made; torchvision's download waits for the first use.
+
+    Args:
+        weights: ``"imagenet"`` for torchvision's ``VGG19_Weights.IMAGENET1K_V1``, or a file with a whole or a cut
+            state dict under torchvision's names (``features.0.weight``, ``features.0.bias``, ``features.2.weight``,
+            ``features.2.bias``). ``UNTRAINED_FOR_CHECKS_ONLY`` fills in random numbers, so that tools which only
+            look at shapes can run on a machine without weights; it warns, and no result of it means anything.
+        layers: the layers to return: 1 for conv1_1, 2 for conv1_2.
+
+    Raises:
+        RegistrationError: unknown layer, or a file that is missing or does not hold the weights; in ``forward``, no
+            weights could be had.
+
+    References:
+        Kori and Krishnamurthi, section 2.3. Simonyan and Zisserman, arXiv:1409.1556.
+
+    Example::
+
+        features = VGG19Features(weights="vgg19-dcbb9e9d.pth")
+        maps = features(torch.rand(1, 1, 240, 240))  # [1, 128, 240, 240]
+    """
+
+    def __init__(self, weights: Union[str, os.PathLike] = IMAGENET, layers: tuple[int, ...] = (1, 2)) -> None:
+        super().__init__()
+        if not layers or any(layer not in (1, 2) for layer in layers):
+            raise RegistrationError("layers", layers, "a non-empty subset of (1, 2)")
+        self.first = 1 in layers
+        self.second = 2 in layers
+        self.out_channels = 64 * (int(self.first) + int(self.second))
+        self.source = str(weights)
+        self.loaded = False
+        for name, shape in _SHAPES.items():
+            self.register_buffer(_buffer_name(name), torch.zeros(shape), persistent=False)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        if self.source == UNTRAINED_FOR_CHECKS_ONLY:
+            warnings.warn(
+                "VGG-19 filters are RANDOM NUMBERS: this network only serves checks of shapes and files, "
+                "its registrations are meaningless.",
+                RegistrationWarning,
+                stacklevel=2,
+            )
+            generator = torch.Generator().manual_seed(0)
+            self._take({name: 0.1 * torch.randn(shape, generator=generator) for name, shape in _SHAPES.items()})
+        elif self.source != IMAGENET:
+            self._take(_read(Path(weights)))
+        elif cached_weights_path().is_file():
+            self._take(_read(cached_weights_path()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self.load_weights()
+        if not self.loaded:
+            raise RuntimeError("this scripted network was exported without VGG-19 weights")
+        x = (image.repeat(1, 3, 1, 1) - self.mean) / self.std
+        x = F.relu(F.conv2d(F.pad(x, [1, 1, 1, 1], mode="replicate"), self.weight_0, self.bias_0))
+        if not self.second:
+            return x
+        y = F.relu(F.conv2d(F.pad(x, [1, 1, 1, 1], mode="replicate"), self.weight_2, self.bias_2))
+        return torch.cat([x, y], dim=1) if self.first else y
+
+    @torch.jit.ignore
+    def load_weights(self) -> None:
+        """Fill in the weights unless they are there, by torchvision's download if need be.
+
+        Raises:
+            RegistrationError: no weights can be had; the message says what was tried and the ways to get them.
+        """
+        if not self.loaded:
+            self._take(_download())
+
+    @torch.jit.ignore
+    def __prepare_scriptable__(self) -> "VGG19Features":
+        # called by torch.jit.script: a scripted network cannot fetch its weights later
+        self.load_weights()
+        return self
+
+    @torch.jit.ignore
+    def _take(self, state: dict[str, Tensor]) -> None:
+        for name in _SHAPES:
+            buffer = getattr(self, _buffer_name(name))
+            buffer.copy_(state[name].to(buffer.dtype))
+        self.loaded = True
+
+
+def _buffer_name(name: str) -> str:
+    _, layer, kind = name.split(".")
+    return f"{kind}_{layer}"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The four tensors in use from a state dict file, whole or cut."""
+    if not path.is_file():
+        raise RegistrationError("vgg19_weights", str(path), 'an existing file, or "imagenet"')
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        found = {name: state[name] for name in _SHAPES}
+        complete = all(tuple(found[name].shape) == shape for name, shape in _SHAPES.items())
+    except Exception as error:  # torch.load raises a dozen kinds; all mean that this file will not do
+        raise RegistrationError(
+            "vgg19_weights", str(path), f"a VGG-19 state dict with {', '.join(_SHAPES)} ({type(error).__name__}: {error})"
+        ) from error
+    if not complete:
+        raise RegistrationError("vgg19_weights", str(path), f"tensors of the shapes {_SHAPES}")
+    return found
+
+
+def _download() -> dict[str, Tensor]:
+    """Fetch torchvision's weights once, keep what is in use, drop the other 548 MB."""
+    from torchvision.models import VGG19_Weights
+
+    url = VGG19_Weights.IMAGENET1K_V1.url
+    kept_by_torchvision = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(url)
+    try:
+        if kept_by_torchvision.is_file():
+            state = _read(kept_by_torchvision)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.hub.load_state_dict_from_url(url, model_dir=folder, check_hash=True, weights_only=True)
+                state = _read(Path(folder) / os.path.basename(url))
+    except Exception as error:
+        raise RegistrationError(
+            "vgg19_weights",
+            IMAGENET,
+            f"VGG-19 weights, but {kept_by_torchvision} does not hold them and the download of {url} failed "
+            f"({type(error).__name__}: {error}). Either connect once, or fetch that file elsewhere and name it: "
+            "vgg19_weights=FILE in Python, --vgg19_weights FILE with the bundle. A cut file with the first two "
+            "convolution layers is enough",
+        ) from error
+    try:
+        with atomic_path(cached_weights_path()) as partial:
+            torch.save({name: tensor.clone() for name, tensor in state.items()}, partial)
+    except (OSError, RegistrationError) as error:
+        warnings.warn(f"VGG-19 weights could not be cached: {error}", RegistrationWarning, stacklevel=3)
+    return state

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's pipeline as one network: features, keypoints, regressor, resampler."""
+
+import warnings
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import apply_affine, compose_affine, index_to_unit, theta_from_unit, unit_without_padding
+from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
+from monai_zsreg.networks.least_squares import LeastSquaresAffine
+from monai_zsreg.networks.regressors import AffineRegressor
+from monai_zsreg.networks.resampler import AffineResampler
+from monai_zsreg.networks.vgg import IMAGENET, VGG19Features
+
+__all__ = ["AffineEstimate", "Status", "ZeroShotAffineNet", "foreground", "scale_to_unit_range"]
+
+ESTIMATORS = ("mlp", "least_squares", "consensus")
+
+
+class Status(IntEnum):
+    """How an estimate ended."""
+
+    OK = 0
+    TOO_FEW_POINTS = 1
+    FLAT_POINTS = 2
+    MIRRORED = 3
+    UNDETERMINED = 4
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        return {
+            Status.OK: "estimated",
+            Status.TOO_FEW_POINTS: "too few feature maps have a keypoint in both images",
+            Status.FLAT_POINTS: "the keypoints lie on one line (in 3D: on one plane)",
+            Status.MIRRORED: "the estimated matrix has a determinant of 0 or below (a mirror image or a collapse)",
+            Status.UNDETERMINED: "the keypoints that agree do not determine a matrix",
+        }[self]
+
+
+class AffineEstimate(NamedTuple):
+    """What `ZeroShotAffineNet.estimate` found for B pairs.
+
+    Attributes:
+        matrix: ``[B, D, D+1]``, fixed to moving unit coordinates of the pair's grid; NaN where ``status`` is not 0.
+        status: ``[B]``, values of `Status`.
+        fixed_points: ``[B, K, D]``, keypoints of the fixed image, unit coordinates.
+        moving_points: ``[B, K, D]``, keypoints of the moving image as given (before any iteration), paired by position.
+        valid: ``[B, K]``, True where both images have the keypoint.
+        iterations: ``[B]``, passes that changed the estimate.
+    """
+
+    matrix: Tensor
+    status: Tensor
+    fixed_points: Tensor
+    moving_points: Tensor
+    valid: Tensor
+    iterations: Tensor
+
+
+class ZeroShotAffineNet(nn.Module):
+    """Registers pairs on one grid by VGG-19 keypoints, with nothing learned from medical images.
+
+    1. Each image is scaled by its percentiles to [0, 1] and padded with the background value (section 2.2).
+    2. Keypoints: centers of mass of the thresholded feature maps (2.3, 2.4).
+    3. ``num_sets`` draws of ``num_points`` pairs each go through the regressor; the matrices are averaged (2.5).
+    4. The moving image is resampled from the original and the steps repeat on it: ``T <- T (I + rate (M - I))``,
+       until an update moves no corner of the image by more than ``tolerance`` of its longest side, or for
+       ``iterations`` passes (2.8).
+
+    The parameters' defaults are the paper's. A pair that cannot be estimated is reported in the status, its matrix is
+    NaN and ``forward`` returns its moving image as it was, with a warning; nothing is made up.
+
+    Args:
+        spatial_dims: D, 2 or 3.
+        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        estimator: ``"mlp"``, the paper's regressor; ``"least_squares"``, the closed form in its place;
+            ``"consensus"``, the closed form over those of all pairs that agree.
+        num_points: keypoints in a set.
+        num_sets: sets averaged. Not used by ``"consensus"``, which looks at all pairs at once.
+        replacement: draw a set's keypoints with replacement.
+        threshold: fraction of a map's maximum below which it is cut (eq. 1).
+        layers: VGG-19's convolution layers to use, of 1 and 2.
+        symmetric: add the response to the negative, see `KeypointDetector`.
+        scales: factors by which copies of the image are shrunk for more keypoints.
+        iterations: largest number of passes.
+        rate: learning rate of a pass, above 0 and at most 1.
+        tolerance: see step 4.
+        padding: added on every side, as a fraction of the longest side.
+        normalize: ``"image"`` divides the keypoints by the longest padded side; ``"points"`` shifts and scales both
+            images' keypoints alike, so that those of the fixed image fill [0, 1].
+        consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
+            padded side. Each later pass halves it, down to a quarter.
+        hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
+        vgg19_weights: see `VGG19Features`.
+        seed: seed of the draws. One object gives one input the same answer every time.
+        slice_batch: slices of a volume in memory at once.
+
+    Raises:
+        RegistrationError: an argument out of its range.
+
+    References:
+        Kori and Krishnamurthi, sections 2.2 to 2.8.
+
+    Example::
+
+        net = ZeroShotAffineNet(vgg19_weights="vgg19-dcbb9e9d.pth")
+        net.load_state_dict(torch.load("model.pt", weights_only=True))
+        moved = net(torch.stack([moving, fixed], dim=1))  # [B, 2, H, W] to [B, 1, H, W]
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        transform: str = "affine",
+        estimator: str = "mlp",
+        num_points: int = 64,
+        num_sets: int = 10,
+        replacement: bool = True,
+        threshold: float = 0.95,
+        layers: tuple[int, ...] = (1, 2),
+        symmetric: bool = False,
+        scales: tuple[int, ...] = (1,),
+        iterations: int = 1,
+        rate: float = 1.0,
+        tolerance: float = 2e-4,
+        padding: float = 0.25,
+        normalize: str = "image",
+        consensus_threshold: float = 0.035,
+        hidden: tuple[int, ...] = (),
+        vgg19_weights: str = IMAGENET,
+        seed: int = 0,
+        slice_batch: int = 8,
+    ) -> None:
+        super().__init__()
+        _check_choice("spatial_dims", spatial_dims, (2, 3))
+        _check_choice("estimator", estimator, ESTIMATORS)
+        _check_choice("normalize", normalize, ("image", "points"))
+        _check_whole("num_points", num_points, spatial_dims + 1)
+        _check_whole("num_sets", num_sets, 1)
+        _check_whole("iterations", iterations, 1)
+        if not 0.0 < rate <= 1.0:
+            raise RegistrationError("rate", rate, "0 < rate <= 1")
+        if not 0.0 <= padding <= 2.0:
+            raise RegistrationError("padding", padding, "0 <= padding <= 2")
+        self.spatial_dims = spatial_dims
+        self.consensus = estimator == "consensus"
+        self.num_points = num_points
+        self.num_sets = num_sets
+        self.replacement = replacement
+        self.iterations = iterations
+        self.rate = float(rate)
+        self.tolerance = float(tolerance)
+        self.padding = float(padding)
+        self.normalize = normalize
+        self.consensus_threshold = float(consensus_threshold)
+        self.features = VGG19Features(vgg19_weights, layers)
+        self.keypoints = KeypointDetector(self.features, CenterOfMass(threshold), symmetric, scales, slice_batch)
+        self.resampler = AffineResampler()
+        self.regressor: nn.Module
+        if estimator == "mlp":
+            widths = {"hidden": tuple(hidden)} if hidden else {}
+            self.regressor = AffineRegressor(spatial_dims, num_points, transform, **widths)
+        else:
+            self.regressor = LeastSquaresAffine(
+                spatial_dims, transform, self.consensus, threshold=consensus_threshold, seed=seed
+            )
+        draws = num_points if replacement else self.keypoints.count(spatial_dims)
+        self.register_buffer("draws", torch.empty(num_sets, draws), persistent=False)
+        self.draw(torch.Generator().manual_seed(seed))
+
+    @torch.jit.unused
+    def draw(self, generator: torch.Generator) -> None:
+        """Take new random numbers for the choice of keypoints from ``generator`` (on the CPU)."""
+        self.draws.copy_(torch.rand(self.draws.shape, generator=generator))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Register.
+
+        Args:
+            image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed, on one isotropic grid.
+
+        Returns:
+            ``[B, 1, *spatial]``: the moving image on the fixed image, 0 outside.
+        """
+        estimate = self.estimate(image)
+        failed = estimate.status > 0
+        if bool(failed.any()):
+            warnings.warn("some pairs could not be registered: their moving images come back as they were")
+        size: list[int] = list(image.shape[2:])
+        theta = theta_from_unit(estimate.matrix.nan_to_num(), size)
+        moved = self.resampler(image[:, :1], theta, size)
+        keep = failed.view([-1] + [1] * (image.dim() - 1))
+        return torch.where(keep, image[:, :1], moved)
+
+    @torch.jit.export
+    def predict_affine(self, image: Tensor) -> Tensor:
+        """The matrices alone: ``[B, 2, *spatial]`` to ``[B, D, D+1]``, fixed to moving unit coordinates, NaN where a
+        pair could not be estimated."""
+        return self.estimate(image).matrix
+
+    @torch.jit.export
+    def estimate(self, image: Tensor) -> AffineEstimate:
+        """The matrices with how they came about; see `AffineEstimate`.
+
+        Args:
+            image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed, on one isotropic grid.
+
+        Raises:
+            RegistrationError: another shape.
+        """
+        if not torch.jit.is_scripting():
+            _check_pair(image, self.spatial_dims)
+        longest = float(max(list(image.shape[2:])))
+        margin = int(self.padding * longest)
+        scaled = scale_to_unit_range(image.float())
+        scaled = F.pad(scaled, [margin, margin] * self.spatial_dims)
+        moving, fixed = scaled[:, :1], scaled[:, 1:]
+        moving_foreground, fixed_foreground = foreground(moving), foreground(fixed)
+        size: list[int] = list(fixed.shape[2:])
+        side = longest + 2.0 * margin
+
+        fixed_points, fixed_valid = self._detect(fixed, fixed_foreground, side)
+        first_points, first_valid = self._detect(moving, moving_foreground, side)
+        points, valid = first_points, first_valid
+        batch = image.shape[0]
+        identity = torch.eye(self.spatial_dims, self.spatial_dims + 1, device=image.device).expand(batch, -1, -1)
+        corners = torch.cartesian_prod(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])).to(image.device)
+        if self.spatial_dims == 3:
+            corners = torch.cat([F.pad(corners, [0, 1]), F.pad(corners, [0, 1], value=1.0)])
+        total = identity
+        status = torch.zeros(batch, dtype=torch.long, device=image.device)
+        passes = torch.zeros_like(status)
+        active = torch.ones(batch, dtype=torch.bool, device=image.device)
+        for step in range(self.iterations):
+            if step > 0:
+                theta = theta_from_unit(total, size)
+                warped = self.resampler(moving, theta, size)
+                warped_foreground = (self.resampler(moving_foreground, theta, size) > 0.5).to(warped.dtype)
+                points, valid = self._detect(warped, warped_foreground, side)
+            both = valid & fixed_valid
+            matrix = self._regress(fixed_points, points, both, step)
+            code = _judge(matrix, fixed_points, points, both)
+            status = torch.where(active, code, status)
+            active = active & (code == 0)
+            update = identity + self.rate * (matrix.nan_to_num() - identity)
+            total = torch.where(active.view(-1, 1, 1), compose_affine(total, update), total)
+            passes = passes + active.long()
+            moved = torch.linalg.vector_norm(apply_affine(update, corners) - corners, dim=2).amax(dim=1)
+            active = active & (moved > self.tolerance)
+            if not bool(active.any()):
+                break
+        result = unit_without_padding(total, float(margin), longest)
+        result = torch.where((status > 0).view(-1, 1, 1), torch.full_like(result, float("nan")), result)
+        shift = float(margin) / longest
+        return AffineEstimate(
+            result,
+            status,
+            fixed_points * (side / longest) - shift,
+            first_points * (side / longest) - shift,
+            fixed_valid & first_valid,
+            passes,
+        )
+
+    def _detect(self, image: Tensor, inside: Tensor, side: float) -> tuple[Tensor, Tensor]:
+        points, valid = self.keypoints(image, inside)
+        return index_to_unit(points, side), valid
+
+    def _regress(self, fixed_points: Tensor, moving_points: Tensor, valid: Tensor, step: int) -> Tensor:
+        """One matrix a pair, ``[B, D, D+1]``, fixed to moving unit coordinates."""
+        if self.consensus:
+            return self._agree(fixed_points, moving_points, valid, step)
+        offset, extent = _box(fixed_points, valid)
+        if self.normalize == "image":
+            offset, extent = torch.zeros_like(offset), torch.ones_like(extent)
+        chosen = self._choose(valid)  # [B, S, N]
+        batch, dims = fixed_points.shape[0], self.spatial_dims
+        flat = chosen.reshape(batch, -1, 1).expand(-1, -1, dims)
+        shape = [batch * self.num_sets, -1, dims]
+        x = ((fixed_points.gather(1, flat) - offset) / extent).reshape(shape)
+        y = ((moving_points.gather(1, flat) - offset) / extent).reshape(shape)
+        matrix = self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
+        # from the box's coordinates back to the image's
+        linear = matrix[:, :, :dims]
+        column = matrix[:, :, dims:] * extent + offset.transpose(1, 2) - linear @ offset.transpose(1, 2)
+        return torch.cat([linear, column], dim=2)
+
+    @torch.jit.unused
+    def _agree(self, fixed_points: Tensor, moving_points: Tensor, valid: Tensor, step: int) -> Tensor:
+        threshold = self.consensus_threshold * max(0.5**step, 0.25)
+        return self.regressor(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
+
+    def _choose(self, valid: Tensor) -> Tensor:
+        """Positions ``[B, num_sets, num_points]`` of the keypoints in each set; they depend on no other pair."""
+        batch = valid.shape[0]
+        count = valid.sum(dim=1).clamp(min=1).view(-1, 1, 1)
+        order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
+        if self.replacement:
+            place = (self.draws * count).long().clamp(max=valid.shape[1] - 1)
+            return order.gather(1, place.reshape(batch, -1)).reshape(batch, self.num_sets, self.num_points)
+        priority = self.draws + valid.unsqueeze(1).to(self.draws.dtype)
+        ranked = priority.argsort(dim=2, descending=True)
+        # where there are fewer keypoints than a set takes, they come round again
+        place = torch.arange(self.num_points, device=valid.device) % count
+        return ranked.gather(2, place.expand(-1, self.num_sets, -1))
+
+
+def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) -> Tensor:
+    """Scale each channel of each image by its percentiles to [0, 1] and clip (section 2.2).
+
+    Args:
+        image: ``[B, C, *spatial]``.
+        low: lower percentile, 0 to 1. Its value is the background.
+        high: upper percentile.
+
+    Returns:
+        ``[B, C, *spatial]``; a constant channel becomes 0.
+    """
+    flat = image.flatten(2)
+    step = 1 + flat.shape[2] // 4000000  # quantiles need no more, and sorting dominates beyond
+    values = torch.quantile(flat[:, :, ::step], torch.tensor([low, high], dtype=flat.dtype, device=flat.device), dim=2)
+    bottom, top = values[0].unsqueeze(2), values[1].unsqueeze(2)
+    # less than the upper percentile of a mostly empty image may be its background
+    narrow = top <= bottom
+    bottom = torch.where(narrow, flat.amin(dim=2, keepdim=True), bottom)
+    top = torch.where(narrow, flat.amax(dim=2, keepdim=True), top)
+    spread = torch.where(top > bottom, top - bottom, torch.ones_like(top))
+    return ((flat - bottom) / spread).clamp(0.0, 1.0).view(image.shape)
+
+
+def foreground(image: Tensor, level: float = 0.05) -> Tensor:
+    """1 where a scaled image ``[B, 1, *spatial]`` exceeds ``level``, else 0: what stands out of a dark background."""
+    return (image > level).to(image.dtype)
+
+
+def _box(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower corner ``[B, 1, D]`` and longest side ``[B, 1, 1]`` of the box around the valid points."""
+    inside = valid.unsqueeze(2)
+    low = torch.where(inside, points, torch.ones_like(points)).amin(dim=1, keepdim=True)
+    high = torch.where(inside, points, torch.zeros_like(points)).amax(dim=1, keepdim=True)
+    return low, (high - low).amax(dim=2, keepdim=True).clamp(min=1e-3)
+
+
+def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: Tensor) -> Tensor:
+    """`Status` codes ``[B]`` of one pass."""
+    dims = matrix.shape[1]
+    finite = matrix.flatten(1).isfinite().all(dim=1)
+    mirrored = torch.linalg.det(matrix[:, :, :dims].nan_to_num()) <= 0
+    code = torch.where(finite, torch.where(mirrored, 3, 0), 4)
+    flat = _is_flat(fixed_points, valid) | _is_flat(moving_points, valid)
+    code = torch.where(flat, torch.full_like(code, 2), code)
+    return torch.where(valid.sum(dim=1) < dims + 1, torch.full_like(code, 1), code)
+
+
+def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3) -> Tensor:
+    weight = valid.to(points.dtype).unsqueeze(2)
+    total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
+    centered = (points - (weight * points).sum(dim=1, keepdim=True) / total) * weight
+    spread = torch.linalg.eigvalsh(centered.double().transpose(1, 2) @ centered.double())
+    return spread[:, 0] <= ratio**2 * spread[:, -1]
+
+
+def _check_pair(image: Tensor, spatial_dims: int) -> None:
+    if image.dim() != spatial_dims + 2 or image.shape[1] != 2:
+        raise RegistrationError(
+            "image",
+            tuple(image.shape),
+            f"[B, 2, {', '.join('HWD'[:spatial_dims])}] with the moving image in channel 0 and the fixed one in channel 1",
+        )
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise RegistrationError(name, value, f"one of {allowed}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RegistrationError(name, value, f"a whole number of at least {least}")
