@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target registration error: how far a transform puts a point from where it belongs, in mm.
+
+Matrices are ``(D+1, D+1)`` and map fixed world to moving world (pull), RAS mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import CumulativeIterationMetric
+from monai.metrics.utils import do_metric_reduction
+from monai.utils import MetricReduction
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.metrics.intensity import foreground_mask
+
+__all__ = ["TRE_STATISTICS", "TREMetric", "foreground_tre", "landmark_tre", "target_registration_error"]
+
+TRE_STATISTICS = ("mean", "median", "p95", "max", "rms")
+_MOST_POINTS = 20_000
+
+
+def _matrix(value: Any, dims: int, name: str) -> Tensor:
+    matrix = torch.as_tensor(value)
+    matrix = matrix.as_tensor() if hasattr(matrix, "as_tensor") else matrix
+    if matrix.shape != (dims + 1, dims + 1):
+        raise RegistrationError(name, tuple(matrix.shape), f"a ({dims + 1}, {dims + 1}) matrix for {dims}D points")
+    return matrix.detach().cpu().double()
+
+
+def _points(value: Any, name: str) -> Tensor:
+    points = torch.as_tensor(value).detach().cpu().double()
+    if points.ndim != 2 or points.shape[1] not in (2, 3) or len(points) == 0 or not bool(torch.isfinite(points).all()):
+        raise RegistrationError(name, tuple(points.shape), "finite points of shape (N, 2) or (N, 3), N > 0")
+    return points
+
+
+def _distance(gap: Tensor) -> np.ndarray:
+    # a transform that is not finite is wrong by any measure; NaN would drop out of averages unseen
+    return torch.nan_to_num(gap.norm(dim=-1), nan=float("inf"), posinf=float("inf")).numpy()
+
+
+def target_registration_error(
+    affine: np.ndarray | Tensor, truth: np.ndarray | Tensor, points: np.ndarray | Tensor
+) -> np.ndarray:
+    """Distance between where two transforms put the same points of the fixed image.
+
+    Args:
+        affine: ``(D+1, D+1)``, the estimate.
+        truth: ``(D+1, D+1)``.
+        points: ``[N, D]``, fixed world, RAS mm.
+
+    Returns:
+        ``[N]`` float64, mm, measured in the moving world; infinity where ``affine`` is not finite.
+
+    Raises:
+        RegistrationError: shapes that do not fit, or a truth that is not finite.
+    """
+    where = _points(points, "points")
+    estimate, true = _matrix(affine, where.shape[1], "affine"), _matrix(truth, where.shape[1], "truth")
+    if not bool(torch.isfinite(true).all()):
+        raise RegistrationError("truth", true.tolist(), "a finite matrix")
+    return _distance(apply_affine(estimate, where) - apply_affine(true, where))
+
+
+def landmark_tre(
+    affine: np.ndarray | Tensor, fixed_points: np.ndarray | Tensor, moving_points: np.ndarray | Tensor
+) -> np.ndarray:
+    """Distance between transformed landmarks of the fixed image and their partners in the moving image.
+
+    Args:
+        affine: ``(D+1, D+1)``.
+        fixed_points: ``[N, D]``, fixed world, RAS mm (``monai_zsreg.io.landmarks`` reads files).
+        moving_points: ``[N, D]``, moving world, RAS mm; row i is the partner of row i.
+
+    Returns:
+        ``[N]`` float64, mm; infinity where ``affine`` is not finite.
+
+    Raises:
+        RegistrationError: shapes that do not fit.
+    """
+    fixed, moving = _points(fixed_points, "fixed_points"), _points(moving_points, "moving_points")
+    if fixed.shape != moving.shape:
+        raise RegistrationError(
+            "moving_points", tuple(moving.shape), f"the shape of fixed_points, {tuple(fixed.shape)}"
+        )
+    return _distance(apply_affine(_matrix(affine, fixed.shape[1], "affine"), fixed) - moving)
+
+
+def foreground_tre(
+    affine: np.ndarray | Tensor,
+    truth: np.ndarray | Tensor,
+    fixed: Tensor,
+    mask: Tensor | np.ndarray | None = None,
+) -> dict[str, float]:
+    """Target registration error over the foreground voxels of the fixed image.
+
+    Mean, median, 95th percentile and root mean square come from at most 20,000 voxels, drawn one from each of as many
+    equal stretches of the foreground with a fixed seed. The maximum is exact: the error is a convex function of
+    position, so along each row of voxels it is largest at the first or last foreground voxel.
+
+    Args:
+        affine: ``(D+1, D+1)``, the estimate.
+        truth: ``(D+1, D+1)``.
+        fixed: ``[C, *spatial]``, normally a ``MetaTensor``; a plain tensor counts as 1 mm voxels.
+        mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. By Otsu from ``fixed`` if None; then an
+            image without contrast counts as a whole.
+
+    Returns:
+        The `TRE_STATISTICS`: ``mean``, ``median``, ``p95``, ``max``, ``rms``, mm; infinity if ``affine`` is not finite.
+
+    Raises:
+        RegistrationError: shapes that do not fit, a truth that is not finite, an empty mask.
+    """
+    grid = Grid.of(fixed, "fixed")
+    if mask is None:
+        inside = foreground_mask(fixed)[0]
+        inside = inside if bool(inside.any()) else torch.ones_like(inside)
+    else:
+        given = torch.as_tensor(mask)
+        given = given.as_tensor() if hasattr(given, "as_tensor") else given
+        if tuple(given.shape[1:]) != grid.shape:
+            raise RegistrationError("mask", tuple(given.shape), f"channel-first, spatial shape {grid.shape}")
+        inside = (given != 0).any(dim=0)
+        if not bool(inside.any()):
+            raise RegistrationError("mask", "only zeros", "at least one foreground voxel")
+    inside = inside.cpu()
+    flat = inside.flatten().nonzero()[:, 0]
+    if len(flat) > _MOST_POINTS:
+        # one at random from each stretch: a fixed stride could keep step with the rows of the image
+        draw = torch.rand(_MOST_POINTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        rank = ((torch.arange(_MOST_POINTS) + draw) * (len(flat) / _MOST_POINTS)).long().clamp_(max=len(flat) - 1)
+        flat = flat[rank]
+    sample = torch.stack(torch.unravel_index(flat, grid.shape), dim=-1)
+    errors, ends = (
+        target_registration_error(affine, truth, apply_affine(grid.affine, index.double()))
+        for index in (sample, _row_ends(inside))
+    )
+    if not np.isfinite(ends).all():
+        return dict.fromkeys(TRE_STATISTICS, float("inf"))
+    median, p95 = np.percentile(errors, [50, 95])
+    values = (errors.mean(), median, p95, ends.max(), np.sqrt((errors**2).mean()))
+    return {name: float(value) for name, value in zip(TRE_STATISTICS, values, strict=True)}
+
+
+def _row_ends(inside: Tensor) -> Tensor:
+    """Indices ``[N, D]`` of the first and last True of each row along the last axis."""
+    rows = inside.any(dim=-1).nonzero()
+    kept = inside[inside.any(dim=-1)].to(torch.uint8)
+    first = kept.argmax(dim=-1)
+    last = inside.shape[-1] - 1 - kept.flip(-1).argmax(dim=-1)
+    return torch.cat([torch.cat([rows, end[:, None]], dim=-1) for end in (first, last)])
+
+
+class TREMetric(CumulativeIterationMetric):
+    """Foreground target registration error as a MONAI metric.
+
+    Called as ``metric(y_pred, y, fixed=..., mask=...)``: estimates and truths, each ``[B, D+1, D+1]`` or a list of
+    ``(D+1, D+1)``, a list of fixed images and, optionally, a list of their masks. One value a pair, ``[B, 1]`` a call.
+    A transform that is not finite counts as infinity, also in the mean.
+
+    Args:
+        statistic: one of `TRE_STATISTICS`.
+        reduction: as in ``monai.metrics.RegressionMetric``.
+
+    Raises:
+        RegistrationError: an unknown statistic.
+    """
+
+    def __init__(self, statistic: str = "mean", reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
+        super().__init__()
+        if statistic not in TRE_STATISTICS:
+            raise RegistrationError("statistic", statistic, f"one of {TRE_STATISTICS}")
+        self.statistic = statistic
+        self.reduction = reduction
+
+    def _compute_list(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Tensor:
+        return self._compute_tensor(y_pred, y, **kwargs)
+
+    def _compute_tensor(  # type: ignore[override]
+        self,
+        y_pred: Any,
+        y: Any = None,
+        fixed: Sequence[Tensor] | None = None,
+        mask: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        masks = [None] * len(y_pred) if mask is None else mask
+        for name, column in (("y", y), ("fixed", fixed), ("mask", masks)):
+            if column is None or len(column) != len(y_pred):
+                given = None if column is None else len(column)
+                raise RegistrationError(name, given, f"one for each of {len(y_pred)} estimates")
+        assert fixed is not None
+        rows = [foreground_tre(*row)[self.statistic] for row in zip(y_pred, y, fixed, masks, strict=True)]
+        return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
+
+    def aggregate(self, reduction: MetricReduction | str | None = None) -> Tensor:
+        """Reduce over all pairs so far.
+
+        Args:
+            reduction: instead of the one given at construction.
+
+        Raises:
+            RegistrationError: no pair was measured yet.
+        """
+        data = self.get_buffer()
+        if not isinstance(data, Tensor):
+            raise RegistrationError("metric", "no pairs", "at least one pair before aggregate")
+        return do_metric_reduction(data, reduction or self.reduction)[0]
