@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data for the regressor, the pieces of its training, and its evaluation.
+
+Section 2.5 of the paper: points X ~ U(0, 1), a matrix M ~ U(-1, 1), Y = M X; the network learns M from (X, Y). No image
+is involved. The bundle's ``configs/train.json`` puts the pieces together. ``python -m monai_zsreg.training`` prints how
+far a trained network is off, beside the closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import apply_affine
+from monai_zsreg.io.files import atomic_path, write_json
+from monai_zsreg.networks.least_squares import LeastSquaresAffine
+from monai_zsreg.networks.regressors import AffineRegressor, number_of_outputs
+
+__all__ = [
+    "BestModelSaver",
+    "RandomPointPairs",
+    "evaluation_table",
+    "latest_checkpoint",
+    "load_regressor",
+    "perturbation_matrices",
+    "random_matrices",
+    "random_points",
+]
+
+# the perturbation of section 2.8, on a 240-pixel image padded by 50 pixels on every side
+_IMAGE_SIDE = 240
+_PADDED_SIDE = 340
+_LARGEST_SHIFT = 50.0
+_LARGEST_ANGLE = 0.3
+_LARGEST_SHEAR = 0.03
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# random points and matrices
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _uniform(size: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(*size, generator=generator) * (high - low) + low
+
+
+def _rotation_2d(angle: Tensor) -> Tensor:
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).reshape(-1, 2, 2)
+
+
+def _rotation_3d(axis: Tensor, angle: Tensor) -> Tensor:
+    """Rotations ``[B, 3, 3]`` about unit vectors ``[B, 3]`` (Rodrigues)."""
+    x, y, z = axis.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).reshape(-1, 3, 3)
+    sine, cosine = angle.sin()[:, None, None], angle.cos()[:, None, None]
+    return torch.eye(3) + sine * cross + (1 - cosine) * cross @ cross
+
+
+def _random_rotations(count: int, spatial_dims: int, generator: torch.Generator) -> Tensor:
+    """Rotations ``[B, D, D]``, spread evenly over all of them."""
+    if spatial_dims == 2:
+        return _rotation_2d(_uniform([count], -math.pi, math.pi, generator))
+    # the orthogonal factor of a matrix of normal numbers is spread evenly once the signs of R are taken out
+    orthogonal, upper = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator))
+    orthogonal = orthogonal * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    return orthogonal * torch.linalg.det(orthogonal).sign()[:, None, None]
+
+
+def random_matrices(
+    count: int, spatial_dims: int = 2, transform: str = "affine", generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw the matrices of section 2.5.
+
+    affine: every entry ~ U(-1, 1), so half of them are reflections. similarity: any rotation, scale ~ U(0.5, 2),
+    translation ~ U(-1, 1). rigid: the same with scale 1.
+
+    Args:
+        count: B.
+        spatial_dims: D, 2 or 3.
+        transform: "affine", "similarity" or "rigid".
+        generator: source of the random numbers; None: a new one, seeded with 0.
+
+    Returns:
+        ``[B, D, D+1]``, unit coordinates.
+
+    Raises:
+        RegistrationError: unknown ``transform`` or ``spatial_dims``.
+    """
+    number_of_outputs(transform, spatial_dims)  # checks both
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if transform == "affine":
+        return _uniform([count, spatial_dims, spatial_dims + 1], -1, 1, generator)
+    linear = _random_rotations(count, spatial_dims, generator)
+    if transform == "similarity":
+        linear = linear * _uniform([count, 1, 1], 0.5, 2, generator)
+    return torch.cat([linear, _uniform([count, spatial_dims, 1], -1, 1, generator)], dim=-1)
+
+
+def random_points(
+    count: int, num_points: int = 64, spatial_dims: int = 2, generator: torch.Generator | None = None, spread: float = 0
+) -> Tensor:
+    """Draw fixed points ``[B, N, D]``: U(0, 1), or N(0.5, ``spread``) cut off at 0 and 1, as real keypoints cluster."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if spread > 0:
+        return (0.5 + spread * torch.randn(count, num_points, spatial_dims, generator=generator)).clamp(0, 1)
+    return torch.rand(count, num_points, spatial_dims, generator=generator)
+
+
+def perturbation_matrices(
+    count: int, spatial_dims: int = 2, transform: str = "affine", generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw the test perturbation of section 2.8, about the middle of the image.
+
+    Translation up to 50 pixels an axis, rotation up to 0.3 rad (3D: about any axis), shear up to 0.03, on a 240-pixel
+    image padded to 340 pixels. "similarity" and "rigid": without the shear.
+
+    Returns:
+        ``[B, D, D+1]``, unit coordinates of the padded image.
+    """
+    number_of_outputs(transform, spatial_dims)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    angle = _uniform([count], -_LARGEST_ANGLE, _LARGEST_ANGLE, generator)
+    if spatial_dims == 2:
+        linear = _rotation_2d(angle)
+    else:
+        linear = _rotation_3d(nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=-1), angle)
+    if transform == "affine":
+        shear = _uniform([count, spatial_dims, spatial_dims], -_LARGEST_SHEAR, _LARGEST_SHEAR, generator)
+        linear = linear @ (torch.eye(spatial_dims) + shear.triu(1))
+    shift = _uniform([count, spatial_dims], -_LARGEST_SHIFT, _LARGEST_SHIFT, generator) / _PADDED_SIDE
+    center = torch.full((count, spatial_dims), 0.5)
+    translation = shift + center - (linear @ center[..., None])[..., 0]
+    return torch.cat([linear, translation[..., None]], dim=-1)
+
+
+class RandomPointPairs(IterableDataset):
+    """Batches of random point pairs, made on the fly (section 2.5).
+
+    One pass gives ``num_batches`` batches, each a dictionary: "image" the fixed points ``[B, N, D]``, "moving" the
+    moving points ``[B, N, D]``, "label" the matrices ``[B, D, D+1]``. The names are those that MONAI's engines look
+    for. The content of a batch depends only on ``seed``, ``rank``, ``world_size`` and its position in the stream. Use
+    it with ``DataLoader(dataset, batch_size=None)``; it is fast enough to need no worker process.
+
+    Args:
+        spatial_dims: D, 2 or 3.
+        num_points: N.
+        kind: of the matrices: "affine", "similarity" or "rigid". (Not named "transform": in a bundle, a data set's
+            "transform" is its preprocessing.)
+        batch_size: B.
+        num_batches: batches a pass.
+        seed: of the stream.
+        fresh: True: every pass goes on in the stream, so no points come twice. False: every pass gives the same, for
+            validation.
+        rank, world_size: of this process among those that train together; each gets points of its own.
+
+    Raises:
+        RegistrationError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        num_points: int = 64,
+        kind: str = "affine",
+        batch_size: int = 512,
+        num_batches: int = 250,
+        seed: int = 0,
+        fresh: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        number_of_outputs(kind, spatial_dims)
+        for name, value in (("num_points", num_points), ("batch_size", batch_size), ("num_batches", num_batches)):
+            if value < 1:
+                raise RegistrationError(name, value, "at least 1")
+        if not 0 <= rank < world_size:
+            raise RegistrationError("rank", rank, f"0 to {world_size - 1} (world_size - 1)")
+        self.spatial_dims = spatial_dims
+        self.num_points = num_points
+        self.kind = kind
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.fresh = fresh
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def batch(self, position: int) -> dict[str, Tensor]:
+        """The batch at a position of this process's stream."""
+        index = position * self.world_size + self.rank
+        # seeds far apart for neighboring indices, and no index of one seed in common with those of the next seed
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
+        generator = torch.Generator().manual_seed(mixed)
+        fixed = random_points(self.batch_size, self.num_points, self.spatial_dims, generator)
+        matrix = random_matrices(self.batch_size, self.spatial_dims, self.kind, generator)
+        return {"image": fixed, "moving": apply_affine(matrix, fixed), "label": matrix}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if get_worker_info() is not None:
+            raise RegistrationError("num_workers", "1 or more", "0: every worker would make the same points")
+        start = self.position if self.fresh else 0
+        for position in range(start, start + self.num_batches):
+            if self.fresh:
+                self.position = position + 1
+            yield self.batch(position)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the stream has been used, for a checkpoint."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was taken."""
+        self.position = int(state["position"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pieces of the training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class BestModelSaver:
+    """Ignite handler for the evaluator: keeps the best network so far as a plain state dict, with a JSON beside it.
+
+    MONAI's ``CheckpointSaver`` forgets its best value when a training is resumed, and then replaces a better file. This
+    handler belongs in the checkpoint (it has ``state_dict`` and ``load_state_dict``), so it remembers. The names in the
+    file begin with ``prefix``: "regressor." makes it load strictly into ``ZeroShotAffineNet``.
+
+    Args:
+        path: the file, such as ``model.pt``. The JSON beside it has the error, the epoch and the training time in
+            seconds, sessions before a resume included.
+        network: what to save.
+        metric_name: the metric of the evaluator to judge by; less is better.
+        prefix: put before every parameter's name.
+        details: more for the JSON, such as the settings.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        network: nn.Module,
+        metric_name: str = "val_mean_absolute_error",
+        prefix: str = "regressor.",
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.metric_name = metric_name
+        self.prefix = prefix
+        self.details = dict(details or {})
+        self.best = math.inf
+        self._earlier_seconds = 0.0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far."""
+        return self._earlier_seconds + time.monotonic() - self._start
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        value = float(engine.state.metrics[self.metric_name])
+        if not value < self.best:
+            return
+        self.best = value
+        state = {self.prefix + name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+        with atomic_path(self.path) as partial:
+            torch.save(state, partial)
+        facts = {"mean_absolute_error": value, "epoch": engine.state.epoch, "training_seconds": round(self.seconds, 1)}
+        write_json(self.path.with_suffix(".json"), facts | {"torch": torch.__version__} | self.details)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to remember."""
+        return {"best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from ``state``."""
+        self.best = float(state["best"])
+        self._earlier_seconds = float(state["seconds"])
+        self._start = time.monotonic()
+
+
+def latest_checkpoint(folder: str | Path) -> str:
+    """The checkpoint of the highest epoch in ``folder``; one that was cut short while it was written is passed over.
+
+    Raises:
+        RegistrationError: there is none.
+    """
+    found = [path for path in Path(folder).glob("*epoch=*.pt") if zipfile.is_zipfile(path)]
+    if not found:
+        raise RegistrationError("output_dir", str(folder), "a folder with a checkpoint (*epoch=N.pt) to resume from")
+    return str(max(found, key=lambda path: int(path.stem.rsplit("=", 1)[1])))
+
+
+def _facts(path: str | Path) -> dict[str, Any]:
+    """What ``BestModelSaver`` wrote beside a state dict; empty if there is nothing."""
+    beside = Path(path).with_suffix(".json")
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+
+
+def load_regressor(path: str | Path) -> AffineRegressor:
+    """Load a network from a state dict on disk, such as the bundle's ``models/model.pt``.
+
+    The shapes of the parameters tell the architecture. Only whether it was trained without ``normalize`` comes from the
+    JSON beside the file, if there is one.
+
+    Raises:
+        RegistrationError: no such file, or not the parameters of an ``AffineRegressor``.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds
+        raise RegistrationError("weights", str(path), f"a state dict saved with torch.save ({error})") from error
+    if not isinstance(state, Mapping):
+        raise RegistrationError("weights", str(path), "a state dict")
+    return AffineRegressor.from_state_dict(state, normalize=_facts(path).get("normalize", True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# evaluation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _pixel_error(estimate: Tensor, truth: Tensor) -> float:
+    """Mean distance in pixels between where two sets of matrices put the pixels of the image in the padded frame."""
+    dims = truth.shape[1]
+    margin = (_PADDED_SIDE - _IMAGE_SIDE) / 2
+    # the middles of equal cells that fill the image
+    count = 16 if dims == 2 else 8
+    axis = (margin + (torch.arange(count, device=truth.device) + 0.5) / count * _IMAGE_SIDE) / _PADDED_SIDE
+    points = torch.stack(torch.meshgrid(*[axis] * dims, indexing="ij"), dim=-1).reshape(1, -1, dims)
+    distance = (apply_affine(estimate, points) - apply_affine(truth, points)).norm(dim=-1)
+    return float(distance.mean()) * _PADDED_SIDE
+
+
+@torch.no_grad()
+def evaluation_table(network: AffineRegressor, num_sets: int = 4096, seed: int = 2**31) -> list[dict[str, Any]]:
+    """Measure a trained network and the closed form on fresh random points.
+
+    Args:
+        network: any ``AffineRegressor``.
+        num_sets: point sets a row.
+        seed: of the points; another one than that of the training.
+
+    Returns:
+        One dictionary a row: "points" and "matrices" (what was drawn), "noise" (standard deviation added to the moving
+        points, as a fraction of the frame's side), and for both methods the mean absolute error per matrix entry and
+        the mean displacement error in pixels of the 340-pixel frame.
+    """
+    dims, count, transform = network.spatial_dims, network.num_points, network.transform
+    network.eval()
+    closed_form = LeastSquaresAffine(dims, transform)
+    rows = []
+    for points_name, spread in (("uniform", 0.0), ("clustered", 0.15)):
+        for matrices_name, draw in (("section 2.5", random_matrices), ("section 2.8", perturbation_matrices)):
+            for noise in (0.0, 0.01, 0.05):
+                generator = torch.Generator().manual_seed(seed)
+                matrix = draw(num_sets, dims, transform, generator)
+                fixed = random_points(num_sets, count, dims, generator, spread)
+                moving = apply_affine(matrix, fixed)
+                moving = moving + noise * torch.randn(moving.shape, generator=generator)
+                row: dict[str, Any] = {"points": points_name, "matrices": matrices_name, "noise": noise}
+                for name, method in (("mlp", network), ("closed_form", closed_form)):
+                    estimate = method(fixed, moving)
+                    row[f"{name}_error"] = float((estimate - matrix).abs().mean())
+                    row[f"{name}_pixels"] = _pixel_error(estimate, matrix)
+                rows.append(row)
+    return rows
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| points | matrices | noise | MLP: error per parameter | pixels | closed form: error per parameter | pixels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['points']} | {row['matrices']} | {row['noise']:.0%} | {row['mlp_error']:.4f} "
+            f"| {row['mlp_pixels']:.2f} | {row['closed_form_error']:.4f} | {row['closed_form_pixels']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: print the table of one trained network. Returns the exit code: 0, or 2 for unusable input."""
+    parser = argparse.ArgumentParser(prog="python -m monai_zsreg.training", description=main.__doc__)
+    parser.add_argument("--weights", required=True, help="state dict of the network, such as models/model.pt")
+    parser.add_argument("--num_sets", type=int, default=4096, help="point sets a row (default: 4096)")
+    parser.add_argument("--seed", type=int, default=2**31, help="of the points (default: 2**31)")
+    options = parser.parse_args(arguments)
+    try:
+        network = load_regressor(options.weights)
+    except RegistrationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{network.spatial_dims}D {network.transform}, {network.num_points} pairs, hidden layers {network.hidden}, "
+          f"{parameters:,} parameters")  # fmt: skip
+    facts = _facts(options.weights)
+    if "training_seconds" in facts:
+        print(f"training time: {facts['training_seconds'] / 60:.1f} minutes")
+    print(_markdown(evaluation_table(network, options.num_sets, options.seed)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
