@@ -26,7 +26,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         path: the final name. Its folder is made if it is missing.
 
     Raises:
-        RegistrationError: the folder cannot be made or written to.
+        RegistrationError: the folder cannot be made or written to, or ``path`` is a folder.
     """
     target = Path(path)
     try:
@@ -42,7 +42,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o666 & ~mask)
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError as error:
+            raise RegistrationError("path", str(path), f"the name of a file that can be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
 

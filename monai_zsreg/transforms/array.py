@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Array transforms: register a moving image, apply a known transform, save a transform.
+
+An image is put on the fixed grid in two steps: its header moves by the inverse of the pull matrix T
+(``affine = inv(T) @ affine``), then MONAI's `ResampleToMatch` resamples it. The header edit acts on the world side of
+the affine and pending (lazy) operations act on its index side, so the two commute: the edit is made at once, the
+resampling joins whatever is pending. Both are one entry in the trace, which holds the native header; ``inverse``
+resamples back and puts that header back as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from monai.config import DtypeLike
+from monai.data import FolderLayout, MetaTensor, get_track_meta
+from monai.transforms import ResampleToMatch, SpatialResample, Transform
+from monai.transforms.lazy.functional import apply_pending
+from monai.utils import (
+    GridSampleMode,
+    GridSamplePadMode,
+    LazyAttr,
+    MetaKeys,
+    SpaceKeys,
+    SplineMode,
+    TraceKeys,
+    get_torch_dtype_from_string,
+)
+from monai.utils.misc import ImageMetaKey
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError, RegistrationFailure
+from monai_zsreg.geometry import Grid, moved_header
+from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
+
+if TYPE_CHECKING:
+    from monai_zsreg.registration import RegistrationResult
+
+__all__ = ["ApplyAffineRegistration", "RegisterAffine", "SaveAffine", "evaluate_pending", "read_matrix"]
+
+#: what a registered image carries in its ``meta``
+AFFINE_KEY = "registration_affine"
+SUCCESS_KEY = "registration_success"
+WARNINGS_KEY = "registration_warnings"
+
+_NATIVE_META = "native_meta"
+
+# MONAI's resampling returns float32, which holds every whole number up to here
+_LARGEST_LABEL = 2**24
+
+
+class ApplyAffineRegistration(ResampleToMatch):
+    """Put a moving image on the fixed image's grid with a known transform. Lazy execution and inversion work.
+
+    The result has the fixed image's affine and other metadata, the moving image's file name, and the matrix as
+    ``meta["registration_affine"]`` (float64 tensor, ``(D+1, D+1)``).
+
+    ``inverse`` puts voxels that live on the fixed grid (the image, or through ``Invertd`` a segmentation predicted
+    there) back on the native grid of the moving image, with its metadata as it was; voxels from outside the fixed
+    grid become 0.
+
+    Lazy execution: MONAI carries out all pending operations with the interpolation and padding that the last of them
+    states. This transform does, MONAI's own (1.6.1) do not and then get bilinear and border. So where a lazy transform
+    follows, such as ``RandAffined``, tell ``Compose``:
+    ``overrides={"label": {"mode": "nearest", "padding_mode": "zeros"}, "image": {"padding_mode": "zeros"}}``.
+
+    Args:
+        mode: ``"bilinear"``, ``"nearest"`` (labels), ``"bicubic"`` (2D only) or a spline order 0 to 5 (needs SciPy).
+        padding_mode: ``"zeros"``, ``"border"`` or ``"reflection"``: what lies outside the moving image.
+        fill_value: value outside the moving image with padding mode ``"zeros"``, such as -1024 for CT. Other values
+            than 0 are applied eagerly, after pending operations, even when execution is lazy: MONAI's lazy
+            resampling knows no fill value.
+        dtype: floating point type to resample in.
+        lazy: whether to execute lazily by default.
+
+    Raises:
+        RegistrationError: a wrong argument.
+    """
+
+    def __init__(
+        self,
+        mode: str | int = GridSampleMode.BILINEAR,
+        padding_mode: str = GridSamplePadMode.ZEROS,
+        fill_value: float = 0.0,
+        dtype: DtypeLike = np.float64,
+        lazy: bool = False,
+    ) -> None:
+        super().__init__(
+            mode=_check_mode(mode),
+            padding_mode=_check_padding_mode(padding_mode),
+            align_corners=False,
+            dtype=dtype,
+            lazy=lazy,
+        )
+        self.fill_value = float(fill_value)
+
+    def __call__(  # type: ignore[override]
+        self,
+        img: MetaTensor,
+        affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike,
+        fixed: MetaTensor,
+        mode: str | int | None = None,
+        padding_mode: str | None = None,
+        fill_value: float | None = None,
+        lazy: bool | None = None,
+    ) -> MetaTensor:
+        """
+        Args:
+            img: moving image or labels, ``[C, *spatial]``, all channels are moved.
+            affine: ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of an ITK transform file.
+            fixed: image on the grid to move to, ``[C, *spatial]``; its voxels do not matter.
+            mode: overrides the constructor's.
+            padding_mode: overrides the constructor's.
+            fill_value: overrides the constructor's.
+            lazy: overrides the constructor's.
+
+        Returns:
+            ``[C, *fixed spatial]``, float32. Mode ``"nearest"`` gives whole-number types back as they came, unless
+            execution is lazy: then the last resampling decides, and MONAI makes it float32.
+
+        Raises:
+            RegistrationError: an image without metadata, of the wrong shape or not in RAS; images of unequal
+                dimension; a matrix of the wrong shape or that cannot be inverted.
+        """
+        dims = _check_pair(img, fixed, "img")
+        matrix = read_matrix(affine, dims)
+        mode = self.mode if mode is None else _check_mode(mode)
+        padding_mode = self.padding_mode if padding_mode is None else _check_padding_mode(padding_mode)
+        fill = (self.fill_value if fill_value is None else float(fill_value)) if padding_mode == "zeros" else 0.0
+        nearest = mode in (GridSampleMode.NEAREST, 0)
+        if nearest:
+            _check_labels(img)
+        # with tracing off MONAI drops pending operations, so only the eager way is right
+        lazy_ = bool(self.lazy if lazy is None else lazy) and fill == 0.0 and self.tracing
+
+        source = img if lazy_ else evaluate_pending(img)
+        # deep, here and in _copy: MONAI writes pixdim in place, which goes through shallow copies
+        native = deepcopy(source.meta)
+        native[MetaKeys.AFFINE] = source.peek_pending_affine()
+        edited = _copy(source)
+        edited.affine = moved_header(source.affine, matrix)
+        if fill:
+            edited = _shifted(edited, -fill)
+        moved: Any = super().__call__(edited, fixed, mode=mode, padding_mode=padding_mode, lazy=lazy_)
+        if fill:
+            moved = _shifted(moved, fill)
+        if nearest and not lazy_ and not img.is_floating_point():
+            moved = moved.to(img.dtype)
+
+        if self.tracing:
+            trace = moved.pending_operations if lazy_ else moved.applied_operations
+            # as pairs: MONAI rewrites keys such as "id" in every dictionary that it finds in the trace
+            trace[-1][TraceKeys.EXTRA_INFO][_NATIVE_META] = list(native.items())
+            if lazy_:
+                # MONAI's own transforms do not state these, and what nobody states becomes bilinear and border
+                trace[-1][LazyAttr.INTERP_MODE], trace[-1][LazyAttr.PADDING_MODE] = mode, padding_mode
+        moved.meta = _moved_meta(moved, native, fixed, matrix)
+        return moved
+
+    def inverse(self, data: Tensor) -> MetaTensor:
+        """Voxels on the fixed grid back to the moving image's native grid and header.
+
+        Args:
+            data: ``[C, *fixed spatial]`` with the trace of this transform as the last entry of its kind.
+
+        Returns:
+            ``[C, *native spatial]``; the type of ``data`` where mode is ``"nearest"`` and it is a whole-number type,
+            else float32.
+        """
+        transform = self.pop_transform(data)
+        extra = transform[TraceKeys.EXTRA_INFO]
+        with self.trace_transform(False):
+            # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
+            native: Any = SpatialResample.__call__(
+                self,
+                data,
+                dst_affine=extra["src_affine"],
+                spatial_size=transform[TraceKeys.ORIG_SIZE],
+                mode=extra["mode"],
+                padding_mode=extra["padding_mode"],
+                align_corners=False,
+                dtype=get_torch_dtype_from_string(extra["dtype"]),  # type: ignore[arg-type]
+                lazy=False,
+            )
+        if extra["mode"] in (GridSampleMode.NEAREST, 0) and not data.is_floating_point():
+            native = native.to(data.dtype)
+        native.meta = deepcopy(dict(extra[_NATIVE_META]))
+        return native
+
+
+class RegisterAffine(ApplyAffineRegistration):
+    """Register a moving image to a fixed one and put it on the fixed grid. Lazy execution and inversion work.
+
+    The transform is estimated from the images as they are after pending operations, which are carried out on a copy
+    for that; the moving image itself is still interpolated once.
+
+    Besides the matrix (see `ApplyAffineRegistration`) the result's ``meta`` has ``registration_success`` (bool) and
+    ``registration_warnings`` (one string, empty if there were none), so that all of it collates.
+
+    Args:
+        preset: name of the method, see `monai_zsreg.register`.
+        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        mode: see `ApplyAffineRegistration`.
+        padding_mode: see `ApplyAffineRegistration`.
+        fill_value: see `ApplyAffineRegistration`.
+        device: where to compute the registration, None: chosen by `monai_zsreg.register`.
+        vgg19_weights: file with the weights of VGG-19 for the presets that use it.
+        seed: of all random draws; the same images, arguments and seed give the same matrix.
+        on_failure: ``"raise"`` a `RegistrationFailure` where nothing was found, or ``"warn"``, go on with the
+            matrix that there is (the identity) and leave ``meta["registration_success"]`` False.
+        dtype: see `ApplyAffineRegistration`.
+        lazy: whether to execute lazily by default.
+        preset_options: further arguments of `monai_zsreg.register`.
+    """
+
+    def __init__(
+        self,
+        preset: str = "keypoints",
+        transform: str = "affine",
+        mode: str | int = GridSampleMode.BILINEAR,
+        padding_mode: str = GridSamplePadMode.ZEROS,
+        fill_value: float = 0.0,
+        device: str | torch.device | None = None,
+        vgg19_weights: str | os.PathLike | None = None,
+        seed: int = 0,
+        on_failure: str = "raise",
+        dtype: DtypeLike = np.float64,
+        lazy: bool = False,
+        **preset_options: Any,
+    ) -> None:
+        super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, dtype=dtype, lazy=lazy)
+        if on_failure not in ("raise", "warn"):
+            raise RegistrationError("on_failure", on_failure, "'raise' or 'warn'")
+        self.on_failure = on_failure
+        # plain strings, so that a cache that hashes the transform by pickling it gets the same hash in every process
+        self.register_options: dict[str, Any] = {
+            "preset": preset,
+            "transform": transform,
+            "device": None if device is None else str(device),
+            "vgg19_weights": None if vgg19_weights is None else os.fspath(vgg19_weights),
+            "seed": seed,
+        } | preset_options
+
+    def __call__(  # type: ignore[override]
+        self,
+        moving: MetaTensor,
+        fixed: MetaTensor,
+        mode: str | int | None = None,
+        padding_mode: str | None = None,
+        fill_value: float | None = None,
+        lazy: bool | None = None,
+    ) -> MetaTensor:
+        """
+        Args:
+            moving: image to register, ``[C, *spatial]``.
+            fixed: image to register it to, ``[C, *spatial]``.
+            mode: overrides the constructor's.
+            padding_mode: overrides the constructor's.
+            fill_value: overrides the constructor's.
+            lazy: overrides the constructor's.
+
+        Returns:
+            The moving image on the fixed grid, see `ApplyAffineRegistration`.
+
+        Raises:
+            RegistrationError: an image that cannot be used.
+            RegistrationFailure: no transform that can be trusted was found, and ``on_failure`` is ``"raise"``.
+        """
+        _check_pair(moving, fixed, "moving")
+        fixed = evaluate_pending(fixed)
+        result = self.estimate(moving, fixed)
+        moved = super().__call__(
+            moving, result.affine, fixed, mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy
+        )
+        moved.meta[SUCCESS_KEY] = bool(result.success)
+        moved.meta[WARNINGS_KEY] = "; ".join(result.warnings)
+        return moved
+
+    def estimate(self, moving: MetaTensor, fixed: MetaTensor) -> RegistrationResult:
+        """The registration alone: moves nothing. `monai_zsreg.register` has warned of a failure; this may raise too."""
+        # here, because the registration package loads the networks
+        from monai_zsreg.registration import register
+
+        result = register(evaluate_pending(fixed), evaluate_pending(moving), **self.register_options)
+        if not result.success and self.on_failure == "raise":
+            name = moving.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the moving image")
+            reasons = "; ".join(result.warnings) or "no reason given"
+            raise RegistrationFailure(
+                f"registration of {name} failed: {reasons} (on_failure='warn' goes on with the matrix that there is)"
+            )
+        return result
+
+
+class SaveAffine(Transform):
+    """Write the matrix that an image was registered with as an ITK transform, named after the image's file.
+
+    The name is ``output_dir/[name/]name_postfix.ext``, as MONAI's ``SaveImage`` makes it.
+
+    Args:
+        output_dir: folder, made if missing.
+        output_postfix: appended to the name.
+        output_ext: one of ``.tfm``, ``.txt``, ``.h5``, ``.hdf5``, ``.mat``.
+        separate_folder: whether each image gets a folder of its own.
+        data_root_dir: the part of the image's path that is left out where the folder structure is kept, see
+            ``monai.data.utils.create_file_basename``.
+
+    Raises:
+        RegistrationError: an extension that is not ITK's.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike = "./",
+        output_postfix: str = "affine",
+        output_ext: str = ".tfm",
+        separate_folder: bool = True,
+        data_root_dir: str | os.PathLike = "",
+    ) -> None:
+        if output_ext not in ITK_SUFFIXES:
+            raise RegistrationError("output_ext", output_ext, "one of " + ", ".join(ITK_SUFFIXES))
+        self.folder_layout = FolderLayout(
+            output_dir=os.fspath(output_dir),
+            postfix=output_postfix,
+            extension=output_ext,
+            parent=separate_folder,
+            makedirs=False,
+            data_root_dir=os.fspath(data_root_dir),
+        )
+
+    def __call__(self, img: MetaTensor) -> MetaTensor:
+        """
+        Args:
+            img: an image that `RegisterAffine` or `ApplyAffineRegistration` returned, also after further transforms.
+
+        Returns:
+            ``img``.
+
+        Raises:
+            RegistrationError: ``img`` carries no matrix, or the file cannot be written.
+        """
+        if not isinstance(img, MetaTensor) or AFFINE_KEY not in img.meta:
+            raise RegistrationError(
+                "img", type(img).__name__, f"a registered image: a MetaTensor with meta['{AFFINE_KEY}']"
+            )
+        if img.is_batch:
+            raise RegistrationError("img", tuple(img.shape), "one image; use decollate_batch first")
+        subject = img.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "subject")
+        write_itk_transform(self.folder_layout.filename(subject), img.meta[AFFINE_KEY])
+        return img
+
+
+def evaluate_pending(image: MetaTensor) -> MetaTensor:
+    """``image`` with its pending (lazy) operations carried out; ``image`` itself stays as it is."""
+    if not image.has_pending_operations:
+        return image
+    copy = _copy(image)
+    copy.clear_pending_operations()
+    return apply_pending(copy, pending=list(image.pending_operations))[0]
+
+
+def read_matrix(affine: Any, dims: int, name: str = "affine") -> Tensor:
+    """A pull matrix from what a user gave.
+
+    Args:
+        affine: matrix ``(D+1, D+1)`` in any array type, or the path of an ITK transform file.
+        dims: D.
+        name: of the argument, for the message.
+
+    Returns:
+        ``(D+1, D+1)`` float64 on the CPU.
+
+    Raises:
+        RegistrationError: it is not a finite, invertible affine matrix of this size.
+    """
+    if isinstance(affine, (str, os.PathLike)):
+        affine = read_itk_transform(affine)
+    try:
+        matrix = torch.as_tensor(affine).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RegistrationError(name, affine, f"a {dims + 1}x{dims + 1} matrix or a transform file") from error
+    matrix = matrix.as_tensor() if isinstance(matrix, MetaTensor) else matrix
+    if matrix.shape != (dims + 1, dims + 1):
+        raise RegistrationError(name, tuple(matrix.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
+    last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
+    usable = bool(torch.isfinite(matrix).all()) and torch.allclose(matrix[dims], last_row)
+    if not usable or float(torch.linalg.det(matrix)) == 0.0:
+        raise RegistrationError(name, matrix.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
+    return matrix
+
+
+def _copy(image: MetaTensor) -> MetaTensor:
+    """The same voxels with a header and lists of operations of their own."""
+    copy = MetaTensor(image.as_tensor(), meta=deepcopy(image.meta), applied_operations=list(image.applied_operations))
+    for operation in image.pending_operations:
+        copy.push_pending_operation(operation)
+    return copy
+
+
+def _shifted(image: MetaTensor, by: float) -> Any:
+    return image.to(torch.promote_types(image.dtype, torch.float32)) + by
+
+
+def _moved_meta(moved: MetaTensor, native: dict, fixed: MetaTensor, matrix: Tensor) -> dict:
+    # eager and lazy alike: everything that describes the grid comes from the fixed image, the name from the moving
+    meta = {k: v for k, v in deepcopy(fixed.meta).items() if k not in (AFFINE_KEY, SUCCESS_KEY, WARNINGS_KEY)}
+    meta.pop(ImageMetaKey.FILENAME_OR_OBJ, None)
+    if ImageMetaKey.FILENAME_OR_OBJ in native:
+        meta[ImageMetaKey.FILENAME_OR_OBJ] = native[ImageMetaKey.FILENAME_OR_OBJ]
+    meta[MetaKeys.AFFINE] = moved.affine.clone()  # MONAI hands out the fixed image's own tensor
+    meta[AFFINE_KEY] = matrix.clone()
+    return meta
+
+
+def _check_pair(moving: Any, fixed: Any, moving_name: str) -> int:
+    dims = []
+    for name, image in ((moving_name, moving), ("fixed", fixed)):
+        if not isinstance(image, MetaTensor) or not get_track_meta():
+            raise RegistrationError(
+                name,
+                type(image).__name__,
+                "a MetaTensor, because registration needs the affine: keep metadata on "
+                "(monai.data.set_track_meta(True), EnsureType and caching data sets with track_meta=True)",
+            )
+        if image.is_batch or image.affine.ndim != 2:
+            raise RegistrationError(name, tuple(image.shape), "one image [C, *spatial]; use decollate_batch first")
+        if image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS) == SpaceKeys.LPS:
+            raise RegistrationError(
+                name,
+                "an affine in LPS",
+                "an affine in RAS, as LoadImage gives unless ITKReader has affine_lps_to_ras=False",
+            )
+        dims.append(Grid.of(image, name).dims)
+    if dims[0] != dims[1]:
+        raise RegistrationError(
+            moving_name,
+            f"{dims[0]}D image of shape {tuple(moving.shape)}",
+            f"{dims[1]} spatial dimensions, as fixed has",
+        )
+    return dims[0]
+
+
+def _check_labels(img: Tensor) -> None:
+    if img.dtype in (torch.int32, torch.int64) and img.numel() > 0:
+        largest = max(abs(int(img.min())), abs(int(img.max())))
+        if largest > _LARGEST_LABEL:
+            raise RegistrationError("img", largest, f"label values up to {_LARGEST_LABEL}, which float32 holds exactly")
+
+
+def _check_mode(mode: str | int) -> str | int:
+    allowed = [m.value for m in GridSampleMode] + [int(m.value) for m in SplineMode]
+    if isinstance(mode, bool) or mode not in allowed:
+        raise RegistrationError("mode", mode, "one of " + ", ".join(repr(m) for m in allowed))
+    return mode if isinstance(mode, int) else str(GridSampleMode(mode).value)
+
+
+def _check_padding_mode(padding_mode: str) -> str:
+    allowed = [m.value for m in GridSamplePadMode]
+    if padding_mode not in allowed:
+        raise RegistrationError("padding_mode", padding_mode, "one of " + ", ".join(repr(m) for m in allowed))
+    return str(GridSamplePadMode(padding_mode).value)

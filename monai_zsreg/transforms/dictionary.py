@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dictionary transforms, thin shells over `monai_zsreg.transforms.array`; each is also named ...D and ...Dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import DtypeLike, KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, LazyTransform, MapTransform
+from monai.utils import GridSampleMode, GridSamplePadMode, ensure_tuple, ensure_tuple_rep
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io.itk_transform import read_itk_transform
+from monai_zsreg.transforms.array import (
+    AFFINE_KEY,
+    ApplyAffineRegistration,
+    RegisterAffine,
+    SaveAffine,
+    evaluate_pending,
+    read_matrix,
+)
+
+__all__ = [
+    "ApplyAffineRegistrationD",
+    "ApplyAffineRegistrationDict",
+    "ApplyAffineRegistrationd",
+    "RegisterAffineD",
+    "RegisterAffineDict",
+    "RegisterAffined",
+    "SaveAffineD",
+    "SaveAffineDict",
+    "SaveAffined",
+]
+
+
+class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
+    """Dictionary form of `RegisterAffine`: aligns several moving images, and what follows each, to a fixed one.
+
+    Each image of ``keys`` is replaced by itself on the fixed grid, and ``<key>_affine`` gets its matrix (float64
+    tensor ``(D+1, D+1)``, fixed world to moving world, RAS mm). The fixed image is left as it is.
+
+    .. code-block:: python
+
+        RegisterAffined(
+            keys=["t2", "flair"], fixed_key="t1", followers={"t2_label": "t2"}, vgg19_weights="vgg19.pt"
+        )
+
+    In a ``PersistentDataset`` give ``track_meta=True, weights_only=False``: without the first the cache drops the
+    affine, without the second MONAI 1.6.1 cannot read back the metadata of a NIfTI file, and registers anew each time.
+    For lazy chains see `ApplyAffineRegistration`.
+
+    Args:
+        keys: the moving images, ``[C, *spatial]``.
+        fixed_key: the fixed image, ``[C, *spatial]``.
+        preset: see `RegisterAffine`.
+        transform: see `RegisterAffine`.
+        mode: interpolation, one for all ``keys`` or one each.
+        padding_mode: one for all ``keys`` or one each.
+        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        followers: key of what follows to the key that it follows, such as ``{"t2_label": "t2"}``. It is moved by the
+            same matrix; its own grid may differ from its leader's.
+        follower_mode: interpolation of followers, one for all or one each.
+        follower_padding_mode: one for all followers or one each.
+        follower_fill_value: one for all followers or one each.
+        affine_postfix: appended to a key for the entry that holds its matrix.
+        device: see `RegisterAffine`.
+        vgg19_weights: see `RegisterAffine`.
+        seed: see `RegisterAffine`.
+        on_failure: see `RegisterAffine`.
+        dtype: floating point type to resample in.
+        allow_missing_keys: whether images of ``keys``, and followers, may be missing. A follower whose leader is
+            missing is an error all the same, because it would stay unaligned.
+        lazy: whether to execute lazily by default.
+        preset_options: further arguments of `monai_zsreg.register`.
+
+    Raises:
+        RegistrationError: a wrong argument.
+    """
+
+    backend = RegisterAffine.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        fixed_key: Hashable,
+        preset: str = "keypoints",
+        transform: str = "affine",
+        mode: str | int | Sequence[str | int] = GridSampleMode.BILINEAR,
+        padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
+        fill_value: float | Sequence[float] = 0.0,
+        followers: Mapping[Hashable, Hashable] | None = None,
+        follower_mode: str | int | Sequence[str | int] = GridSampleMode.NEAREST,
+        follower_padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
+        follower_fill_value: float | Sequence[float] = 0.0,
+        affine_postfix: str = "_affine",
+        device: str | torch.device | None = None,
+        vgg19_weights: str | os.PathLike | None = None,
+        seed: int = 0,
+        on_failure: str = "raise",
+        dtype: DtypeLike = np.float64,
+        allow_missing_keys: bool = False,
+        lazy: bool = False,
+        **preset_options: Any,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        LazyTransform.__init__(self, lazy=lazy)
+        self.fixed_key = fixed_key
+        self.followers = dict(followers or {})
+        self.affine_postfix = affine_postfix
+        _check_keys(self.keys, fixed_key)
+        _check_followers(self.followers, self.keys, fixed_key)
+        if not affine_postfix:
+            raise RegistrationError("affine_postfix", affine_postfix, "a string that is not empty")
+        taken = {fixed_key, *self.keys, *self.followers}
+        clash = [key for key in self.keys if f"{key}{affine_postfix}" in taken]
+        if clash:
+            raise RegistrationError(
+                "affine_postfix", affine_postfix, f"one that makes new keys; {clash} do not get one"
+            )
+        self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
+        self.follower_options = _options_per_key(
+            "follower_", tuple(self.followers), follower_mode, follower_padding_mode, follower_fill_value
+        )
+        self.registrar = RegisterAffine(
+            preset=preset,
+            transform=transform,
+            device=device,
+            vgg19_weights=vgg19_weights,
+            seed=seed,
+            on_failure=on_failure,
+            dtype=dtype,
+            lazy=lazy,
+            **preset_options,
+        )
+        self.applier = ApplyAffineRegistration(dtype=dtype, lazy=lazy)
+
+    @LazyTransform.lazy.setter  # type: ignore[attr-defined]
+    def lazy(self, val: bool) -> None:
+        self._lazy = val
+        self.registrar.lazy = val
+        self.applier.lazy = val
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """
+        Args:
+            data: dictionary with the images.
+            lazy: overrides the constructor's.
+
+        Returns:
+            A new dictionary: moved images and followers, and a matrix for each image.
+
+        Raises:
+            KeyError: an image or follower is missing and ``allow_missing_keys`` is False.
+            RegistrationError: the fixed image or a follower's leader is missing, or an image cannot be used.
+            RegistrationFailure: see `RegisterAffine`.
+        """
+        d = dict(data)
+        followers = list(self._present_followers(d))
+        for follower in followers:
+            if self.followers[follower] not in d:
+                leader = self.followers[follower]
+                raise RegistrationError("data", list(d), f"the key {leader!r} too, because {follower!r} follows it")
+        fixed: Any = None
+        for key, options in self.key_iterator(d, self.key_options):
+            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
+            d[key] = self.registrar(d[key], fixed, **options, lazy=self.lazy if lazy is None else lazy)
+            d[f"{key}{self.affine_postfix}"] = d[key].meta[AFFINE_KEY].clone()
+        for follower, options in zip(self.followers, self.follower_options, strict=True):
+            if follower in followers:
+                matrix = d[f"{self.followers[follower]}{self.affine_postfix}"]
+                d[follower] = self.applier(
+                    d[follower], matrix, fixed, **options, lazy=self.lazy if lazy is None else lazy
+                )
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Images and followers back on their native grids with their native headers; matrices stay."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.registrar.inverse(d[key])
+        for follower in self._present_followers(d):
+            d[follower] = self.applier.inverse(d[follower])
+        return d
+
+    def _present_followers(self, data: Mapping[Hashable, Any]) -> Iterator[Hashable]:
+        for follower in self.followers:
+            if follower in data:
+                yield follower
+            elif not self.allow_missing_keys:
+                raise KeyError(
+                    f"Key `{follower}` of `followers` was missing in the data and allow_missing_keys==False."
+                )
+
+
+class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform):
+    """Dictionary form of `ApplyAffineRegistration`.
+
+    Args:
+        keys: images or labels to move, ``[C, *spatial]``.
+        fixed_key: image on the grid to move to.
+        affine_keys: entries of the dictionary with the matrices (or paths of transform files), one for all ``keys`` or
+            one each.
+        affine: one matrix, or path of a transform file, for all ``keys`` of every item, instead of ``affine_keys``. A
+            file is read at once.
+        mode: interpolation, one for all ``keys`` or one each.
+        padding_mode: one for all ``keys`` or one each.
+        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        dtype: floating point type to resample in.
+        allow_missing_keys: whether ``keys`` may be missing.
+        lazy: whether to execute lazily by default.
+
+    Raises:
+        RegistrationError: a wrong argument.
+    """
+
+    backend = ApplyAffineRegistration.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        fixed_key: Hashable,
+        affine_keys: KeysCollection | None = None,
+        affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike | None = None,
+        mode: str | int | Sequence[str | int] = GridSampleMode.BILINEAR,
+        padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
+        fill_value: float | Sequence[float] = 0.0,
+        dtype: DtypeLike = np.float64,
+        allow_missing_keys: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        LazyTransform.__init__(self, lazy=lazy)
+        self.fixed_key = fixed_key
+        _check_keys(self.keys, fixed_key)
+        if (affine_keys is None) == (affine is None):
+            raise RegistrationError("affine_keys", affine_keys, "either affine_keys or affine, and not both")
+        self.affine_keys: tuple = (None,) * len(self.keys)
+        if affine_keys is not None:
+            self.affine_keys = _one_each("affine_keys", affine_keys, len(self.keys))
+        self.affine = None if affine is None else _any_matrix(affine)
+        self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
+        self.applier = ApplyAffineRegistration(dtype=dtype, lazy=lazy)
+
+    @LazyTransform.lazy.setter  # type: ignore[attr-defined]
+    def lazy(self, val: bool) -> None:
+        self._lazy = val
+        self.applier.lazy = val
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """
+        Args:
+            data: dictionary with the images, and the matrices where ``affine_keys`` names them.
+            lazy: overrides the constructor's.
+
+        Returns:
+            A new dictionary with the images moved.
+
+        Raises:
+            KeyError: an image is missing and ``allow_missing_keys`` is False.
+            RegistrationError: the fixed image or a matrix is missing or cannot be used.
+        """
+        d = dict(data)
+        fixed: Any = None
+        for key, affine_key, options in self.key_iterator(d, self.affine_keys, self.key_options):
+            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
+            if self.affine is None and affine_key not in d:
+                raise RegistrationError("affine_keys", affine_key, f"a key of the data, which has {list(d)}")
+            matrix = d[affine_key] if self.affine is None else self.affine
+            d[key] = self.applier(d[key], matrix, fixed, **options, lazy=self.lazy if lazy is None else lazy)
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Images back on their native grids with their native headers."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.applier.inverse(d[key])
+        return d
+
+
+class SaveAffined(MapTransform):
+    """Dictionary form of `SaveAffine`.
+
+    Args:
+        keys: registered images, whose matrices to write.
+        output_dir: see `SaveAffine`.
+        output_postfix: see `SaveAffine`.
+        output_ext: see `SaveAffine`.
+        separate_folder: see `SaveAffine`.
+        data_root_dir: see `SaveAffine`.
+        allow_missing_keys: whether ``keys`` may be missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | os.PathLike = "./",
+        output_postfix: str = "affine",
+        output_ext: str = ".tfm",
+        separate_folder: bool = True,
+        data_root_dir: str | os.PathLike = "",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.saver = SaveAffine(output_dir, output_postfix, output_ext, separate_folder, data_root_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """
+        Args:
+            data: dictionary with registered images.
+
+        Returns:
+            A shallow copy of ``data``.
+        """
+        d = dict(data)
+        for key in self.key_iterator(d):
+            self.saver(d[key])
+        return d
+
+
+def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> Any:
+    if fixed_key not in data:
+        raise RegistrationError("fixed_key", fixed_key, f"a key of the data, which has {list(data)}")
+    fixed = data[fixed_key]
+    # once for all keys; what is no image is left for the array transform to refuse
+    return evaluate_pending(fixed) if isinstance(fixed, MetaTensor) else fixed
+
+
+def _any_matrix(affine: Any) -> list[list[float]]:
+    """A matrix of 2D or 3D, where no image says yet which, as numbers: a tensor pickles differently every time."""
+    if isinstance(affine, (str, os.PathLike)):
+        affine = read_itk_transform(affine)
+    return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
+
+
+def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
+    if fixed_key in keys:
+        raise RegistrationError("fixed_key", fixed_key, f"a key that is not one of the moving images {list(keys)}")
+    if len(set(keys)) != len(keys):
+        raise RegistrationError("keys", list(keys), "keys that differ")
+
+
+def _check_followers(followers: Mapping[Hashable, Hashable], keys: Sequence[Hashable], fixed_key: Hashable) -> None:
+    for follower, leader in followers.items():
+        if leader not in keys:
+            raise RegistrationError("followers", {follower: leader}, f"a leader among the moving images {list(keys)}")
+        if follower in keys or follower == fixed_key:
+            raise RegistrationError(
+                "followers", {follower: leader}, "a follower that is not itself registered or fixed"
+            )
+
+
+def _one_each(name: str, value: Any, count: int) -> tuple:
+    values = ensure_tuple(value)
+    if len(values) not in (1, count):
+        raise RegistrationError(name, value, f"one value or {count}")
+    return ensure_tuple_rep(values[0], count) if len(values) == 1 else values
+
+
+def _options_per_key(
+    prefix: str, keys: Sequence[Hashable], mode: Any, padding_mode: Any, fill_value: Any
+) -> list[dict]:
+    """Arguments of the array transforms, one dictionary a key; wrong values are refused now, not at the first image."""
+    given = {"mode": mode, "padding_mode": padding_mode, "fill_value": fill_value}
+    values = [_one_each(prefix + name, value, len(keys)) for name, value in given.items()]
+    options = [dict(zip(given, row, strict=True)) for row in zip(*values, strict=True)]
+    for row in options:
+        ApplyAffineRegistration(**row)
+    return options
+
+
+RegisterAffineD = RegisterAffineDict = RegisterAffined
+ApplyAffineRegistrationD = ApplyAffineRegistrationDict = ApplyAffineRegistrationd
+SaveAffineD = SaveAffineDict = SaveAffined
