@@ -405,10 +405,13 @@ def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | N
     if dims == 2:
         angles = [math.atan2(rotation[1, 0], rotation[0, 0])]
     else:
+        across = math.hypot(rotation[0, 0], rotation[0, 1])
+        # a quarter turn about the second axis leaves only the sum of the other two: all of it goes to the first
+        locked = across < 1e-9
         angles = [
-            math.atan2(-rotation[1, 2], rotation[2, 2]),
-            math.asin(min(1.0, max(-1.0, rotation[0, 2]))),
-            math.atan2(-rotation[0, 1], rotation[0, 0]),
+            math.atan2(rotation[2, 1], rotation[1, 1]) if locked else math.atan2(-rotation[1, 2], rotation[2, 2]),
+            math.atan2(rotation[0, 2], across),
+            0.0 if locked else math.atan2(-rotation[0, 1], rotation[0, 0]),
         ]
     middle = np.zeros(dims) if center is None else np.asarray(center, dtype=np.float64)
     translation = linear @ middle + matrix[:dims, dims] - middle

@@ -91,9 +91,9 @@ class ZeroShotAffineNet(nn.Module):
         iterations: largest number of passes.
         rate: learning rate of a pass, above 0 and at most 1.
         tolerance: see step 4.
+        coarse_passes: the first so many passes of ``"consensus"`` fit a similarity, because a few wrong pairs that
+            agree by accident look like shear far more often than like a rotation.
         padding: added on every side, as a fraction of the longest side.
-        normalize: ``"image"`` divides the keypoints by the longest padded side; ``"points"`` shifts and scales both
-            images' keypoints alike, so that those of the fixed image fill [0, 1].
         consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
             padded side. Each later pass halves it, down to a quarter.
         hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
@@ -129,8 +129,8 @@ class ZeroShotAffineNet(nn.Module):
         iterations: int = 1,
         rate: float = 1.0,
         tolerance: float = 2e-4,
+        coarse_passes: int = 0,
         padding: float = 0.25,
-        normalize: str = "image",
         consensus_threshold: float = 0.035,
         hidden: tuple[int, ...] = (),
         vgg19_weights: str = IMAGENET,
@@ -140,7 +140,6 @@ class ZeroShotAffineNet(nn.Module):
         super().__init__()
         _check_choice("spatial_dims", spatial_dims, (2, 3))
         _check_choice("estimator", estimator, ESTIMATORS)
-        _check_choice("normalize", normalize, ("image", "points"))
         _check_whole("num_points", num_points, spatial_dims + 1)
         _check_whole("num_sets", num_sets, 1)
         _check_whole("iterations", iterations, 1)
@@ -148,6 +147,8 @@ class ZeroShotAffineNet(nn.Module):
             raise RegistrationError("rate", rate, "0 < rate <= 1")
         if not 0.0 <= padding <= 2.0:
             raise RegistrationError("padding", padding, "0 <= padding <= 2")
+        if not consensus_threshold > 0.0:
+            raise RegistrationError("consensus_threshold", consensus_threshold, "a positive number")
         self.spatial_dims = spatial_dims
         self.consensus = estimator == "consensus"
         self.num_points = num_points
@@ -156,8 +157,8 @@ class ZeroShotAffineNet(nn.Module):
         self.iterations = iterations
         self.rate = float(rate)
         self.tolerance = float(tolerance)
+        self.coarse_passes = coarse_passes if estimator == "consensus" and transform == "affine" else 0
         self.padding = float(padding)
-        self.normalize = normalize
         self.consensus_threshold = float(consensus_threshold)
         self.features = VGG19Features(vgg19_weights, layers)
         self.keypoints = KeypointDetector(self.features, CenterOfMass(threshold), symmetric, scales, slice_batch)
@@ -170,6 +171,7 @@ class ZeroShotAffineNet(nn.Module):
             self.regressor = LeastSquaresAffine(
                 spatial_dims, transform, self.consensus, threshold=consensus_threshold, seed=seed
             )
+        self.coarse = LeastSquaresAffine(spatial_dims, "similarity", True, threshold=consensus_threshold, seed=seed)
         draws = num_points if replacement else self.keypoints.count(spatial_dims)
         self.register_buffer("draws", torch.empty(num_sets, draws), persistent=False)
         self.draw(torch.Generator().manual_seed(seed))
@@ -252,7 +254,7 @@ class ZeroShotAffineNet(nn.Module):
             total = torch.where(active.view(-1, 1, 1), compose_affine(total, update), total)
             passes = passes + active.long()
             moved = torch.linalg.vector_norm(apply_affine(update, corners) - corners, dim=2).amax(dim=1)
-            active = active & (moved > self.tolerance)
+            active = active & ((moved > self.tolerance) | (step < self.coarse_passes))
             if not bool(active.any()):
                 break
         result = unit_without_padding(total, float(margin), longest)
@@ -275,25 +277,18 @@ class ZeroShotAffineNet(nn.Module):
         """One matrix a pair, ``[B, D, D+1]``, fixed to moving unit coordinates."""
         if self.consensus:
             return self._agree(fixed_points, moving_points, valid, step)
-        offset, extent = _box(fixed_points, valid)
-        if self.normalize == "image":
-            offset, extent = torch.zeros_like(offset), torch.ones_like(extent)
         chosen = self._choose(valid)  # [B, S, N]
         batch, dims = fixed_points.shape[0], self.spatial_dims
         flat = chosen.reshape(batch, -1, 1).expand(-1, -1, dims)
         shape = [batch * self.num_sets, -1, dims]
-        x = ((fixed_points.gather(1, flat) - offset) / extent).reshape(shape)
-        y = ((moving_points.gather(1, flat) - offset) / extent).reshape(shape)
-        matrix = self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
-        # from the box's coordinates back to the image's
-        linear = matrix[:, :, :dims]
-        column = matrix[:, :, dims:] * extent + offset.transpose(1, 2) - linear @ offset.transpose(1, 2)
-        return torch.cat([linear, column], dim=2)
+        x, y = fixed_points.gather(1, flat).reshape(shape), moving_points.gather(1, flat).reshape(shape)
+        return self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
 
     @torch.jit.unused
     def _agree(self, fixed_points: Tensor, moving_points: Tensor, valid: Tensor, step: int) -> Tensor:
         threshold = self.consensus_threshold * max(0.5**step, 0.25)
-        return self.regressor(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
+        estimator = self.coarse if step < self.coarse_passes else self.regressor
+        return estimator(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
 
     def _choose(self, valid: Tensor) -> Tensor:
         """Positions ``[B, num_sets, num_points]`` of the keypoints in each set; they depend on no other pair."""
@@ -338,14 +333,6 @@ def foreground(image: Tensor, level: float = 0.05) -> Tensor:
     return (image > level).to(image.dtype)
 
 
-def _box(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower corner ``[B, 1, D]`` and longest side ``[B, 1, 1]`` of the box around the valid points."""
-    inside = valid.unsqueeze(2)
-    low = torch.where(inside, points, torch.ones_like(points)).amin(dim=1, keepdim=True)
-    high = torch.where(inside, points, torch.zeros_like(points)).amax(dim=1, keepdim=True)
-    return low, (high - low).amax(dim=2, keepdim=True).clamp(min=1e-3)
-
-
 def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: Tensor) -> Tensor:
     """`Status` codes ``[B]`` of one pass."""
     dims = matrix.shape[1]
@@ -357,12 +344,15 @@ def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: T
     return torch.where(valid.sum(dim=1) < dims + 1, torch.full_like(code, 1), code)
 
 
-def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3) -> Tensor:
+def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 1e-4) -> Tensor:
+    """True ``[B]`` where unit points spread along one direction by less than ``ratio`` of another, or than ``least``:
+    keypoints of a constant image all lie at its middle but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
     centered = (points - (weight * points).sum(dim=1, keepdim=True) / total) * weight
     spread = torch.linalg.eigvalsh(centered.double().transpose(1, 2) @ centered.double())
-    return spread[:, 0] <= ratio**2 * spread[:, -1]
+    floor = least**2 * total[:, 0, 0].double()
+    return spread[:, 0] <= torch.maximum(ratio**2 * spread[:, -1], floor)
 
 
 def _check_pair(image: Tensor, spatial_dims: int) -> None:

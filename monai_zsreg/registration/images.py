@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import GaussianSmooth, LoadImage
+from monai.networks.layers import GaussianFilter
+from monai.transforms import LoadImage
+from monai.utils import MetaKeys, SpaceKeys
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
@@ -23,6 +26,8 @@ __all__ = ["ImageLike", "channel", "on_isotropic_grid", "read_image", "working_s
 ImageLike = Union[str, os.PathLike, np.ndarray, Tensor]
 
 _SMALLEST_AXIS = 4
+# voxels a side below which nothing is left to find
+_SMALLEST_CUBE = 8
 _NIFTI = (".nii", ".nii.gz")
 
 
@@ -40,7 +45,7 @@ def read_image(source: ImageLike, name: str = "image") -> MetaTensor:
 
     Raises:
         RegistrationError: missing, unreadable, empty, of a type or shape that cannot be registered, not finite, or
-            with a singular affine.
+            with an affine that is singular or in LPS.
     """
     if isinstance(source, (str, os.PathLike)):
         image = _read_file(Path(source), name)
@@ -57,6 +62,8 @@ def read_image(source: ImageLike, name: str = "image") -> MetaTensor:
         image = MetaTensor(torch.from_numpy(np.ascontiguousarray(source, dtype=np.float32))[None])
     else:
         raise RegistrationError(name, type(source).__name__, "a path, a numpy array, a tensor or a MetaTensor")
+    if image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS) == SpaceKeys.LPS:
+        raise RegistrationError(name, "an affine in LPS", "an affine in RAS, as LoadImage gives it")
     if image.is_complex():
         raise RegistrationError(f"{name}.dtype", str(image.dtype), "real numbers")
     if image.ndim in (3, 4) and min(image.shape) == 0:
@@ -74,7 +81,7 @@ def channel(image: MetaTensor, index: int, name: str) -> Tensor:
         RegistrationError: no such channel, or it is not finite or constant.
     """
     if isinstance(index, bool) or not isinstance(index, int) or not -image.shape[0] <= index < image.shape[0]:
-        raise RegistrationError("channel", index, f"a channel of {name}, which has {image.shape[0]}")
+        raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {image.shape[0]}")
     values = image.as_tensor()[index][None].float()
     if not bool(torch.isfinite(values).all()):
         raise RegistrationError(name, "NaN or infinite intensities", "finite intensities")
@@ -95,13 +102,16 @@ def working_spacing(fixed: Grid, moving: Grid, wanted: float | None) -> float:
         wanted: what the user asked for, or None.
 
     Raises:
-        RegistrationError: ``wanted`` is not positive, or makes a grid of more than 2048 (3D: 512) voxels a side.
+        RegistrationError: ``wanted`` is not a number, or makes a grid of less than 8 or more than 2048 (3D: 512) voxels
+            a side.
     """
     extent = float(torch.maximum(fixed.extent, moving.extent).max())
     if wanted is not None:
         most = 2048 if fixed.dims == 2 else 512
-        if not wanted > 0 or extent / wanted > most:
-            raise RegistrationError("spacing", wanted, f"a voxel size in mm of at least {extent / most:.3g}")
+        number = isinstance(wanted, Real) and not isinstance(wanted, bool)
+        if not number or not extent / most <= wanted <= extent / _SMALLEST_CUBE:
+            allowed = f"a voxel size from {extent / most:.3g} to {extent / _SMALLEST_CUBE:.3g} mm for these images"
+            raise RegistrationError("spacing", wanted, allowed)
         return float(wanted)
     finest = min(min(fixed.spacing), min(moving.spacing))
     if fixed.dims == 2:
@@ -126,7 +136,7 @@ def on_isotropic_grid(values: Tensor, grid: Grid, spacing: float, side: int) -> 
     # smooth where voxels become larger, or fine structure turns into noise
     sigma = [0.5 * max((spacing / s) ** 2 - 1.0, 0.0) ** 0.5 for s in grid.spacing]
     if max(sigma) > 0.1:
-        scaled = torch.as_tensor(GaussianSmooth(sigma=[max(s, 1e-3) for s in sigma])(scaled))
+        scaled = GaussianFilter(grid.dims, [max(s, 1e-3) for s in sigma]).to(scaled.device)(scaled[None])[0]
     pull = cube.index_pull(torch.eye(grid.dims + 1, dtype=torch.float64), grid)
     theta = theta_from_index(pull, cube.shape, grid.shape).to(values.device)
     return AffineResampler()(scaled[None], theta[None], list(cube.shape))[0], cube

@@ -23,7 +23,7 @@ from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
 
-__all__ = ["KeypointEstimator", "build_network", "register", "resolve_device"]
+__all__ = ["KeypointEstimator", "build_network", "make_network", "register", "register_with", "resolve_device"]
 
 # part of the fixed field of view that must land in the moving one; below it there is nothing to compare
 _LEAST_OVERLAP = 0.05
@@ -78,21 +78,68 @@ def register(
     """
     if transform not in TRANSFORMS:
         raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+    if "spatial_dims" in options:
+        raise RegistrationError("spatial_dims", options["spatial_dims"], "nothing: the images decide")
     fixed_image, moving_image = read_image(fixed, "fixed"), read_image(moving, "moving")
-    if fixed_image.ndim != moving_image.ndim:
-        raise RegistrationError(
-            "moving", f"{moving_image.ndim - 1}D image", f"a {fixed_image.ndim - 1}D image, because fixed is one"
-        )
+    _check_dimensions(fixed_image, moving_image)
     settings = preset_options(preset, fixed_image.ndim - 1) | options
     where = resolve_device(device, fixed_image.device)
-    fixed_values = channel(fixed_image, fixed_channel, "fixed").to(where)
-    moving_values = channel(moving_image, moving_channel, "moving").to(where)
-    network = build_network(
-        fixed_image.ndim - 1, transform, vgg19_weights, regressor_weights, seed, where, **settings
+    # before the network, whose weights may have to be downloaded
+    channel(fixed_image, fixed_channel, "fixed")
+    channel(moving_image, moving_channel, "moving")
+    network = build_network(fixed_image.ndim - 1, transform, vgg19_weights, regressor_weights, seed, where, **settings)
+    return register_with(
+        network,
+        fixed_image,
+        moving_image,
+        preset=preset,
+        transform=transform,
+        device=where,
+        seed=seed,
+        spacing=spacing,
+        fixed_channel=fixed_channel,
+        moving_channel=moving_channel,
     )
 
+
+def register_with(
+    network: ZeroShotAffineNet,
+    fixed: MetaTensor,
+    moving: MetaTensor,
+    *,
+    preset: str,
+    transform: str,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    spacing: float | None = None,
+    fixed_channel: int = 0,
+    moving_channel: int = 0,
+) -> RegistrationResult:
+    """`register` with a network that is there already.
+
+    Args:
+        network: on ``device``, in evaluation mode, for the images' dimension; a scripted one will do.
+        fixed: ``[C, *spatial]``, as `read_image` gives it.
+        moving: likewise.
+        preset: name of the method, for the result.
+        transform: kind of transform, for the result.
+        device: where the network is.
+        seed: of the blackened pixels of the uncertainty.
+        spacing: see `register`.
+        fixed_channel: see `register`.
+        moving_channel: see `register`.
+
+    Raises:
+        RegistrationError: images that cannot be registered, or a wrong ``spacing``.
+    """
+    _check_dimensions(fixed, moving)
+    fixed_values = channel(fixed, fixed_channel, "fixed").to(device)
+    moving_values = channel(moving, moving_channel, "moving").to(device)
+
     start = time.perf_counter()
-    estimator = KeypointEstimator(network, fixed_values, Grid.of(fixed_image), Grid.of(moving_image), spacing)
+    estimator = KeypointEstimator(network, fixed_values, Grid.of(fixed), Grid.of(moving), spacing)
     matrices, estimate = estimator(moving_values[None])
     seconds = time.perf_counter() - start
 
@@ -100,11 +147,11 @@ def register(
     notes = [] if status == Status.OK else [status.reason]
     affine = matrices[0]
     if not notes:
-        notes = _overlap_notes(affine, Grid.of(fixed_image), Grid.of(moving_image))
+        notes = _overlap_notes(affine, Grid.of(fixed), Grid.of(moving))
     success = not notes
     if not success:
         affine = torch.eye(len(affine), dtype=torch.float64)
-        warnings.warn(f"registration failed: {notes[0]}; the matrix is the identity", RegistrationWarning, stacklevel=2)
+        warnings.warn(f"registration failed: {notes[0]}; the matrix is the identity", RegistrationWarning, stacklevel=3)
 
     def again(copies: Tensor) -> tuple[Tensor, Tensor]:
         found, outcome = estimator(copies)
@@ -117,11 +164,16 @@ def register(
         seconds=seconds,
         preset=preset,
         transform=transform,
-        fixed=fixed_image,
-        moving=moving_image,
+        fixed=fixed,
+        moving=moving,
         keypoints=estimator.world_keypoints(estimate),
-        _uncertainty=BlackeningUncertainty(again, moving_values, fixed_image, moving_image, seed=seed),
+        _uncertainty=BlackeningUncertainty(again, moving_values, fixed, moving, seed=seed),
     )
+
+
+def _check_dimensions(fixed: MetaTensor, moving: MetaTensor) -> None:
+    if fixed.ndim != moving.ndim:
+        raise RegistrationError("moving", f"{moving.ndim - 1}D image", f"a {fixed.ndim - 1}D image, because fixed is one")
 
 
 class KeypointEstimator:
@@ -183,7 +235,7 @@ def resolve_device(device: str | torch.device | None, default: torch.device | st
     """
     try:
         found = torch.device(default if device is None else device)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()  # "meta" is a device too, but holds no numbers
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise RegistrationError("device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})') from error
     return found
@@ -214,9 +266,26 @@ def build_network(
     """
     # tuples, because JSON gives lists and a cache needs keys
     frozen = tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items()))
-    weights = IMAGENET if vgg19_weights is None else os.fspath(vgg19_weights)
-    regressor = None if regressor_weights is None else os.fspath(regressor_weights)
-    return _build(spatial_dims, transform, weights, regressor, seed, str(device), frozen)
+    files: list[str | None] = []
+    for name, file in (("vgg19_weights", vgg19_weights), ("regressor_weights", regressor_weights)):
+        if file is not None and not isinstance(file, (str, os.PathLike)):
+            raise RegistrationError(name, file, "a path, or None")
+        files.append(None if file is None else os.fspath(file))
+    try:
+        hash(frozen)
+    except TypeError as error:
+        raise RegistrationError("options", settings, f"numbers, strings, or lists of numbers ({error})") from error
+    weights, regressor = files[0] or IMAGENET, files[1]
+    stamps = (_stamp(weights), _stamp(regressor))
+    return _build(spatial_dims, transform, weights, regressor, seed, str(device), frozen, stamps)
+
+
+def _stamp(path: str | None) -> tuple[str, int, int] | None:
+    # changes when another file takes a path's place: a network that is kept must not outlive its weights
+    if path is None or not os.path.isfile(path):
+        return None
+    state = os.stat(path)
+    return os.path.abspath(path), state.st_mtime_ns, state.st_size
 
 
 @lru_cache(maxsize=8)
@@ -228,8 +297,34 @@ def _build(
     seed: int,
     device: str,
     settings: tuple[tuple[str, Any], ...],
+    stamps: tuple[Any, ...],  # a part of the cache's key, not used
 ) -> ZeroShotAffineNet:
-    options = dict(settings)
+    network = make_network(spatial_dims, transform, vgg19_weights, regressor_weights, seed, dict(settings))
+    network.features.load_weights()
+    return network.to(device).eval().requires_grad_(False)
+
+
+def make_network(
+    spatial_dims: int,
+    transform: str,
+    vgg19_weights: str,
+    regressor_weights: str | os.PathLike | None,
+    seed: int,
+    options: dict[str, Any],
+) -> ZeroShotAffineNet:
+    """A new network with the regressor's weights, if it has a regressor; VGG-19's are not downloaded here.
+
+    Args:
+        spatial_dims: see `build_network`.
+        transform: see `build_network`.
+        vgg19_weights: see `VGG19Features`.
+        regressor_weights: see `register`.
+        seed: see `register`.
+        options: further parameters of `ZeroShotAffineNet`.
+
+    Raises:
+        RegistrationError: see `build_network`.
+    """
     state: dict[str, Tensor] = {}
     if options.get("estimator", "mlp") == "mlp":
         if regressor_weights is None and transform != "affine":
@@ -240,8 +335,12 @@ def _build(
                 "regressor_weights, or use an estimator other than the MLP",
             )
         path = regressor_weights or regressor_weights_path(spatial_dims)
-        state = load_state_dict(path)
-        trained = AffineRegressor.from_state_dict(state)
+        try:
+            trained = AffineRegressor.from_state_dict(load_state_dict(path))
+        except RegistrationError as error:
+            raise RegistrationError("regressor_weights", str(path), error.allowed) from error
+        # names without a prefix, whether the file holds the regressor or the whole network
+        state = trained.state_dict()
         if (trained.spatial_dims, trained.transform) != (spatial_dims, transform):
             raise RegistrationError(
                 "regressor_weights", str(path), f"a {spatial_dims}D {transform} regressor; this one is {trained.spatial_dims}D {trained.transform}"
@@ -251,10 +350,12 @@ def _build(
         network = ZeroShotAffineNet(spatial_dims, transform, vgg19_weights=vgg19_weights, seed=seed, **options)
     except TypeError as error:
         raise RegistrationError("options", sorted(options), f"parameters of ZeroShotAffineNet ({error})") from error
-    network.features.load_weights()
     if state:
-        network.load_state_dict(state)
-    return network.to(device).eval().requires_grad_(False)
+        try:
+            network.regressor.load_state_dict(state)
+        except RuntimeError as error:
+            raise RegistrationError("options", sorted(options), f"what fits the regressor's weights ({error})") from error
+    return network
 
 
 def _overlap_notes(affine: Tensor, fixed: Grid, moving: Grid) -> list[str]:

@@ -29,6 +29,6 @@ def preset_options(preset: str, spatial_dims: int) -> dict[str, Any]:
     Raises:
         RegistrationError: no such preset.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))
     return PRESETS[preset] | (_IN_3D.get(preset, {}) if spatial_dims == 3 else {})

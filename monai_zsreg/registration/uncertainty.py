@@ -26,7 +26,7 @@ class Uncertainty:
     Attributes:
         matrices: ``[n, D+1, D+1]``, the repeated estimates that succeeded, fixed world to moving world.
         repeats: how many were tried.
-        variance: ``(D, D+1)``, variance of each matrix entry over ``matrices`` (mm^2 in the last column, with the
+        variance: ``(D, D+1)``, infinite where fewer than two estimates succeeded; variance of each matrix entry over ``matrices`` (mm^2 in the last column, with the
             middle of the fixed field of view as origin, so that it does not depend on where the scanner's origin is).
         fixed: image whose grid the maps live on.
         moving: image that the intensity map warps.
@@ -41,6 +41,8 @@ class Uncertainty:
     def at(self, points: np.ndarray | Tensor) -> np.ndarray:
         """Standard deviation of the displacement, mm, at points ``[N, D]`` of the fixed world."""
         mapped = apply_affine(torch.as_tensor(self.matrices), torch.as_tensor(points, dtype=torch.float64)[None])
+        if len(mapped) < 2:
+            return np.full(mapped.shape[1], np.inf)
         return mapped.var(dim=0, unbiased=True).sum(dim=-1).sqrt().numpy()
 
     def displacement_map(self) -> MetaTensor:
@@ -50,7 +52,9 @@ class Uncertainty:
         rows = torch.as_tensor(self.matrices)[:, :dims] @ grid.affine
         spread = rows - rows.mean(dim=0)
         # var(x) = h C h with h = (index, 1) and C the covariance of the matrix rows, summed over world axes
-        covariance = torch.einsum("nai,naj->ij", spread, spread) / max(1, len(rows) - 1)
+        if len(rows) < 2:
+            return MetaTensor(torch.full((1, *grid.shape), float("inf")), affine=self.fixed.affine.cpu())
+        covariance = torch.einsum("nai,naj->ij", spread, spread) / (len(rows) - 1)
         axes = [torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)]) for a, n in enumerate(grid.shape)]
         axes.append(torch.ones([1] * dims, dtype=torch.float64))
         total = torch.zeros(grid.shape, dtype=torch.float64)
