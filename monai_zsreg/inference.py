@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bundle's ``inference.json`` is made of: reading a pair, registering it, writing the results.
+
+A pair flows through MONAI's usual parts: `pair_list` is ``dataset#data``, `ReadPair` the preprocessing, `PairInferer`
+the inferer, `MovePair` and `DescribePair` the postprocessing, `PairWriter` the handler. Fixed and moving image stay on
+their own grids, so a batch is one pair and nothing is collated.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
+from monai.engines import Evaluator
+from monai.inferers import Inferer
+from monai.transforms import Transform
+from torch import Tensor
+
+import monai_zsreg
+from monai_zsreg.demo import demo_pair
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io.files import atomic_path, output_folder, write_json
+from monai_zsreg.metrics import foreground_tre, similarity
+from monai_zsreg.networks import IMAGENET, TRANSFORMS, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
+from monai_zsreg.registration.images import read_image
+from monai_zsreg.registration.pair import build_network, make_network, register_with, resolve_device
+from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
+from monai_zsreg.registration.result import RegistrationResult
+from monai_zsreg.report import save_overview
+from monai_zsreg.transforms.array import ApplyAffineRegistration
+
+__all__ = [
+    "DEMONSTRATION",
+    "FAILED",
+    "WRONG_INPUT",
+    "DescribePair",
+    "MovePair",
+    "PairInferer",
+    "PairWriter",
+    "ReadPair",
+    "check_inputs",
+    "exit_status",
+    "moved_and_fixed",
+    "pair_list",
+    "prepare_pair",
+    "run_pairs",
+    "trained_network",
+]
+
+logger = logging.getLogger(__name__)
+
+#: name of the pair that is registered where the user names none
+DEMONSTRATION = "demonstration"
+
+#: exit statuses of ``python -m monai.bundle run``; 0: registered, 1: anything else
+WRONG_INPUT, FAILED = 2, 3
+
+# arguments of `register_with`; all other options are the network's
+_PAIR_OPTIONS = ("spacing", "fixed_channel", "moving_channel")
+_TRAINED = {"preset": "paper", "transform": "affine"}
+_WRITTEN = {
+    "moved": "moved.nii.gz",
+    "moved_labels": "moved_labels.nii.gz",
+    "transform": "transform.tfm",
+    "overview": "overview.png",
+}
+_REPORT = "report.json"
+
+
+def trained_network(
+    vgg19_weights: str | os.PathLike | None = None, spatial_dims: int = 2, seed: int = 0
+) -> ZeroShotAffineNet:
+    """The network that ``model.pt`` belongs to: preset ``"paper"`` with the shipped regressor, for affine transforms.
+
+    It constructs without VGG-19's weights; then its first use fetches them or says how to get them.
+
+    Args:
+        vgg19_weights: see `monai_zsreg.register`.
+        spatial_dims: 2 or 3.
+        seed: of the draws of keypoints.
+
+    Returns:
+        A network of the caller's own, in evaluation mode: tools load other weights into it.
+
+    Raises:
+        RegistrationError: a weights file that cannot be used.
+    """
+    weights = IMAGENET if vgg19_weights is None else _text(vgg19_weights, "vgg19_weights")
+    return deepcopy(_trained_network(weights, spatial_dims, seed))
+
+
+@lru_cache(maxsize=2)
+def _trained_network(vgg19_weights: str, spatial_dims: int, seed: int) -> ZeroShotAffineNet:
+    options = preset_options(_TRAINED["preset"])
+    network = make_network(spatial_dims, _TRAINED["transform"], vgg19_weights, None, seed, options)
+    return network.eval().requires_grad_(False)
+
+
+def pair_list(
+    fixed: str | os.PathLike | None = None,
+    moving: str | os.PathLike | None = None,
+    labels: str | os.PathLike | None = None,
+    name: str | int | None = None,
+    dataset_dir: str | os.PathLike = "",
+) -> list[dict[str, Any]]:
+    """``dataset#data`` for one pair, or for the demonstration pair where neither image is named.
+
+    Args:
+        fixed: file, or folder of a DICOM series.
+        moving: likewise.
+        labels: label image in the moving image's world, to be carried along.
+        name: of the folder for the results; None for the moving file's name without its suffix.
+        dataset_dir: folder that relative paths start from; the working directory if empty.
+
+    Returns:
+        A list of ``{"fixed", "moving", "name"}``, with ``"labels"`` if there are any. The demonstration has only its
+        name: `ReadPair` makes it.
+
+    Raises:
+        RegistrationError: one image without the other, or a value that is no path or name.
+    """
+    if fixed is None and moving is None:
+        if labels is not None:
+            raise RegistrationError("labels", str(labels), "a pair of images that they belong to")
+        return [{"name": _folder_name(DEMONSTRATION if name is None else name)}]
+    paths: dict[str, Any] = {}
+    for argument, path in (("fixed", fixed), ("moving", moving), ("labels", labels)):
+        if path is not None:
+            paths[argument] = os.path.join(_text(dataset_dir, "dataset_dir"), _text(path, argument))
+        elif argument != "labels":
+            raise RegistrationError(argument, None, "an image: name both fixed and moving, or neither")
+    return [paths | {"name": _folder_name(_stem(paths["moving"]) if name is None else name)}]
+
+
+class ReadPair(Transform):
+    """Preprocessing: an entry of `pair_list` to images on their native grids.
+
+    It gives ``fixed``, ``moving``, and if named ``labels``: ``MetaTensor [C, *spatial]``; ``files``: the paths they
+    came from; for the demonstration pair ``truth``, ``(D+1, D+1)``, and ``mask``, bool ``[*spatial]``.
+
+    Args:
+        output_dir: where the demonstration pair is written to, in a folder of its name.
+        demonstration_dims: 3, or 2 for a slice.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike = "output", demonstration_dims: int = 3) -> None:
+        self.output_dir = output_dir
+        self.demonstration_dims = demonstration_dims
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            RegistrationError: an image that cannot be used.
+        """
+        pair = dict(data)
+        if "fixed" not in pair and "moving" not in pair:
+            pair.update(demo_pair(_folder(self.output_dir, pair["name"]), self.demonstration_dims))
+            print(
+                f"Demonstration pair: {pair['fixed']} is the MNI152 T1 template; {pair['moving']} is SIMULATED from "
+                "its tissue maps and moved by a known transform. It is no patient's image.",
+                flush=True,
+            )
+        keys = [key for key in ("fixed", "moving", "labels") if pair.get(key) is not None]
+        pair["files"] = {key: str(pair[key]) for key in keys}
+        targets = {(_folder(self.output_dir, pair["name"]) / file).resolve() for file in (*_WRITTEN.values(), _REPORT)}
+        for key in keys:
+            if Path(pair[key]).resolve() in targets:
+                allowed = "a file that the results do not overwrite: choose another name or output_dir"
+                raise RegistrationError(key, str(pair[key]), allowed)
+            pair[key] = read_image(pair[key], key)
+        if "labels" in keys and pair["labels"].ndim != pair["moving"].ndim:
+            dims = pair["moving"].ndim - 1
+            raise RegistrationError("labels", f"{pair['labels'].ndim - 1}D image", f"a {dims}D image, as moving is")
+        return pair
+
+
+def prepare_pair(batchdata: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[dict[str, MetaTensor], None]:
+    """``prepare_batch`` of the evaluator: the two images for the inferer, no target.
+
+    They stay where they are: the registration moves what it needs to the network's device.
+    """
+    return {"fixed": batchdata["fixed"], "moving": batchdata["moving"]}, None
+
+
+class PairInferer(Inferer):
+    """Registers a pair of images of any shape, 2D or 3D.
+
+    ``model.pt``'s network, which the evaluator hands over, is used for what it was trained for: preset ``"paper"``,
+    affine transforms, images of its dimension. Other presets have networks with other parameters; these are made when
+    the first pair needs them, and kept.
+
+    Args:
+        preset: see `monai_zsreg.register`.
+        transform: see `monai_zsreg.register`.
+        device: where to compute.
+        vgg19_weights: see `monai_zsreg.register`.
+        regressor_weights: see `monai_zsreg.register`.
+        seed: see `monai_zsreg.register`.
+        options: further arguments of `monai_zsreg.register`.
+    """
+
+    def __init__(
+        self,
+        preset: str = DEFAULT_PRESET,
+        transform: str = "affine",
+        device: str | torch.device | None = None,
+        vgg19_weights: str | os.PathLike | None = None,
+        regressor_weights: str | os.PathLike | None = None,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.preset = preset
+        self.transform = transform
+        self.device = device
+        self.vgg19_weights = vgg19_weights
+        self.regressor_weights = regressor_weights
+        self.seed = seed
+        options = dict(options or {})
+        self.pair_options = {name: options.pop(name) for name in _PAIR_OPTIONS if name in options}
+        self.network_options = options
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Mapping[str, MetaTensor], network: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> RegistrationResult:
+        """
+        Args:
+            inputs: ``fixed`` and ``moving``, ``[C, *spatial]`` each.
+            network: the evaluator's.
+
+        Raises:
+            RegistrationError: an image, an option or weights that cannot be used.
+        """
+        device = resolve_device(self.device)
+        return register_with(
+            self.network_for(inputs["fixed"].ndim - 1, network, device),
+            inputs["fixed"],
+            inputs["moving"],
+            preset=self.preset,
+            transform=self.transform,
+            device=device,
+            seed=self.seed,
+            **self.pair_options,
+        )
+
+    def network_for(self, spatial_dims: int, network: Any, device: torch.device) -> Any:
+        """``network`` where it is the one that this preset needs for images of ``spatial_dims``, else that one."""
+        trained = {"preset": self.preset, "transform": self.transform} == _TRAINED and self.regressor_weights is None
+        if trained and not self.network_options and getattr(network, "spatial_dims", None) == spatial_dims:
+            if isinstance(network, ZeroShotAffineNet):
+                network.features.load_weights()
+            return network
+        options = preset_options(self.preset) | self.network_options
+        return build_network(
+            spatial_dims, self.transform, self.vgg19_weights, self.regressor_weights, self.seed, device, **options
+        )
+
+
+class MovePair(Transform):
+    """Postprocessing: the moving image on the fixed grid.
+
+    Adds ``moved``; ``unregistered``, the moving image on the fixed grid by the two headers alone; and where there are
+    labels ``moved_labels`` (nearest neighbor): ``MetaTensor [C, *fixed spatial]`` each.
+    """
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        pair = dict(data)
+        result: RegistrationResult = pair["pred"]
+        pair["moved"] = result.moved
+        by_header = ApplyAffineRegistration(padding_mode="zeros")
+        by_header.tracing = False
+        pair["unregistered"] = by_header(pair["moving"], np.eye(len(result.affine)), pair["fixed"])
+        if pair.get("labels") is not None:
+            pair["moved_labels"] = result.apply(pair["labels"], mode="nearest")
+        return pair
+
+
+class DescribePair(Transform):
+    """Postprocessing: adds ``report``, a dictionary for JSON; the bundle's README describes its fields.
+
+    Args:
+        options: further settings of the run to state.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        pair = dict(data)
+        result: RegistrationResult = pair["pred"]
+        fixed = pair["fixed"]
+        report = {
+            "name": pair["name"],
+            "success": result.success,
+            "warnings": list(result.warnings),
+            "preset": result.preset,
+            "transform": result.transform,
+            **{name: value if isinstance(value, (int, float)) else str(value) for name, value in self.options.items()},
+            "input": pair["files"],
+            "matrix": result.affine.tolist(),
+            "matrix_maps": "points of the fixed image to points of the moving image, RAS, mm",
+            "parameters": result.parameters.as_dict(),
+            "keypoints": len(result.keypoints.get("fixed", ())),
+            "metrics": {
+                "region": "foreground",
+                "before": similarity(fixed[:1], pair["unregistered"][:1]),
+                "after": similarity(fixed[:1], pair["moved"][:1]),
+            },
+            "seconds": result.seconds,
+            "versions": {
+                "monai_zsreg": monai_zsreg.__version__,
+                "monai": monai.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        if "truth" in pair:
+            mask = torch.as_tensor(pair["mask"])[None]
+            report["error_mm"] = {
+                "against": "the known transform of the simulated moving image, over the head",
+                "before": foreground_tre(np.eye(len(result.affine)), pair["truth"], fixed, mask),
+                "after": foreground_tre(result.affine, pair["truth"], fixed, mask),
+            }
+        pair["report"] = report
+        return pair
+
+
+class PairWriter:
+    """Handler: writes each pair's results to ``<output_dir>/<name>/`` and prints a summary.
+
+    Every file gets its name when it is complete. ``report.json`` is taken away first and written last: where it is,
+    the others belong to it. Names and success of the pairs are kept in ``engine.state.registered``.
+
+    Args:
+        output_dir: made if it is missing.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike = "output") -> None:
+        self.output_dir = output_dir
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the evaluator.
+        """
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _start(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.registered = {}
+
+    def __call__(self, engine: Engine) -> None:
+        """
+        Raises:
+            RegistrationError: a folder that cannot be written to, or a name that was used before.
+        """
+        state: Any = engine.state
+        output = state.output
+        result, report, name = output["pred"], output["report"], state.batch["name"]
+        if name in state.registered:
+            raise RegistrationError("name", name, "a name that no other pair has")
+        folder = output_folder(_folder(self.output_dir, name))
+        (folder / _REPORT).unlink(missing_ok=True)
+        written = {"transform": folder / _WRITTEN["transform"]}
+        result.save_transform(written["transform"])
+        for key in ("moved", "moved_labels"):
+            path = folder / _WRITTEN[key]
+            if output.get(key) is not None:
+                written[key] = path
+                _write_image(path, output[key], labels=key == "moved_labels")
+            else:
+                path.unlink(missing_ok=True)  # another run's
+        overview = folder / _WRITTEN["overview"]
+        overview.unlink(missing_ok=True)
+        if find_spec("matplotlib") is not None:  # extra "report"; the other results do without
+            save_overview(result, overview)
+            written["overview"] = overview
+        report["output"] = {key: str(path) for key, path in written.items()}
+        write_json(folder / _REPORT, report)
+        state.registered[name] = bool(result.success)
+        print(_summary(report, folder), flush=True)
+
+
+def moved_and_fixed(output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Output transform of the key metric: the first channels of the moved and of the fixed image."""
+    return [output["moved"][:1]], [output["image"]["fixed"][:1]]
+
+
+def check_inputs(
+    fixed: Any = None,
+    moving: Any = None,
+    labels: Any = None,
+    name: Any = None,
+    dataset_dir: Any = "",
+    output_dir: Any = "output",
+    preset: Any = DEFAULT_PRESET,
+    transform: Any = "affine",
+    device: Any = None,
+    vgg19_weights: Any = None,
+    regressor_weights: Any = None,
+    seed: Any = 0,
+) -> None:
+    """First step of ``run``: look at what the user said before the configuration's parts are made from it.
+
+    Raises:
+        SystemExit: something cannot be used; status `WRONG_INPUT`, with the reason on stderr.
+    """
+    with _wrong_input_exits():
+        for entry in pair_list(fixed, moving, labels, name, dataset_dir):
+            for argument in ("fixed", "moving", "labels"):
+                if argument in entry and not os.path.exists(entry[argument]):
+                    raise RegistrationError(argument, entry[argument], "an existing file")
+        _text(output_dir, "output_dir")
+        preset_options(preset)
+        if transform not in TRANSFORMS:
+            raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+        resolve_device(device)
+        if regressor_weights is not None:
+            _text(regressor_weights, "regressor_weights")
+        if vgg19_weights == UNTRAINED_FOR_CHECKS_ONLY:
+            allowed = "trained weights: random filters serve verify_net_in_out and ckpt_export, no registration"
+            raise RegistrationError("vgg19_weights", vgg19_weights, allowed)
+        trained_network(vgg19_weights, seed=seed)
+
+
+def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
+    """Second step of ``run``: register all pairs.
+
+    In a process of your own, call ``evaluator.run()`` instead: it raises what went wrong.
+
+    Returns:
+        Success by name.
+
+    Raises:
+        SystemExit: input that is wrong; status `WRONG_INPUT`, with the reason on stderr. Pairs before it are written.
+    """
+    with _wrong_input_exits():
+        evaluator.run()
+    state: Any = evaluator.state
+    return state.registered
+
+
+def exit_status(evaluator: Evaluator) -> None:
+    """The ``finalize`` step.
+
+    Raises:
+        SystemExit: a pair could not be registered; status `FAILED`. Its results are written and say so.
+    """
+    state: Any = evaluator.state
+    failed = [name for name, success in state.registered.items() if not success]
+    if failed:
+        print(f"registration failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(FAILED)
+
+
+@contextmanager
+def _wrong_input_exits() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RegistrationError):  # MONAI wraps what transforms raise
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        print(f"wrong input: {cause}", file=sys.stderr)
+        raise SystemExit(WRONG_INPUT) from error
+
+
+def _text(value: Any, argument: str) -> str:
+    """A path or name as text. The command line turns what looks like Python into numbers, lists and the like."""
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise RegistrationError(argument, value, "text; if it was, quote it once more within the quotes: '\"1.5\"'")
+
+
+def _folder_name(value: Any) -> str:
+    name = _text(value, "name")
+    if name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
+        raise RegistrationError("name", name, "the name of a folder, without path separators")
+    return name
+
+
+def _folder(output_dir: Any, name: Any) -> Path:
+    return Path(_text(output_dir, "output_dir")) / _folder_name(name)
+
+
+def _stem(path: str) -> str:
+    name = Path(path).resolve().name
+    return name[:-7] if name.lower().endswith(".nii.gz") and len(name) > 7 else Path(name).stem
+
+
+def _write_image(path: Path, image: MetaTensor, labels: bool = False) -> None:
+    array = image.as_tensor().cpu().numpy()
+    dtype: Any = np.float32
+    if labels:
+        low, high = array.min(), array.max()
+        fits = (d for d in (np.uint8, np.int16, np.int32) if np.iinfo(d).min <= low and high <= np.iinfo(d).max)
+        dtype = next(fits, np.float32) if (array == np.rint(array)).all() else np.float32
+    # channels last, and in 2D behind a third axis, as NIfTI has it
+    array = array[0] if len(array) == 1 else np.moveaxis(array if array.ndim == 4 else array[..., None], 0, -1)
+    affine = to_affine_nd(3, image.affine.cpu().numpy())
+    nifti = nib.Nifti1Image(array.astype(dtype), affine)
+    nifti.set_qform(affine, code="scanner")
+    nifti.set_sform(affine, code="scanner")
+    nifti.header.set_xyzt_units("mm")
+    with atomic_path(path) as partial:
+        nib.save(nifti, partial)
+
+
+def _summary(report: dict[str, Any], folder: Path) -> str:
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
+    lines = [
+        f"{report['name']}: " + ("registered" if report["success"] else "FAILED") + f" in {report['seconds']:.1f} s "
+        f"(preset {report['preset']}, {report['transform']})"
+    ]
+    lines += [f"  warning: {warning}" for warning in report["warnings"]]
+    lines.append(
+        f"  normalized mutual information {before['nmi']:.4f} before, {after['nmi']:.4f} after; "
+        f"Dice of the foregrounds {before['dice']:.3f} before, {after['dice']:.3f} after"
+    )
+    if "error_mm" in report:
+        error = report["error_mm"]
+        lines.append(
+            f"  mean error against the known transform: {error['before']['mean']:.2f} mm before, "
+            f"{error['after']['mean']:.2f} mm after (largest {error['after']['max']:.2f} mm)"
+        )
+    lines.append(f"  results in {folder}")
+    return "\n".join(lines)
