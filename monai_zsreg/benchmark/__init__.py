@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known transforms, several methods, one table: ``python -m monai_zsreg.benchmark --help``."""
+
+from __future__ import annotations
