@@ -19,17 +19,18 @@ class RegistrationError(ValueError):
         allowed: what is allowed, or how to mend it, as the end of the sentence "expected ...".
     """
 
-    def __init__(self, argument: str, value: Any, allowed: str) -> None:
+    def __init__(self, argument: str, value: Any = None, allowed: str = "") -> None:
         self.argument = argument
         self.value = value
         self.allowed = allowed
         shown = repr(value)
         if len(shown) > _LONGEST_VALUE:
             shown = shown[: _LONGEST_VALUE - 3] + "..."
-        super().__init__(f"{argument}: got {shown}, expected {allowed}")
+        # torch rebuilds an exception of a data loader's worker from its traceback text alone
+        super().__init__(f"{argument}: got {shown}, expected {allowed}" if allowed else argument)
 
     def __reduce__(self) -> tuple[type[RegistrationError], tuple[str, Any, str]]:
-        # exceptions cross process borders in data loader workers; the default would pass the message alone
+        # exceptions cross process borders; the default would pass the message alone
         return type(self), (self.argument, self.value, self.allowed)
 
 

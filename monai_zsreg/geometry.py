@@ -261,12 +261,20 @@ def world_from_unit(matrix: Tensor, fixed: Grid, moving: Grid) -> Tensor:
         ``(D+1, D+1)`` float64 on the CPU, fixed world to moving world.
     """
     full = homogeneous(matrix.detach().cpu().double())
-    return moving.affine @ torch.linalg.inv(_index_to_unit(moving)) @ full @ _index_to_unit(fixed) @ torch.linalg.inv(fixed.affine)
+    return (
+        moving.affine
+        @ torch.linalg.inv(_index_to_unit(moving))
+        @ full
+        @ _index_to_unit(fixed)
+        @ torch.linalg.inv(fixed.affine)
+    )
 
 
 def unit_from_world(transform: Tensor, fixed: Grid, moving: Grid) -> Tensor:
     """Inverse of `world_from_unit`: a world pull matrix ``(D+1, D+1)`` to ``[D, D+1]`` in unit coordinates."""
-    full = _index_to_unit(moving) @ fixed.index_pull(transform.double(), moving) @ torch.linalg.inv(_index_to_unit(fixed))
+    full = (
+        _index_to_unit(moving) @ fixed.index_pull(transform.double(), moving) @ torch.linalg.inv(_index_to_unit(fixed))
+    )
     return full[: fixed.dims]
 
 

@@ -78,5 +78,7 @@ def output_folder(path: str | os.PathLike) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RegistrationError("output_dir", str(path), f"a folder that can be made and written to ({error})") from error
+        raise RegistrationError(
+            "output_dir", str(path), f"a folder that can be made and written to ({error})"
+        ) from error
     return folder

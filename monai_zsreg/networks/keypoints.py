@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keypoints as centers of mass of thresholded feature maps (sections 2.3 and 2.4)."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +50,7 @@ class CenterOfMass(nn.Module):
         mass, moment = self.moments(maps, flat.max(dim=2).values)
         return self.points(mass, moment)
 
-    def moments(self, maps: Tensor, peak: Tensor, first: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def moments(self, maps: Tensor, peak: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mass ``[B, C]`` and first moment ``[B, C, D]`` of maps above ``threshold * peak``.
 
         They add up over the pieces of a volume, so a volume need not be in memory at once.
@@ -94,7 +92,9 @@ class KeypointDetector(nn.Module):
 
     With ``symmetric`` the response to the image is added to the response to its negative. An edge then answers alike
     whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
-    taken inside the foreground alone.
+    taken inside the foreground alone, and the negative is lifted by ``level``, so that the brightest tissue does not
+    vanish in the background. Maps that answer to an empty image as strongly as to anything in the picture then give no
+    keypoint: it would be the middle of the frame in both images, a vote for "not moved".
 
     With several ``scales`` the keypoints of smaller copies of the image are appended; they show coarser structures.
 
@@ -102,6 +102,7 @@ class KeypointDetector(nn.Module):
         features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``, with an attribute ``out_channels``.
         center_of_mass: the thresholded center of mass.
         symmetric: see above.
+        level: see above.
         scales: whole factors by which copies of the image are shrunk.
         slice_batch: slices in memory at once.
 
@@ -114,6 +115,7 @@ class KeypointDetector(nn.Module):
         features: nn.Module,
         center_of_mass: CenterOfMass,
         symmetric: bool = False,
+        level: float = 0.3,
         scales: tuple[int, ...] = (1,),
         slice_batch: int = 8,
     ) -> None:
@@ -125,14 +127,14 @@ class KeypointDetector(nn.Module):
         self.features = features
         self.center_of_mass = center_of_mass
         self.symmetric = symmetric
+        self.level = level
         self.scales = [int(scale) for scale in scales]
         self.slice_batch = slice_batch
 
     def count(self, spatial_dims: int) -> int:
         """Number of keypoints for 2 or 3 spatial dimensions."""
         stacks = 1 if spatial_dims == 2 else 3
-        channels: int = self.features.out_channels
-        return channels * len(self.scales) * stacks
+        return int(self.features.out_channels) * len(self.scales) * stacks  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         """Detect.
@@ -151,7 +153,10 @@ class KeypointDetector(nn.Module):
             if scale > 1:
                 small, inside = _shrink(image, scale), (_shrink(foreground, scale) > 0.5).to(image.dtype)
             if image.dim() == 4:
-                found, mask = self.center_of_mass(self._respond(small, inside))
+                maps = self._respond(small, inside)
+                found, mask = self.center_of_mass(maps)
+                if self.symmetric:
+                    mask = mask & ~self._answers_to_nothing(maps.amax(dim=(2, 3)))
             else:
                 found, mask = self._stacks(small, inside)
             points.append((found + 0.5) * float(scale) - 0.5)
@@ -161,13 +166,18 @@ class KeypointDetector(nn.Module):
     def _respond(self, image: Tensor, foreground: Tensor) -> Tensor:
         if not self.symmetric:
             return self.features(image)
-        return self.features(image) + self.features((1.0 - image) * foreground)
+        return self.features(image) + self.features((1.0 + self.level - image) * foreground)
+
+    def _answers_to_nothing(self, peak: Tensor) -> Tensor:
+        """Maps ``[B, C]`` that respond to an empty image as strongly as to what they would call their best place."""
+        empty = torch.zeros(1, 1, 3, 3, dtype=peak.dtype, device=peak.device)
+        return self._respond(empty, empty).amax(dim=(2, 3)) > self.center_of_mass.threshold * peak
 
     @torch.jit.unused
     def _stacks(self, volume: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         points: list[Tensor] = []
         valid: list[Tensor] = []
-        for one, inside in zip(volume[:, 0], foreground[:, 0]):
+        for one, inside in zip(volume[:, 0], foreground[:, 0], strict=True):
             box, start = _content_box(one)
             found = [self._stack(one[box], inside[box], axis) for axis in range(3)]
             points.append(torch.cat([point + start for point, _ in found], dim=1))
@@ -189,13 +199,15 @@ class KeypointDetector(nn.Module):
             piece_mass, piece_moment = self.center_of_mass.moments(maps, peak, part)
             mass, moment = mass + piece_mass, moment + piece_moment
         points, valid = self.center_of_mass.points(mass, moment)
+        if self.symmetric:
+            valid = valid & ~self._answers_to_nothing(peak)
         # the slice axis came first; put it where it belongs
         order = [1, 2]
         order.insert(axis, 0)
         return points[..., order], valid
 
 
-def _content_box(volume: Tensor, margin: int = 4) -> tuple[tuple[slice, ...], Tensor]:
+def _content_box(volume: Tensor, margin: int = 2) -> tuple[tuple[slice, ...], Tensor]:
     """Slices of the box around all that is not background (0), ``margin`` voxels larger, and its first corner ``[3]``.
 
     Outside, the response is that of a constant, which is no feature; most of a padded volume is outside.

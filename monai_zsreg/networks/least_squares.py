@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closed-form transforms from point pairs, alone or by consensus: the alternative to the paper's regressor."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from monai_zsreg.geometry import apply_affine
 __all__ = ["TRANSFORMS", "LeastSquaresAffine"]
 
 TRANSFORMS = ("rigid", "similarity", "affine")
+
 
 class LeastSquaresAffine(nn.Module):
     """Weighted least squares from fixed to moving points, optionally after finding the pairs that agree.
@@ -25,7 +24,7 @@ class LeastSquaresAffine(nn.Module):
     pair's answer does not depend on its neighbors in the batch.
 
     Points that do not determine the transform (fewer than D + 1, or D for rigid and similarity; all on one line, in
-    3D on one plane) give a matrix of NaN: the caller must look.
+    3D on one plane; fewer that agree than ``least_agreement``) give a matrix of NaN: the caller must look.
 
     Args:
         spatial_dims: D, 2 or 3.
@@ -36,6 +35,7 @@ class LeastSquaresAffine(nn.Module):
         hypothesis: kind of transform fitted to the subsets; a similarity needs fewer points and lets fewer accidents
             through than an affine one. By default a similarity for ``transform="affine"``, else ``transform``.
         scale_range: hypotheses whose scale leaves this range are dropped.
+        least_agreement: share of the weight that must agree, from 0 to 1, for the consensus to count.
         seed: seed of the subsets.
 
     Raises:
@@ -52,8 +52,9 @@ class LeastSquaresAffine(nn.Module):
         consensus: bool = False,
         threshold: float = 0.03,
         hypotheses: int = 4096,
-        hypothesis: Optional[str] = None,
+        hypothesis: str | None = None,
         scale_range: tuple[float, float] = (0.6, 1.6),
+        least_agreement: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -74,14 +75,15 @@ class LeastSquaresAffine(nn.Module):
         self.hypotheses = int(hypotheses)
         self.hypothesis = hypothesis
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
+        self.least_agreement = float(least_agreement)
         self.seed = int(seed)
 
     def forward(
         self,
         fixed_points: Tensor,
         moving_points: Tensor,
-        weights: Optional[Tensor] = None,
-        threshold: Optional[float] = None,
+        weights: Tensor | None = None,
+        threshold: float | None = None,
     ) -> Tensor:
         """Estimate.
 
@@ -103,7 +105,9 @@ class LeastSquaresAffine(nn.Module):
             weights = torch.ones_like(fixed_points[..., 0])
         if self.consensus:
             limit = self.threshold if threshold is None else threshold
-            weights = weights * self.agreement(fixed_points, moving_points, weights, limit)
+            agreed = weights * self.agreement(fixed_points, moving_points, weights, limit)
+            enough = agreed.sum(dim=1, keepdim=True) >= self.least_agreement * weights.sum(dim=1, keepdim=True)
+            weights = agreed * enough.to(agreed.dtype)
         return _fit(fixed_points, moving_points, weights, self.transform)
 
     @torch.jit.unused
@@ -122,7 +126,9 @@ class LeastSquaresAffine(nn.Module):
         picked = weights.gather(1, subset.reshape(batch, -1)).reshape(shape[:2])
         solve = _affine_from_subset if self.hypothesis == "affine" else _similarity_from_subset
         matrix, scale = solve(
-            fixed_points.gather(1, flat).reshape(shape), moving_points.gather(1, flat).reshape(shape), self.hypothesis == "rigid"
+            fixed_points.gather(1, flat).reshape(shape),
+            moving_points.gather(1, flat).reshape(shape),
+            self.hypothesis == "rigid",
         )
         matrix = matrix.reshape(batch, self.hypotheses, dims, dims + 1)
         low, high = self.scale_range
@@ -205,7 +211,9 @@ def _check_points(fixed_points: Tensor, moving_points: Tensor, dims: int) -> Non
     for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
         if points.dim() != 3 or points.shape[2] != dims or points.shape != fixed_points.shape:
             raise RegistrationError(
-                name, tuple(points.shape), f"[B, N, {dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})"
+                name,
+                tuple(points.shape),
+                f"[B, N, {dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})",
             )
 
 

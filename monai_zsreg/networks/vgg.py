@@ -5,7 +5,6 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,9 @@ class VGG19Features(nn.Module):
     """Feature maps of VGG-19's conv1_1 and conv1_2, each after its ReLU.
 
     ``forward`` takes one-channel images ``[B, 1, H, W]`` with intensities in [0, 1] and returns ``[B, 64 L, H, W]``
-    for L layers. Gray is repeated to three channels and normalized as the weights were trained. The convolutions
-    replicate the border, because zeros beside a bright border would be an edge that the image does not have.
+    for L layers. Gray is repeated to three channels and normalized as the weights were trained. The border
+    is replicated by the two pixels that the layers see beyond it, because zeros beside a bright border would be an edge
+    that the image does not have.
 
     The weights are buffers that do not persist: no checkpoint of a network around this one holds them. They are read
     from a named file or from the cache when the object is made; torchvision's download waits for the first use.
@@ -64,7 +64,14 @@ class VGG19Features(nn.Module):
         maps = features(torch.rand(1, 1, 240, 240))  # [1, 128, 240, 240]
     """
 
-    def __init__(self, weights: Union[str, os.PathLike] = IMAGENET, layers: tuple[int, ...] = (1, 2)) -> None:
+    mean: Tensor
+    std: Tensor
+    weight_0: Tensor
+    bias_0: Tensor
+    weight_2: Tensor
+    bias_2: Tensor
+
+    def __init__(self, weights: str | os.PathLike = IMAGENET, layers: tuple[int, ...] = (1, 2)) -> None:
         super().__init__()
         if not layers or any(layer not in (1, 2) for layer in layers):
             raise RegistrationError("layers", layers, "a non-empty subset of (1, 2)")
@@ -101,12 +108,14 @@ class VGG19Features(nn.Module):
         if not self.loaded:
             raise RuntimeError("this scripted network was exported without VGG-19 weights")
         # channels last: the convolutions on a CPU take two thirds of the time
-        x = ((image.repeat(1, 3, 1, 1) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        x = F.relu(F.conv2d(F.pad(x, [1, 1, 1, 1], mode="replicate"), self.weight_0, self.bias_0))
+        x = (image.repeat(1, 3, 1, 1) - self.mean) / self.std
+        x = F.pad(x, [2, 2, 2, 2], mode="replicate").contiguous(memory_format=torch.channels_last)
+        x = F.relu_(F.conv2d(x, self.weight_0, self.bias_0))
+        inner = x[:, :, 1:-1, 1:-1]
         if not self.second:
-            return x
-        y = F.relu(F.conv2d(F.pad(x, [1, 1, 1, 1], mode="replicate"), self.weight_2, self.bias_2))
-        return torch.cat([x, y], dim=1) if self.first else y
+            return inner
+        y = F.relu_(F.conv2d(x, self.weight_2, self.bias_2))
+        return torch.cat([inner, y], dim=1) if self.first else y
 
     @torch.jit.ignore
     def load_weights(self) -> None:
@@ -148,7 +157,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         complete = all(tuple(found[name].shape) == shape for name, shape in _SHAPES.items())
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file will not do
         raise RegistrationError(
-            "vgg19_weights", str(path), f"a VGG-19 state dict with {', '.join(_SHAPES)} ({type(error).__name__}: {error})"
+            "vgg19_weights",
+            str(path),
+            f"a VGG-19 state dict with {', '.join(_SHAPES)} ({type(error).__name__}: {error})",
         ) from error
     if not complete:
         raise RegistrationError("vgg19_weights", str(path), f"tensors of the shapes {_SHAPES}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from numbers import Real
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from monai_zsreg.networks.zero_shot import scale_to_unit_range
 
 __all__ = ["ImageLike", "channel", "on_isotropic_grid", "read_image", "working_spacing"]
 
-ImageLike = Union[str, os.PathLike, np.ndarray, Tensor]
+ImageLike = str | os.PathLike | np.ndarray | Tensor
 
 _SMALLEST_AXIS = 4
 # voxels a side below which nothing is left to find
@@ -55,7 +55,9 @@ def read_image(source: ImageLike, name: str = "image") -> MetaTensor:
         image = MetaTensor(source)
     elif isinstance(source, np.ndarray):
         if source.ndim not in (2, 3):
-            raise RegistrationError(name, source.shape, "an array [*spatial] in 2D or 3D; use a MetaTensor for channels")
+            raise RegistrationError(
+                name, source.shape, "an array [*spatial] in 2D or 3D; use a MetaTensor for channels"
+            )
         if source.dtype.kind not in "biuf":
             raise RegistrationError(f"{name}.dtype", str(source.dtype), "real numbers")
         # tensors know neither unsigned 16-bit arithmetic nor foreign byte order
@@ -150,7 +152,9 @@ def _read_file(path: Path, name: str) -> MetaTensor:
     try:
         image: Any = LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=None)(path)
     except Exception as error:  # the readers raise whatever their libraries raise
-        raise RegistrationError(name, str(path), f"an image that can be read ({type(error).__name__}: {error})") from error
+        raise RegistrationError(
+            name, str(path), f"an image that can be read ({type(error).__name__}: {error})"
+        ) from error
     if image.dtype == torch.float64 or not image.is_floating_point() and not image.is_complex():
         image = image.float()
     # a volume of one slice is an image; NIfTI has no other way to say 2D with a direction

@@ -25,7 +25,7 @@ from monai_zsreg.registration.uncertainty import BlackeningUncertainty
 
 __all__ = ["KeypointEstimator", "build_network", "make_network", "register", "register_with", "resolve_device"]
 
-# part of the fixed field of view that must land in the moving one; below it there is nothing to compare
+# part of one field of view that must lie in the other; below it there is nothing to compare
 _LEAST_OVERLAP = 0.05
 
 
@@ -84,7 +84,7 @@ def register(
         raise RegistrationError("spatial_dims", options["spatial_dims"], "nothing: the images decide")
     fixed_image, moving_image = read_image(fixed, "fixed"), read_image(moving, "moving")
     _check_dimensions(fixed_image, moving_image)
-    settings = preset_options(preset, fixed_image.ndim - 1) | options
+    settings = preset_options(preset) | options
     where = resolve_device(device, fixed_image.device)
     # before the network, whose weights may have to be downloaded
     channel(fixed_image, fixed_channel, "fixed")
@@ -153,10 +153,6 @@ def register_with(
         affine = torch.eye(len(affine), dtype=torch.float64)
         warnings.warn(f"registration failed: {notes[0]}; the matrix is the identity", RegistrationWarning, stacklevel=3)
 
-    def again(copies: Tensor) -> tuple[Tensor, Tensor]:
-        found, outcome = estimator(copies)
-        return found, outcome.status.cpu() == Status.OK
-
     return RegistrationResult(
         affine=affine.numpy(),
         success=success,
@@ -167,13 +163,15 @@ def register_with(
         fixed=fixed,
         moving=moving,
         keypoints=estimator.world_keypoints(estimate),
-        _uncertainty=BlackeningUncertainty(again, moving_values, fixed, moving, seed=seed),
+        _uncertainty=BlackeningUncertainty(estimator.repeat, moving_values, fixed, moving, seed=seed),
     )
 
 
 def _check_dimensions(fixed: MetaTensor, moving: MetaTensor) -> None:
     if fixed.ndim != moving.ndim:
-        raise RegistrationError("moving", f"{moving.ndim - 1}D image", f"a {fixed.ndim - 1}D image, because fixed is one")
+        raise RegistrationError(
+            "moving", f"{moving.ndim - 1}D image", f"a {fixed.ndim - 1}D image, because fixed is one"
+        )
 
 
 class KeypointEstimator:
@@ -218,6 +216,11 @@ class KeypointEstimator:
         matrices = [world_from_unit(matrix, self.fixed_grid, self.moving_grid) for matrix in estimate.matrix]
         return torch.stack(matrices), estimate
 
+    def repeat(self, moving_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, with a mask ``[n]`` of the estimates that succeeded in place of the details."""
+        matrices, estimate = self(moving_values)
+        return matrices, estimate.status.cpu() == Status.OK
+
     def world_keypoints(self, estimate: AffineEstimate) -> dict[str, np.ndarray]:
         """Keypoints of the first pair that both images have, ``[K, D]`` each, world mm."""
         valid = estimate.valid[0]
@@ -237,7 +240,9 @@ def resolve_device(device: str | torch.device | None, default: torch.device | st
         found = torch.device(default if device is None else device)
         torch.zeros(1, device=found).item()  # "meta" is a device too, but holds no numbers
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise RegistrationError("device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})') from error
+        raise RegistrationError(
+            "device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})'
+        ) from error
     return found
 
 
@@ -265,7 +270,9 @@ def build_network(
         RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
     """
     # tuples, because JSON gives lists and a cache needs keys
-    frozen = tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items()))
+    frozen = tuple(
+        sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
+    )
     files: list[str | None] = []
     for name, file in (("vgg19_weights", vgg19_weights), ("regressor_weights", regressor_weights)):
         if file is not None and not isinstance(file, (str, os.PathLike)):
@@ -343,7 +350,9 @@ def make_network(
         state = trained.state_dict()
         if (trained.spatial_dims, trained.transform) != (spatial_dims, transform):
             raise RegistrationError(
-                "regressor_weights", str(path), f"a {spatial_dims}D {transform} regressor; this one is {trained.spatial_dims}D {trained.transform}"
+                "regressor_weights",
+                str(path),
+                f"a {spatial_dims}D {transform} regressor; this one is {trained.spatial_dims}D {trained.transform}",
             )
         options = {"num_points": trained.num_points, "hidden": trained.hidden} | options
     try:
@@ -354,17 +363,24 @@ def make_network(
         try:
             network.regressor.load_state_dict(state)
         except RuntimeError as error:
-            raise RegistrationError("options", sorted(options), f"what fits the regressor's weights ({error})") from error
+            raise RegistrationError(
+                "options", sorted(options), f"what fits the regressor's weights ({error})"
+            ) from error
     return network
 
 
 def _overlap_notes(affine: Tensor, fixed: Grid, moving: Grid) -> list[str]:
     if not bool(torch.isfinite(affine).all()):
         return ["the estimated matrix is not finite"]
-    steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in fixed.shape]
-    index = apply_affine(fixed.index_pull(affine, moving), torch.cartesian_prod(*steps))
-    last = torch.tensor([n - 0.5 for n in moving.shape], dtype=torch.float64)
-    share = float(((index >= -0.5) & (index <= last)).all(dim=1).double().mean())
+    share = max(_share_inside(fixed, moving, affine), _share_inside(moving, fixed, torch.linalg.inv(affine)))
     if share < _LEAST_OVERLAP:
-        return [f"after registration {100 * share:.0f} % of the fixed field of view lies in the moving one"]
+        return [f"after registration the fields of view overlap by {100 * share:.0f} % only"]
     return []
+
+
+def _share_inside(grid: Grid, other: Grid, transform: Tensor) -> float:
+    """Part of the voxels of ``grid`` that a world transform takes into the field of view of ``other``."""
+    steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in grid.shape]
+    index = apply_affine(grid.index_pull(transform, other), torch.cartesian_prod(*steps))
+    last = torch.tensor([n - 0.5 for n in other.shape], dtype=torch.float64)
+    return float(((index >= -0.5) & (index <= last)).all(dim=1).double().mean())

@@ -14,21 +14,23 @@ DEFAULT_PRESET = "keypoints"
 PRESETS: dict[str, dict[str, Any]] = {
     # Kori and Krishnamurthi as written; README of the bundle: which readings were tried
     "paper": {"estimator": "mlp"},
-    # the paper mended: contrast-symmetric maps, consensus in place of the regressor
-    "keypoints": {"estimator": "consensus", "symmetric": True, "scales": (1, 2, 4), "iterations": 4},
+    # the paper mended: contrast-symmetric maps of coarser copies, consensus in place of the regressor
+    "keypoints": {
+        "estimator": "consensus",
+        "symmetric": True,
+        "scales": (2, 3, 4),
+        "iterations": 5,
+        "coarse_passes": 3,
+    },
 }
 
 
-# a pass over a volume takes seconds, not tenths
-_IN_3D: dict[str, dict[str, Any]] = {"keypoints": {"scales": (1, 2), "iterations": 2}}
-
-
-def preset_options(preset: str, spatial_dims: int) -> dict[str, Any]:
-    """A copy of a preset's parameters for 2 or 3 spatial dimensions.
+def preset_options(preset: str) -> dict[str, Any]:
+    """A copy of a preset's parameters.
 
     Raises:
         RegistrationError: no such preset.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))
-    return PRESETS[preset] | (_IN_3D.get(preset, {}) if spatial_dims == 3 else {})
+    return dict(PRESETS[preset])

@@ -53,7 +53,7 @@ class RegistrationResult:
 
     @cached_property
     def moved(self) -> MetaTensor:
-        """The moving image, all channels, on the fixed grid, linear interpolation, zeros outside; made when asked for."""
+        """The moving image, all channels, on the fixed grid, zeros outside; made when first asked for."""
         return self.apply(self.moving)
 
     @cached_property
@@ -96,10 +96,12 @@ class RegistrationResult:
         if not isinstance(data, (str, os.PathLike, MetaTensor)):
             if image.shape[1:] != self.moving.shape[1:]:
                 raise RegistrationError(
-                    "data", tuple(image.shape), f"a MetaTensor, or the moving image's shape {tuple(self.moving.shape[1:])}"
+                    "data",
+                    tuple(image.shape),
+                    f"a MetaTensor, or the moving image's shape {tuple(self.moving.shape[1:])}",
                 )
             image = MetaTensor(image.as_tensor(), affine=self.moving.affine)
-        fixed = self.fixed.to(image.device)
+        fixed = MetaTensor(self.fixed.as_tensor().to(image.device), meta=self.fixed.meta)
         # the trace would hold on to the native image; a result is final
         transform = ApplyAffineRegistration(mode=mode, padding_mode="zeros")
         transform.tracing = False

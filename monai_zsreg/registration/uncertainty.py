@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's uncertainty (section 2.7): blacken random pixels of the moving image, estimate again, look at the spread."""
+"""The paper's uncertainty (section 2.7): blacken random pixels of the moving image and see how the estimate changes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Uncertainty:
     Attributes:
         matrices: ``[n, D+1, D+1]``, the repeated estimates that succeeded, fixed world to moving world.
         repeats: how many were tried.
-        variance: ``(D, D+1)``, infinite where fewer than two estimates succeeded; variance of each matrix entry over ``matrices`` (mm^2 in the last column, with the
+        variance: ``(D, D+1)``, variance of each matrix entry over ``matrices`` (mm^2 in the last column, with the
             middle of the fixed field of view as origin, so that it does not depend on where the scanner's origin is).
+            Infinite, as the displacement, where fewer than two estimates succeeded.
         fixed: image whose grid the maps live on.
         moving: image that the intensity map warps.
     """
@@ -55,7 +56,10 @@ class Uncertainty:
         if len(rows) < 2:
             return MetaTensor(torch.full((1, *grid.shape), float("inf")), affine=self.fixed.affine.cpu())
         covariance = torch.einsum("nai,naj->ij", spread, spread) / (len(rows) - 1)
-        axes = [torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)]) for a, n in enumerate(grid.shape)]
+        axes = [
+            torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)])
+            for a, n in enumerate(grid.shape)
+        ]
         axes.append(torch.ones([1] * dims, dtype=torch.float64))
         total = torch.zeros(grid.shape, dtype=torch.float64)
         for i, first in enumerate(axes):
@@ -147,9 +151,9 @@ class BlackeningUncertainty:
         for start in range(0, self.repeats, self.batch):
             count = min(self.batch, self.repeats - start)
             copies = torch.stack([blacken(self.values, self.fraction, generator) for _ in range(count)])
-            matrices, succeeded = self.estimate(copies)
-            found.append(matrices[succeeded])
-        matrices = torch.cat(found).numpy()
+            estimates, succeeded = self.estimate(copies)
+            found.append(estimates[succeeded])
+        matrices = np.asarray(torch.cat(found))
         if len(matrices) == 0:
             matrices = np.asarray(affine)[None]
         center = Grid.of(self.fixed).center.numpy()
