@@ -52,6 +52,7 @@ __all__ = [
     "unit_from_world",
     "unit_points_to_world",
     "unit_to_index",
+    "unit_points_without_padding",
     "unit_without_padding",
     "world_from_unit",
 ]
@@ -96,6 +97,11 @@ def unit_to_index(points: Tensor, longest: float) -> Tensor:
 def index_to_unit(points: Tensor, longest: float) -> Tensor:
     """Indices of points ``[..., D]`` to unit coordinates, for a grid whose longest side has ``longest`` voxels."""
     return (points + 0.5) / longest
+
+
+def unit_points_without_padding(points: Tensor, margin: float, longest: float) -> Tensor:
+    """Points ``[..., D]``, unit coordinates of a padded grid to those before padding; see `unit_without_padding`."""
+    return points * ((longest + 2.0 * margin) / longest) - margin / longest
 
 
 def unit_without_padding(matrix: Tensor, margin: float, longest: float) -> Tensor:

@@ -156,10 +156,10 @@ class ReadPair(Transform):
 
     Args:
         output_dir: where the demonstration pair is written to, in a folder of its name.
-        demonstration_dims: 3, or 2 for a slice.
+        demonstration_dims: 2 for a slice, or 3 for the volume.
     """
 
-    def __init__(self, output_dir: str | os.PathLike = "output", demonstration_dims: int = 3) -> None:
+    def __init__(self, output_dir: str | os.PathLike = "output", demonstration_dims: int = 2) -> None:
         self.output_dir = output_dir
         self.demonstration_dims = demonstration_dims
 

@@ -4,7 +4,7 @@
 ::
 
     python -m monai_zsreg.benchmark FOLDER --output results
-    python -m monai_zsreg.benchmark pairs.json --output results --methods ours:robust elastix
+    python -m monai_zsreg.benchmark pairs.json --output results --methods ours:keypoints elastix
     python -m monai_zsreg.benchmark FOLDER --output results --quick
     python -m monai_zsreg.benchmark cost --output results
 
@@ -28,6 +28,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monai_zsreg.registration.presets import PRESETS
+
 if TYPE_CHECKING:
     from monai_zsreg.benchmark.cases import Case
     from monai_zsreg.benchmark.data import Pair
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PAIRS = ("t1-t2", "t1-flair", "t1-t1ce")
-_METHODS = ("ours:robust", "ours:keypoints", "ours:paper", "elastix", "simpleelastix", "ants", "sift", "none")
+_METHODS = (*(f"ours:{preset}" for preset in PRESETS), "elastix", "simpleelastix", "ants", "sift", "none")
 # a minute or more a volume, against seconds
 _CAPS = ("ants:3=20", "elastix:3=40", "simpleelastix:3=10", "ours:keypoints:3=10", "ours:paper:3=10")
 _QUICK_CAPS = ("ants:3=0", "simpleelastix:3=0", "ours:keypoints:3=0", "ours:paper:3=0", "elastix:3=2", "ants:2=6")

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine, compose_affine, index_to_unit, theta_from_unit, unit_without_padding
+from monai_zsreg.geometry import (
+    apply_affine,
+    compose_affine,
+    index_to_unit,
+    theta_from_unit,
+    unit_points_without_padding,
+    unit_without_padding,
+)
 from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
@@ -96,9 +103,10 @@ class ZeroShotAffineNet(nn.Module):
             agree by accident look like shear far more often than like a rotation.
         padding: added on every side, as a fraction of the longest side.
         consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
-            padded side; None for 0.035 in 2D and 0.07 in 3D. Each later pass halves it, down to a quarter.
+            padded side. Each later pass halves it, down to ``final_threshold``.
+        final_threshold: None for 0.009 in 2D and 0.018 in 3D, where keypoints come from coarser images.
         least_agreement: share of the keypoints that must agree in the last passes of ``"consensus"``; None for what was
-            measured to tell right from wrong, 0.08 in 2D and 0.1 in 3D.
+            measured to tell right from wrong, 0.068 in 2D and 0.1 in 3D.
         hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
         vgg19_weights: see `VGG19Features`.
         seed: seed of the draws. One object gives one input the same answer every time.
@@ -136,7 +144,8 @@ class ZeroShotAffineNet(nn.Module):
         tolerance: float = 2e-4,
         coarse_passes: int = 0,
         padding: float = 0.25,
-        consensus_threshold: float | None = None,
+        consensus_threshold: float = 0.07,
+        final_threshold: float | None = None,
         least_agreement: float | None = None,
         hidden: tuple[int, ...] = (),
         vgg19_weights: str = IMAGENET,
@@ -153,8 +162,6 @@ class ZeroShotAffineNet(nn.Module):
             raise RegistrationError("rate", rate, "0 < rate <= 1")
         if not 0.0 <= padding <= 2.0:
             raise RegistrationError("padding", padding, "0 <= padding <= 2")
-        if consensus_threshold is None:
-            consensus_threshold = 0.035 if spatial_dims == 2 else 0.07
         if not consensus_threshold > 0.0:
             raise RegistrationError("consensus_threshold", consensus_threshold, "a positive number")
         self.spatial_dims = spatial_dims
@@ -171,16 +178,19 @@ class ZeroShotAffineNet(nn.Module):
         self.coarse_passes = min(coarse_passes, iterations - 1) if coarse else 0
         self.padding = float(padding)
         self.consensus_threshold = float(consensus_threshold)
+        if final_threshold is None:
+            final_threshold = 0.009 if spatial_dims == 2 else 0.018
+        self.final_threshold = float(final_threshold)
         self.features = VGG19Features(vgg19_weights, layers)
         self.keypoints = KeypointDetector(
             self.features, CenterOfMass(threshold), symmetric, scales=scales, slice_batch=slice_batch
         )
         self.level = self.keypoints.level
         self.resampler = AffineResampler()
-        # in the last pass, 0.09 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
-        # of pairs with nothing to find, or registered wrong, 0.073 and less (3D: 0.065)
+        # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
+        # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
         if least_agreement is None:
-            least_agreement = 0.08 if spatial_dims == 2 else 0.1
+            least_agreement = 0.068 if spatial_dims == 2 else 0.1
         consensus: dict[str, Any] = {"consensus": True, "threshold": consensus_threshold, "seed": seed}
         self.coarse = LeastSquaresAffine(spatial_dims, "similarity", **consensus)
         self.regressor: nn.Module
@@ -282,12 +292,11 @@ class ZeroShotAffineNet(nn.Module):
                 break
         result = unit_without_padding(total, float(margin), longest)
         result = torch.where((status > 0).view(-1, 1, 1), torch.full_like(result, float("nan")), result)
-        shift = float(margin) / longest
         return AffineEstimate(
             result,
             status,
-            fixed_points * (side / longest) - shift,
-            first_points * (side / longest) - shift,
+            unit_points_without_padding(fixed_points, float(margin), longest),
+            unit_points_without_padding(first_points, float(margin), longest),
             fixed_valid & first_valid,
             passes,
         )
@@ -309,7 +318,7 @@ class ZeroShotAffineNet(nn.Module):
 
     @torch.jit.unused
     def _agree(self, fixed_points: Tensor, moving_points: Tensor, valid: Tensor, step: int) -> Tensor:
-        threshold = self.consensus_threshold * max(0.5**step, 0.25)
+        threshold = max(self.consensus_threshold * 0.5**step, self.final_threshold)
         estimator = self.coarse if step < self.coarse_passes else self.regressor
         return estimator(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
 

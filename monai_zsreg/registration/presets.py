@@ -19,8 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "consensus",
         "symmetric": True,
         "scales": (2, 3, 4),
-        "iterations": 5,
-        "coarse_passes": 3,
+        "iterations": 7,
+        "coarse_passes": 5,
     },
 }
 
