@@ -53,8 +53,8 @@ def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
     axes = np.atleast_2d(figure.subplots(len(planes), len(columns)))
     for row, (axis, index, sides) in zip(axes, planes, strict=True):
         shown = [_cut(volume, axis, index) for volume in (fixed, moving, moved)]
-        shown += [_checkerboard(shown[0], shown[1]), _checkerboard(shown[0], shown[2])]
         in_plane = [s for a, s in enumerate(spacing) if a != axis]
+        shown += [_checkerboard(shown[0], other, in_plane) for other in shown[1:]]
         for place, picture in zip(row, shown, strict=True):
             place.imshow(
                 picture, cmap="gray", vmin=0, vmax=1, aspect=in_plane[1] / in_plane[0], interpolation="nearest"
@@ -95,9 +95,10 @@ def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return plane[::-1] if axis in (0, 1) else plane
 
 
-def _checkerboard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    rows, columns = np.indices(first.shape)
-    tile = max(1, max(first.shape) // _TILES)
+def _checkerboard(first: np.ndarray, second: np.ndarray, in_plane: list[float]) -> np.ndarray:
+    # tiles are square in mm, or thick slices would make stripes; rows of the picture are the second axis of the plane
+    rows, columns = (index * s for index, s in zip(np.indices(first.shape), in_plane[::-1], strict=True))
+    tile = max(columns.max(), rows.max()) / _TILES
     return np.where((rows // tile + columns // tile) % 2 == 0, first, second)
 
 
