@@ -41,6 +41,7 @@ __all__ = [
     "decompose_affine",
     "flip_points",
     "homogeneous",
+    "index_before_shrinking",
     "index_to_unit",
     "isotropic_grid",
     "itk_lattice",
@@ -97,6 +98,11 @@ def unit_to_index(points: Tensor, longest: float) -> Tensor:
 def index_to_unit(points: Tensor, longest: float) -> Tensor:
     """Indices of points ``[..., D]`` to unit coordinates, for a grid whose longest side has ``longest`` voxels."""
     return (points + 0.5) / longest
+
+
+def index_before_shrinking(points: Tensor, factor: float) -> Tensor:
+    """Indices of points ``[..., D]`` in an image shrunk by averaging blocks of ``factor`` voxels to those before."""
+    return (points + 0.5) * factor - 0.5
 
 
 def unit_points_without_padding(points: Tensor, margin: float, longest: float) -> Tensor:

@@ -37,9 +37,9 @@ from monai_zsreg.demo import demo_pair
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
-from monai_zsreg.networks import IMAGENET, TRANSFORMS, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
+from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
 from monai_zsreg.registration.images import read_image
-from monai_zsreg.registration.pair import build_network, make_network, register_with, resolve_device
+from monai_zsreg.registration.pair import build_network, check_options, make_network, register_with, resolve_device
 from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.report import save_overview
@@ -429,10 +429,7 @@ def check_inputs(
                     raise RegistrationError(argument, entry[argument], "an existing file")
         _text(output_dir, "output_dir")
         preset_options(preset)
-        if transform not in TRANSFORMS:
-            raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+        check_options(transform, seed)
         resolve_device(device)
         if regressor_weights is not None:
             _text(regressor_weights, "regressor_weights")

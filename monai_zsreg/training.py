@@ -28,6 +28,7 @@ from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io.files import atomic_path, write_json
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor, number_of_outputs
+from monai_zsreg.pretrained import load_state_dict
 
 __all__ = [
     "BestModelSaver",
@@ -327,13 +328,9 @@ def load_regressor(path: str | Path) -> AffineRegressor:
     Raises:
         RegistrationError: no such file, or not the parameters of an ``AffineRegressor``.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise RegistrationError("weights", str(path), f"a state dict saved with torch.save ({error})") from error
-    if not isinstance(state, Mapping):
-        raise RegistrationError("weights", str(path), "a state dict")
-    return AffineRegressor.from_state_dict(state, normalize=_facts(path).get("normalize", True))
+    return AffineRegressor.from_state_dict(
+        load_state_dict(path, "weights"), normalize=_facts(path).get("normalize", True)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

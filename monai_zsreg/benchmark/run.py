@@ -24,6 +24,7 @@ from monai_zsreg.benchmark.data import background_value
 from monai_zsreg.benchmark.peers import Method
 from monai_zsreg.geometry import Grid, theta_from_index
 from monai_zsreg.metrics import foreground_tre, similarity
+from monai_zsreg.networks import AffineResampler
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
@@ -231,9 +232,8 @@ def warp(
     """
     one, two = Grid.of(fixed), Grid.of(moving)
     theta = theta_from_index(one.index_pull(torch.from_numpy(matrix), two), one.shape, two.shape).float()
-    lattice = torch.nn.functional.affine_grid(theta[None], [1, 1, *one.shape], align_corners=False)
     values = moving.as_tensor().float()[None] - fill
-    return torch.nn.functional.grid_sample(values, lattice, mode=mode, align_corners=False)[0] + fill
+    return AffineResampler(mode)(values, theta[None], list(one.shape))[0] + fill
 
 
 def _similarity(sample: Sample, matrix: np.ndarray | None) -> dict[str, float]:

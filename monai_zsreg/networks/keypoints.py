@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import index_before_shrinking
 
 __all__ = ["CenterOfMass", "KeypointDetector"]
 
@@ -159,7 +160,7 @@ class KeypointDetector(nn.Module):
                     mask = mask & ~self._answers_to_nothing(maps.amax(dim=(2, 3)))
             else:
                 found, mask = self._stacks(small, inside)
-            points.append((found + 0.5) * float(scale) - 0.5)
+            points.append(index_before_shrinking(found, float(scale)))
             valid.append(mask)
         return torch.cat(points, dim=1), torch.cat(valid, dim=1)
 

@@ -166,7 +166,6 @@ class ZeroShotAffineNet(nn.Module):
             raise RegistrationError("consensus_threshold", consensus_threshold, "a positive number")
         self.spatial_dims = spatial_dims
         self.consensus = estimator == "consensus"
-        self.symmetric = symmetric
         self.num_points = num_points
         self.num_sets = num_sets
         self.replacement = replacement
@@ -185,7 +184,6 @@ class ZeroShotAffineNet(nn.Module):
         self.keypoints = KeypointDetector(
             self.features, CenterOfMass(threshold), symmetric, scales=scales, slice_batch=slice_batch
         )
-        self.level = self.keypoints.level
         self.resampler = AffineResampler()
         # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
         # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
@@ -254,9 +252,9 @@ class ZeroShotAffineNet(nn.Module):
         scaled = F.pad(scaled, [margin, margin] * self.spatial_dims)
         moving, fixed = scaled[:, :1], scaled[:, 1:]
         moving_foreground, fixed_foreground = foreground(moving), foreground(fixed)
-        if self.symmetric:
-            moving = equalize(moving, moving_foreground, self.level)
-            fixed = equalize(fixed, fixed_foreground, self.level)
+        if self.keypoints.symmetric:
+            moving = equalize(moving, moving_foreground, self.keypoints.level)
+            fixed = equalize(fixed, fixed_foreground, self.keypoints.level)
         size: list[int] = list(fixed.shape[2:])
         side = longest + 2.0 * margin
 

@@ -23,7 +23,15 @@ from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
 
-__all__ = ["KeypointEstimator", "build_network", "make_network", "register", "register_with", "resolve_device"]
+__all__ = [
+    "KeypointEstimator",
+    "build_network",
+    "check_options",
+    "make_network",
+    "register",
+    "register_with",
+    "resolve_device",
+]
 
 # part of one field of view that must lie in the other; below it there is nothing to compare
 _LEAST_OVERLAP = 0.05
@@ -76,10 +84,7 @@ def register(
         result.moved        # FLAIR on the T1 grid
         result.affine       # 4x4, fixed world to moving world, RAS mm
     """
-    if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+    check_options(transform, seed)
     if "spatial_dims" in options:
         raise RegistrationError("spatial_dims", options["spatial_dims"], "nothing: the images decide")
     fixed_image, moving_image = read_image(fixed, "fixed"), read_image(moving, "moving")
@@ -102,6 +107,17 @@ def register(
         fixed_channel=fixed_channel,
         moving_channel=moving_channel,
     )
+
+
+def check_options(transform: Any, seed: Any) -> None:
+    """
+    Raises:
+        RegistrationError: ``transform`` is no kind of transform, or ``seed`` no seed.
+    """
+    if transform not in TRANSFORMS:
+        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
 
 
 def register_with(
