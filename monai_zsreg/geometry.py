@@ -40,6 +40,7 @@ __all__ = [
     "compose_parameters",
     "decompose_affine",
     "flip_points",
+    "grid_from_world",
     "homogeneous",
     "index_before_shrinking",
     "index_to_unit",
@@ -47,6 +48,7 @@ __all__ = [
     "itk_lattice",
     "lps_to_ras",
     "moved_header",
+    "pooled_grid",
     "ras_to_lps",
     "theta_from_index",
     "theta_from_unit",
@@ -302,6 +304,20 @@ def _index_to_unit(grid: Grid) -> Tensor:
     matrix[: grid.dims] /= longest
     matrix[: grid.dims, grid.dims] = 0.5 / longest
     return matrix
+
+
+def grid_from_world(grid: Grid) -> Tensor:
+    """World coordinates to the normalized coordinates of ``grid_sample``, ``(D+1, D+1)`` float64 on the CPU."""
+    return _index_to_grid(grid.shape, grid.affine) @ torch.linalg.inv(grid.affine)
+
+
+def pooled_grid(grid: Grid, factors: Sequence[int]) -> Grid:
+    """Lattice of an image of which blocks of ``factors`` voxels were averaged; an incomplete last block is dropped."""
+    block = torch.tensor([float(f) for f in factors], dtype=torch.float64)
+    affine = grid.affine.clone()
+    affine[: grid.dims, : grid.dims] *= block
+    affine[: grid.dims, grid.dims] += grid.affine[: grid.dims, : grid.dims] @ ((block - 1) / 2)
+    return Grid(tuple(n // f for n, f in zip(grid.shape, factors, strict=True)), affine)
 
 
 def moved_header(affine: Tensor, transform: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.io.files import atomic_path
 
-__all__ = ["IMAGENET", "UNTRAINED_FOR_CHECKS_ONLY", "VGG19Features", "cached_weights_path"]
+__all__ = ["IMAGENET", "UNTRAINED_FOR_CHECKS_ONLY", "VGG19Features", "VGG19Patches", "cached_weights_path"]
 
 IMAGENET = "imagenet"
 UNTRAINED_FOR_CHECKS_ONLY = "UNTRAINED_RANDOM_FILTERS_FOR_TOOL_CHECKS_ONLY"
@@ -139,6 +139,51 @@ class VGG19Features(nn.Module):
             buffer = getattr(self, _buffer_name(name))
             buffer.copy_(state[name].to(buffer.dtype))
         self.loaded = True
+
+
+class VGG19Patches(nn.Module):
+    """Dense descriptors from VGG-19's conv1_2, in place of `MINDSSC`.
+
+    The responses to an image and to its negative are added, so that inverted contrast makes no difference, and every
+    point's vector is centered and scaled to one length, so that brightness makes little. In 3D the filters run over
+    the slices across each of the three axes, a third of the filters for each.
+
+    Args:
+        spatial_dims: 2 or 3.
+        weights: see `VGG19Features`.
+    """
+
+    #: lattice steps that are lost on each side
+    margin = 2
+    #: mean squared difference between unrelated places
+    worst = 0.15
+
+    def __init__(self, spatial_dims: int, weights: str | os.PathLike = IMAGENET) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.features = VGG19Features(weights, layers=(2,))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Describe the inner points of patches ``[Q, *n]`` in about [0, 1]: ``[Q, C, *(n - 2 margin)]``."""
+        image = patches.clamp(0, 1)
+        if self.spatial_dims == 2:
+            maps = self._both(image)
+        else:
+            parts = []
+            for axis in range(3):
+                slices = image.movedim(axis + 1, 1)[:, self.margin : -self.margin]
+                q, s = slices.shape[:2]
+                found = self._both(slices.flatten(0, 1))[:, axis::3]
+                parts.append(found.unflatten(0, (q, s)).movedim(1, axis + 2))
+            maps = torch.cat(parts, dim=1)
+        maps = maps - maps.mean(1, keepdim=True)
+        # two random unit vectors are apart by the root of two
+        length = maps.norm(dim=1, keepdim=True) + 0.1
+        return maps * ((self.worst * maps.shape[1] / 2) ** 0.5 / length)
+
+    def _both(self, image: Tensor) -> Tensor:
+        both = self.features(image[:, None]) + self.features(1 - image[:, None])
+        return both[:, :, self.margin : -self.margin, self.margin : -self.margin]
 
 
 def _buffer_name(name: str) -> str:

@@ -37,6 +37,7 @@ class Status(IntEnum):
     FLAT_POINTS = 2
     MIRRORED = 3
     UNDETERMINED = 4
+    DIFFERENT = 5
 
     @property
     def reason(self) -> str:
@@ -47,6 +48,7 @@ class Status(IntEnum):
             Status.FLAT_POINTS: "the keypoints lie on one line (in 3D: on one plane)",
             Status.MIRRORED: "the estimated matrix has a determinant of 0 or below (a mirror image or a collapse)",
             Status.UNDETERMINED: "too few keypoints of the two images agree on one transform",
+            Status.DIFFERENT: "the images do not look alike at any transform that was tried",
         }[self]
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,20 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.geometry import Grid, apply_affine, unit_points_to_world, world_from_unit
-from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineEstimate, AffineRegressor, Status, ZeroShotAffineNet
+from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineRegressor, Status, ZeroShotAffineNet
 from monai_zsreg.pretrained import load_state_dict, regressor_weights_path
-from monai_zsreg.registration.images import ImageLike, channel, on_isotropic_grid, read_image, working_spacing
-from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
+from monai_zsreg.registration.estimators import KeypointEstimator, RobustEstimator
+from monai_zsreg.registration.images import ImageLike, channel, read_image, working_spacing
+from monai_zsreg.registration.presets import DEFAULT_PRESET, ROBUST, preset_options
 from monai_zsreg.registration.result import RegistrationResult
+from monai_zsreg.registration.robust import COARSE, RobustEngine
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
+from monai_zsreg.transforms.array import ApplyAffineRegistration, read_matrix
 
 __all__ = [
-    "KeypointEstimator",
+    "Method",
+    "build_method",
     "build_network",
     "check_options",
     "make_network",
@@ -32,6 +37,9 @@ __all__ = [
     "register_with",
     "resolve_device",
 ]
+
+#: makes an estimator from the fixed values, the two grids and the options of the pair
+Method = Callable[..., KeypointEstimator | RobustEstimator]
 
 # part of one field of view that must lie in the other; below it there is nothing to compare
 _LEAST_OVERLAP = 0.05
@@ -50,27 +58,38 @@ def register(
     spacing: float | None = None,
     fixed_channel: int = 0,
     moving_channel: int = 0,
+    fixed_mask: ImageLike | None = None,
+    moving_mask: ImageLike | None = None,
+    initial: Any = None,
     **options: Any,
 ) -> RegistrationResult:
     """Find the transform that takes every point of the fixed image to the same anatomy in the moving image.
 
-    The images may differ in size, spacing, orientation and field of view. Where they lie in the world does not matter
-    to these presets: they start with the middles of the fields of view on one another.
+    The images may differ in size, spacing, orientation and field of view. Unless told otherwise the whole range of
+    rotations is searched, so it does not matter where the images lie in the world.
 
     Args:
         fixed: path, ``MetaTensor`` or tensor ``[C, *spatial]``, or numpy array ``[*spatial]``; 2D or 3D.
         moving: likewise, of the same dimension.
-        preset: ``"paper"``, Kori and Krishnamurthi as written, or ``"keypoints"``, the same mended so that it works
-            across modalities.
+        preset: ``"robust"``, global search and refinement, which needs no weights; ``"paper"``, Kori and Krishnamurthi
+            as written; or ``"keypoints"``, the same mended so that it works across modalities.
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
         device: where to compute; None takes the device of ``fixed`` if it is a tensor, else the CPU.
-        vgg19_weights: VGG-19 state dict file, whole or cut; None for torchvision's, downloaded once.
+        vgg19_weights: VGG-19 state dict file, whole or cut, for what uses VGG-19; None for torchvision's, downloaded
+            once.
         regressor_weights: state dict file of the MLP, for preset ``"paper"``; None for the shipped one (affine).
         seed: of all random draws.
-        spacing: voxel size at which keypoints are looked for, mm; see `working_spacing` for the default.
+        spacing: finest voxel size to work at, mm; see `RobustEngine.estimate` and `working_spacing` for the default.
         fixed_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take all.
         moving_channel: likewise.
-        options: further parameters of `ZeroShotAffineNet`, in place of the preset's.
+        fixed_mask: where to look in the fixed image, above 0: an image on any grid in its world, or an array on its
+            own; None for its foreground. Preset ``"robust"`` only, as the next two.
+        moving_mask: likewise for the moving image.
+        initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of an ITK transform;
+            None for what the headers say. The global search tries it beside all others.
+        options: further parameters, in place of the preset's. For ``"robust"``: ``search`` (``"global"``, ``"local"``
+            around the start, ``"none"``), ``coarse`` (``"search"``, or ``"keypoints"``: those of VGG-19 take the place
+            of the search) and those of `RobustEngine`; for the others, those of `ZeroShotAffineNet`.
 
     Returns:
         The result; see `RegistrationResult`. One that could not be estimated has ``success`` False and warns.
@@ -80,7 +99,7 @@ def register(
 
     Example::
 
-        result = monai_zsreg.register("t1.nii.gz", "flair.nii.gz", vgg19_weights="vgg19-dcbb9e9d.pth")
+        result = monai_zsreg.register("t1.nii.gz", "flair.nii.gz")
         result.moved        # FLAIR on the T1 grid
         result.affine       # 4x4, fixed world to moving world, RAS mm
     """
@@ -94,9 +113,13 @@ def register(
     # before the network, whose weights may have to be downloaded
     channel(fixed_image, fixed_channel, "fixed")
     channel(moving_image, moving_channel, "moving")
-    network = build_network(fixed_image.ndim - 1, transform, vgg19_weights, regressor_weights, seed, where, **settings)
+    pair_options: dict[str, Any] = {"fixed_mask": fixed_mask, "moving_mask": moving_mask, "initial": initial}
+    check_pair_options(preset, pair_options)
+    method = build_method(
+        preset, fixed_image.ndim - 1, transform, vgg19_weights, regressor_weights, seed, where, **settings
+    )
     return register_with(
-        network,
+        method,
         fixed_image,
         moving_image,
         preset=preset,
@@ -106,7 +129,18 @@ def register(
         spacing=spacing,
         fixed_channel=fixed_channel,
         moving_channel=moving_channel,
+        **pair_options,
     )
+
+
+def check_pair_options(preset: str, options: dict[str, Any]) -> None:
+    """
+    Raises:
+        RegistrationError: ``options`` has a mask or a start, and the preset cannot use it.
+    """
+    for name in ("fixed_mask", "moving_mask", "initial"):
+        if preset != ROBUST and options.get(name) is not None:
+            raise RegistrationError(name, "given", f"nothing with preset {preset!r}; preset {ROBUST!r} can use it")
 
 
 def check_options(transform: Any, seed: Any) -> None:
@@ -121,7 +155,7 @@ def check_options(transform: Any, seed: Any) -> None:
 
 
 def register_with(
-    network: ZeroShotAffineNet,
+    method: Method,
     fixed: MetaTensor,
     moving: MetaTensor,
     *,
@@ -132,30 +166,45 @@ def register_with(
     spacing: float | None = None,
     fixed_channel: int = 0,
     moving_channel: int = 0,
+    fixed_mask: ImageLike | None = None,
+    moving_mask: ImageLike | None = None,
+    initial: Any = None,
 ) -> RegistrationResult:
-    """`register` with a network that is there already.
+    """`register` with a method that is there already.
 
     Args:
-        network: on ``device``, in evaluation mode, for the images' dimension; a scripted one will do.
+        method: as `build_method` gives it, for the images' dimension.
         fixed: ``[C, *spatial]``, as `read_image` gives it.
         moving: likewise.
         preset: name of the method, for the result.
         transform: kind of transform, for the result.
-        device: where the network is.
+        device: where the method is.
         seed: of the blackened pixels of the uncertainty.
         spacing: see `register`.
         fixed_channel: see `register`.
         moving_channel: see `register`.
+        fixed_mask: see `register`.
+        moving_mask: see `register`.
+        initial: see `register`.
 
     Raises:
-        RegistrationError: images that cannot be registered, or a wrong ``spacing``.
+        RegistrationError: images that cannot be registered, or a wrong ``spacing``, mask or start.
     """
     _check_dimensions(fixed, moving)
     fixed_values = channel(fixed, fixed_channel, "fixed").to(device)
     moving_values = channel(moving, moving_channel, "moving").to(device)
+    fixed_grid, moving_grid = Grid.of(fixed), Grid.of(moving)
+    if spacing is not None:
+        working_spacing(fixed_grid, moving_grid, spacing)
+    options: dict[str, Any] = {"spacing": spacing}
+    for name, mask, image in (("fixed_mask", fixed_mask, fixed), ("moving_mask", moving_mask, moving)):
+        if mask is not None:
+            options[name] = _mask_on(mask, image, name).to(device)[None]
+    if initial is not None:
+        options["initial"] = read_matrix(initial, fixed.ndim - 1, "initial")[None]
 
     start = time.perf_counter()
-    estimator = KeypointEstimator(network, fixed_values, Grid.of(fixed), Grid.of(moving), spacing)
+    estimator = method(fixed_values, fixed_grid, moving_grid, **options)
     matrices, estimate = estimator(moving_values[None])
     seconds = time.perf_counter() - start
 
@@ -178,9 +227,30 @@ def register_with(
         transform=transform,
         fixed=fixed,
         moving=moving,
-        keypoints=estimator.world_keypoints(estimate),
+        keypoints=estimator.world_keypoints(estimate),  # type: ignore[arg-type]
         _uncertainty=BlackeningUncertainty(estimator.repeat, moving_values, fixed, moving, seed=seed),
     )
+
+
+def _mask_on(mask: ImageLike, image: MetaTensor, name: str) -> Tensor:
+    """A mask on the grid of its image, ``[1, *spatial]`` float32."""
+    read = read_image(mask, name)
+    if not isinstance(mask, (str, os.PathLike, MetaTensor)):
+        if read.shape[1:] != image.shape[1:]:
+            raise RegistrationError(name, tuple(read.shape), f"the shape of its image, {tuple(image.shape[1:])}")
+        values = read.as_tensor()[:1].float()
+    else:
+        if read.ndim != image.ndim:
+            raise RegistrationError(name, f"{read.ndim - 1}D image", f"a {image.ndim - 1}D image, as its image is")
+        carry = ApplyAffineRegistration(mode="nearest")
+        carry.tracing = False
+        # a header that only says where it lies
+        plain = MetaTensor((read.as_tensor()[:1] > 0).float().cpu(), affine=read.affine.cpu())
+        values = carry(plain, np.eye(image.ndim), MetaTensor(image.as_tensor().cpu(), affine=image.affine.cpu()))
+        values = values.as_tensor()
+    if not bool((values > 0).any()):
+        raise RegistrationError(name, "no voxel above 0 within its image", "a mask that shows where to look")
+    return values
 
 
 def _check_dimensions(fixed: MetaTensor, moving: MetaTensor) -> None:
@@ -188,62 +258,6 @@ def _check_dimensions(fixed: MetaTensor, moving: MetaTensor) -> None:
         raise RegistrationError(
             "moving", f"{moving.ndim - 1}D image", f"a {fixed.ndim - 1}D image, because fixed is one"
         )
-
-
-class KeypointEstimator:
-    """Runs `ZeroShotAffineNet` on images that lie on grids of their own.
-
-    Both images are put on cubes of one isotropic voxel size along the world axes, each around the middle of its own
-    field of view; the network sees the two cubes as a pair on one grid.
-
-    Args:
-        network: on the device of ``fixed_values``.
-        fixed_values: ``[1, *spatial]``.
-        fixed: grid of the fixed image.
-        moving: grid of the moving image.
-        spacing: voxel size of the cubes, mm, or None; see `working_spacing`.
-    """
-
-    def __init__(
-        self, network: ZeroShotAffineNet, fixed_values: Tensor, fixed: Grid, moving: Grid, spacing: float | None = None
-    ) -> None:
-        self.network = network
-        self.moving = moving
-        self.spacing = working_spacing(fixed, moving, spacing)
-        extent = float(torch.maximum(fixed.extent, moving.extent).max())
-        self.side = int(np.ceil(extent / self.spacing - 1e-3))
-        self.fixed_cube, self.fixed_grid = on_isotropic_grid(fixed_values, fixed, self.spacing, self.side)
-        self.moving_grid = self.fixed_grid
-
-    def __call__(self, moving_values: Tensor) -> tuple[Tensor, AffineEstimate]:
-        """Estimate for n versions of the moving image.
-
-        Args:
-            moving_values: ``[n, 1, *spatial]``.
-
-        Returns:
-            World matrices ``[n, D+1, D+1]`` float64 on the CPU, and the network's own estimate.
-        """
-        cubes = [on_isotropic_grid(values, self.moving, self.spacing, self.side) for values in moving_values]
-        self.moving_grid = cubes[0][1]
-        pairs = torch.stack([torch.cat([cube, self.fixed_cube]) for cube, _ in cubes])
-        with torch.inference_mode():
-            estimate = self.network.estimate(pairs)
-        matrices = [world_from_unit(matrix, self.fixed_grid, self.moving_grid) for matrix in estimate.matrix]
-        return torch.stack(matrices), estimate
-
-    def repeat(self, moving_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As a call, with a mask ``[n]`` of the estimates that succeeded in place of the details."""
-        matrices, estimate = self(moving_values)
-        return matrices, estimate.status.cpu() == Status.OK
-
-    def world_keypoints(self, estimate: AffineEstimate) -> dict[str, np.ndarray]:
-        """Keypoints of the first pair that both images have, ``[K, D]`` each, world mm."""
-        valid = estimate.valid[0]
-        return {
-            "fixed": unit_points_to_world(estimate.fixed_points[0][valid], self.fixed_grid).numpy(),
-            "moving": unit_points_to_world(estimate.moving_points[0][valid], self.moving_grid).numpy(),
-        }
 
 
 def resolve_device(device: str | torch.device | None, default: torch.device | str = "cpu") -> torch.device:
@@ -260,6 +274,49 @@ def resolve_device(device: str | torch.device | None, default: torch.device | st
             "device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})'
         ) from error
     return found
+
+
+def build_method(
+    preset: str,
+    spatial_dims: int,
+    transform: str = "affine",
+    vgg19_weights: str | os.PathLike | None = None,
+    regressor_weights: str | os.PathLike | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> Method:
+    """What `register_with` runs, with its weights if it has any.
+
+    Args:
+        preset: name of the method.
+        spatial_dims: 2 or 3.
+        transform: kind of transform.
+        vgg19_weights: see `register`.
+        regressor_weights: see `register`.
+        seed: see `register`.
+        device: where to.
+        settings: all parameters of the preset.
+
+    Raises:
+        RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
+    """
+    weights = (vgg19_weights, regressor_weights)
+    if preset != ROBUST:
+        network = build_network(spatial_dims, transform, *weights, seed, device, **settings)
+        return partial(KeypointEstimator, network)
+    coarse = settings.pop("coarse", COARSE[0])
+    if coarse not in COARSE:
+        raise RegistrationError("coarse", coarse, f"one of {COARSE}")
+    start: ZeroShotAffineNet | None = None
+    if coarse == "keypoints":
+        start = build_network(spatial_dims, transform, *weights, seed, device, **preset_options("keypoints"))
+    source = IMAGENET if vgg19_weights is None else os.fspath(vgg19_weights)
+    try:
+        engine = RobustEngine(spatial_dims, transform, seed=seed, vgg19_weights=source, **settings)
+    except TypeError as error:
+        raise RegistrationError("options", sorted(settings), f"parameters of RobustEngine ({error})") from error
+    return partial(RobustEstimator, engine.to(device).eval(), coarse=start)
 
 
 def build_network(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named methods: which parameters of `ZeroShotAffineNet` a preset stands for."""
+"""The named methods: which parameters of `RobustEngine` or `ZeroShotAffineNet` a preset stands for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Any
 
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "preset_options"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "ROBUST", "preset_options"]
 
-DEFAULT_PRESET = "keypoints"
+#: the preset of `RobustEngine`; all others are `ZeroShotAffineNet`'s
+ROBUST = "robust"
+
+DEFAULT_PRESET = ROBUST
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # global search, then descriptors; coarse "keypoints" puts the preset of that name in the place of the search
+    ROBUST: {"coarse": "search", "search": "global", "features": "mind"},
     # Kori and Krishnamurthi as written; README of the bundle: which readings were tried
     "paper": {"estimator": "mlp"},
     # the paper mended: contrast-symmetric maps of coarser copies, consensus in place of the regressor

@@ -220,7 +220,7 @@ class RegisterAffine(ApplyAffineRegistration):
 
     def __init__(
         self,
-        preset: str = "keypoints",
+        preset: str = "robust",
         transform: str = "affine",
         mode: str | int = GridSampleMode.BILINEAR,
         padding_mode: str = GridSamplePadMode.ZEROS,

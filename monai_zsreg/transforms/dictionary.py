@@ -89,7 +89,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         self,
         keys: KeysCollection,
         fixed_key: Hashable,
-        preset: str = "keypoints",
+        preset: str = "robust",
         transform: str = "affine",
         mode: str | int | Sequence[str | int] = GridSampleMode.BILINEAR,
         padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,

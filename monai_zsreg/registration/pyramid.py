@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coarser copies of images, and the frames that the robust engine computes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_zsreg.geometry import Grid, apply_affine, grid_from_world, pooled_grid
+
+__all__ = ["Frame", "Level", "index_points", "normalize", "pool"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Images of a batch that share one grid.
+
+    Args:
+        values: ``[N, 1, *spatial]``.
+        grid: their lattice.
+    """
+
+    values: Tensor
+    grid: Grid
+
+
+def pool(level: Level, spacing: float) -> Level:
+    """Average blocks of voxels so that the spacing of each axis comes as near to ``spacing`` as whole blocks allow.
+
+    Axes that are coarser already stay as they are.
+    """
+    factors = [
+        max(1, min(round(spacing / s), n // 2)) for s, n in zip(level.grid.spacing, level.grid.shape, strict=True)
+    ]
+    if max(factors) == 1:
+        return level
+    average = F.avg_pool2d if level.grid.dims == 2 else F.avg_pool3d
+    return Level(average(level.values, factors), pooled_grid(level.grid, factors))
+
+
+def normalize(level: Level, coarse: Level) -> tuple[Level, Level]:
+    """Background to 0, bright tissue to 1, by what a coarse copy of the images shows.
+
+    The background is the median of the outermost voxels, unless these vary so much that they are no background: then
+    the darkest half per cent takes its place and every voxel is foreground, as in a photograph.
+
+    Args:
+        level: images.
+        coarse: the same images, pooled, so that noise does not count.
+
+    Returns:
+        The images so scaled, and a level with their foreground: 1 or 0 on the coarse grid.
+    """
+    dims = coarse.grid.dims
+    values, scaled, masks = coarse.values, [], []
+    rim = torch.zeros(coarse.grid.shape, dtype=torch.bool, device=values.device)
+    for axis in range(dims):
+        rim.select(axis, 0).fill_(True)
+        rim.select(axis, coarse.grid.shape[axis] - 1).fill_(True)
+    ends = torch.tensor([0.005, 0.995], device=values.device)
+    for image, fine in zip(values[:, 0], level.values, strict=True):
+        low, high = torch.quantile(image.flatten()[:: 1 + image.numel() // 4_000_000], ends)
+        border = image[rim]
+        middle = border.median()
+        noise = 1.4826 * (border - middle).abs().median()
+        if bool(noise > 0.12 * (high - low)):
+            scale = (high - low).clamp(min=1e-20)
+            scaled.append((fine - low) / scale)
+            masks.append(torch.ones_like(image))
+            continue
+        scale = torch.maximum(high - middle, 1e-6 * (high - low)).clamp(min=1e-20)
+        scaled.append((fine - middle) / scale)
+        masks.append(((image - middle).abs() > torch.maximum(0.08 * scale, 4 * noise)).to(image.dtype))
+    return Level(torch.stack(scaled), level.grid), Level(torch.stack(masks)[:, None], coarse.grid)
+
+
+def index_points(grid: Grid, device: torch.device) -> Tensor:
+    """World coordinates of all voxels, ``[V, D]`` float32, in memory order."""
+    axes = [torch.arange(n, dtype=torch.float64) for n in grid.shape]
+    return apply_affine(grid.affine, torch.cartesian_prod(*axes)).to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Coordinates to compute in: the image's own axes, in units of the object's radius, origin in its middle.
+
+    Both images of a pair share the unit. Numbers are of order one, and nothing depends on how the image lies in the
+    world or in memory.
+
+    Args:
+        to_world: ``[N, D+1, D+1]`` float64, frame to world.
+    """
+
+    to_world: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, centers: Tensor, unit: float) -> Frame:
+        """
+        Args:
+            grid: of the images.
+            centers: world coordinates of the objects, ``[N, D]``.
+            unit: length of one unit, mm.
+        """
+        dims = grid.dims
+        # the nearest orthonormal axes: the header may be sheared
+        u, _, vt = torch.linalg.svd(grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64))
+        to_world = torch.eye(dims + 1, dtype=torch.float64).repeat(len(centers), 1, 1)
+        to_world[:, :dims, :dims] = unit * (u @ vt)
+        to_world[:, :dims, dims] = centers.cpu().double()
+        return cls(to_world)
+
+    def to_grid(self, grid: Grid) -> Tensor:
+        """Frame to the coordinates of ``grid_sample`` on ``grid``, ``[N, D+1, D+1]`` float64."""
+        return grid_from_world(grid) @ self.to_world

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The robust engine: search everywhere, then refine below a voxel. No training, no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, theta_from_unit, unit_from_world
+from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineResampler, Status
+from monai_zsreg.networks.mind import MINDSSC
+from monai_zsreg.networks.vgg import VGG19Patches
+from monai_zsreg.registration.pyramid import Frame, Level, index_points, normalize, pool
+from monai_zsreg.registration.refine import Refinement, Refiner
+from monai_zsreg.registration.search import PoseSearch
+
+__all__ = ["COARSE", "FEATURES", "SEARCHES", "RobustEngine", "RobustEstimate"]
+
+SEARCHES = ("global", "local", "none")
+COARSE = ("search", "keypoints")
+FEATURES = ("mind", "vgg19")
+
+# voxels along the longest side: beyond it images are averaged first, so the cost stops growing
+_FINEST = {2: 512, 3: 256}
+_COARSEST = {2: 80, 3: 40}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    step: float  # lattice step, in steps of the finest level
+    iterations: int
+    blocks: int
+    block: int
+
+
+_STAGES = {
+    2: (_Stage(2, 5, 40, 16), _Stage(1, 5, 100, 16)),
+    3: (_Stage(4, 6, 40, 8), _Stage(2, 6, 128, 8), _Stage(1, 4, 200, 8)),
+}
+
+
+@dataclass
+class RobustEstimate:
+    """
+    Attributes:
+        matrix: ``[N, D+1, D+1]`` float64 on the CPU, fixed world to moving world.
+        status: ``[N]`` codes of `Status`.
+        cost: ``[N, L]`` mean clipped difference of the descriptors at each level, coarse to fine.
+        overlap: ``[N]`` part of the sampled foreground of both images that lies in the other's field of view.
+    """
+
+    matrix: Tensor
+    status: Tensor
+    cost: Tensor
+    overlap: Tensor
+
+    def take(self, which: Tensor) -> RobustEstimate:
+        """Part of the batch."""
+        return RobustEstimate(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def replaced(self, which: Tensor, other: RobustEstimate) -> RobustEstimate:
+        """A copy with the pairs ``which`` from ``other``."""
+        parts = []
+        for field in fields(self):
+            part = getattr(self, field.name).clone()
+            part[which] = getattr(other, field.name)
+            parts.append(part)
+        return RobustEstimate(*parts)
+
+
+@dataclass(frozen=True)
+class _Effort:
+    points: int
+    keep: int
+    trials: int
+    results: int
+
+
+# first attempt, and the one for pairs that do not look alike after it
+_EFFORT = {
+    2: (_Effort(1500, 16, 16, 4), _Effort(4000, 30, 48, 12)),
+    3: (_Effort(2500, 24, 24, 4), _Effort(5000, 64, 48, 12)),
+}
+
+
+class RobustEngine(nn.Module):
+    """Finds the transform between images of any modality from any starting position.
+
+    1. Rotations spread over all directions are scored by normalized mutual information of coarse images
+       (`PoseSearch`); the best are shaken until they no longer improve.
+    2. The best few are refined by Gauss-Newton on local descriptors, level by level down to the images' own
+       resolution, sampled in blocks (`Refiner`); the one whose descriptors agree best goes on.
+
+    As a module it registers pairs on one grid: ``image [B, 2, *spatial]``, channel 0 moving, channel 1 fixed, to
+    ``[B, 1, *spatial]``, the moved images. Every pair gets what it would get alone.
+
+    Args:
+        spatial_dims: 2 or 3.
+        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        search: ``"global"``, every rotation; ``"local"``, around the start; ``"none"``, refine the start.
+        features: descriptors of the fine stage, ``"mind"`` or ``"vgg19"`` (dense responses of its first two layers).
+        seed: of all random draws.
+        rotations: number of rotations of the global search; None for 60 in 2D, 4000 in 3D.
+        blocks: number of blocks at the finest level; None for 100 in 2D, 200 in 3D.
+        vgg19_weights: see `monai_zsreg.register`; for ``features="vgg19"``.
+
+    Raises:
+        RegistrationError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        transform: str = "affine",
+        search: str = "global",
+        features: str = "mind",
+        seed: int = 0,
+        rotations: int | None = None,
+        blocks: int | None = None,
+        vgg19_weights: str = IMAGENET,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("spatial_dims", spatial_dims, (2, 3)),
+            ("transform", transform, TRANSFORMS),
+            ("search", search, SEARCHES),
+            ("features", features, FEATURES),
+        ):
+            if value not in allowed:
+                raise RegistrationError(name, value, f"one of {allowed}")
+        for name, number in (("rotations", rotations), ("blocks", blocks)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 8):
+                raise RegistrationError(name, number, "a whole number of at least 8, or None")
+        self.spatial_dims = spatial_dims
+        self.transform = transform
+        self.search = search
+        self.seed = seed
+        self.rotations = rotations or {2: 60, 3: 4000}[spatial_dims]
+        stages = list(_STAGES[spatial_dims])
+        if blocks is not None:
+            stages[-1] = replace(stages[-1], blocks=blocks)
+        self.stages = tuple(stages)
+        self.describe = MINDSSC(spatial_dims) if features == "mind" else VGG19Patches(spatial_dims, vgg19_weights)
+        self.resample = AffineResampler()
+
+    def forward(self, image: Tensor, spacing: float | tuple[float, ...] = 1.0) -> Tensor:
+        """
+        Args:
+            image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed.
+            spacing: voxel size of both, mm, one number or one an axis.
+
+        Returns:
+            ``[B, 1, *spatial]``.
+
+        Raises:
+            RegistrationError: another shape, or a spacing that is not positive.
+        """
+        dims = self.spatial_dims
+        if image.ndim != dims + 2 or image.shape[1] != 2:
+            raise RegistrationError("image", tuple(image.shape), f"[B, 2, {', '.join('HWD'[:dims])}]")
+        sizes = [float(s) for s in (spacing if isinstance(spacing, (tuple, list)) else [spacing] * dims)]
+        if len(sizes) != dims or not all(math.isfinite(s) and s > 0 for s in sizes):
+            raise RegistrationError("spacing", spacing, f"one positive number, or {dims}")
+        shape = tuple(int(n) for n in image.shape[2:])
+        grid = Grid(shape, torch.diag(torch.tensor([*sizes, 1.0], dtype=torch.float64)))
+        moving, fixed = image[:, :1].float(), image[:, 1:].float()
+        with torch.no_grad():
+            matrix = self.estimate(fixed, moving, grid, grid).matrix
+        theta = torch.stack([theta_from_unit(unit_from_world(m, grid, grid), list(shape)) for m in matrix])
+        return self.resample(moving, theta.to(moving), list(shape)).to(image.dtype)
+
+    def estimate(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        fixed_grid: Grid,
+        moving_grid: Grid,
+        fixed_mask: Tensor | None = None,
+        moving_mask: Tensor | None = None,
+        initial: Tensor | None = None,
+        spacing: float | None = None,
+        search: str | None = None,
+    ) -> RobustEstimate:
+        """Register a batch of pairs.
+
+        Args:
+            fixed: ``[N, 1, *spatial]`` float32.
+            moving: ``[N, 1, *spatial]`` float32.
+            fixed_grid: of all fixed images.
+            moving_grid: of all moving images.
+            fixed_mask: where to look, above 0, ``[N, 1, *spatial]``; None for the foreground.
+            moving_mask: likewise.
+            initial: where to start, ``[N, D+1, D+1]``, fixed world to moving world; None to take the headers' word
+                (and, for the global search, the middles of the foregrounds).
+            spacing: finest lattice step, mm; None for the finest spacing of the images, but no more than 512 (3D:
+                256) steps along the longest side.
+            search: in place of the engine's own.
+
+        Pairs that do not look alike at what the first attempt finds get a second one with more candidates.
+        """
+        grids = (fixed_grid, moving_grid)
+        result = self._attempt(fixed, moving, *grids, fixed_mask, moving_mask, initial, spacing, search, False)
+        doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
+        if len(doubtful) == 0 or (search or self.search) == "none":
+            return result
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[doubtful.to(tensor.device)]
+
+        masks = (some(fixed_mask), some(moving_mask))
+        where = doubtful.to(fixed.device)
+        again = self._attempt(fixed[where], moving[where], *grids, *masks, some(initial), spacing, search, True)
+        better = again.cost[:, -1] < result.cost[doubtful, -1]
+        return result.replaced(doubtful[better], again.take(better))
+
+    def _attempt(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        fixed_grid: Grid,
+        moving_grid: Grid,
+        fixed_mask: Tensor | None,
+        moving_mask: Tensor | None,
+        initial: Tensor | None,
+        spacing: float | None,
+        search: str | None,
+        thorough: bool,
+    ) -> RobustEstimate:
+        dims = self.spatial_dims
+        search = self.search if search is None else search
+        n = len(fixed)
+        extent = float(torch.maximum(fixed_grid.extent, moving_grid.extent).max())
+        finest = min(min(fixed_grid.spacing), min(moving_grid.spacing))
+        base = spacing or max(finest, extent / _FINEST[dims])
+        coarse = max(base, extent / _COARSEST[dims])
+        sides = []
+        for values, grid, mask in ((fixed, fixed_grid, fixed_mask), (moving, moving_grid, moving_mask)):
+            level = pool(Level(values, grid), base)
+            level, seen = normalize(level, pool(level, coarse))
+            if mask is not None:
+                given = pool(Level(mask.to(values.dtype), grid), coarse)
+                seen = Level(seen.values * (given.values > 0), given.grid)
+                # nothing stands out there: take the mask at its word
+                empty = seen.values.flatten(1).sum(1) == 0
+                seen.values[empty] = (given.values[empty] > 0).to(seen.values)
+            sides.append((level, pool(level, coarse), seen))
+        (fixed_level, fixed_coarse, fixed_seen), (moving_level, moving_coarse, moving_seen) = sides
+        fixed_center, fixed_radius, fixed_size = _moments(fixed_seen)
+        moving_center, moving_radius, moving_size = _moments(moving_seen)
+        unit = max(float((fixed_radius.mean() * moving_radius.mean()).sqrt()), base)
+        fixed_frame, moving_frame = Frame.of(fixed_grid, fixed_center, unit), Frame.of(moving_grid, moving_center, unit)
+        to_moving = torch.linalg.inv(moving_frame.to_world)
+        given_start = torch.eye(dims + 1, dtype=torch.float64).expand(n, -1, -1) if initial is None else initial
+        start = to_moving @ given_start.cpu().double() @ fixed_frame.to_world
+
+        if search == "none":
+            transforms = start[:, None]
+        else:
+            centered = torch.eye(dims + 1, dtype=torch.float64).repeat(n, 1, 1)
+            centered[:, :dims, dims] = (moving_center - fixed_center).cpu().double()
+            begin = to_moving @ centered @ fixed_frame.to_world if search == "global" else start
+            effort = _EFFORT[dims][int(thorough)]
+            pose = PoseSearch(
+                self.transform != "rigid",
+                search,
+                self.rotations,
+                effort.points,
+                effort.keep,
+                effort.trials,
+                effort.results,
+            )
+            ratio = ((moving_size / fixed_size.clamp(min=1e-6)) ** (1 / dims)).clamp(0.4, 2.5).cpu().double()
+            transforms = pose(
+                begin,
+                fixed_coarse,
+                moving_coarse,
+                fixed_frame,
+                moving_frame,
+                fixed_seen.values > 0,
+                moving_seen.values > 0,
+                ratio,
+                self.seed,
+            ).transform
+            if search == "global":  # where the user or the headers put it may be right
+                transforms = torch.cat([transforms, start[:, None]], dim=1)
+        result: Refinement | None = None
+        costs = []
+        for number, stage in enumerate(self.stages):
+            step = stage.step * base
+            refiner = Refiner(self.describe, self.transform, stage.block, stage.blocks, stage.iterations)
+            result = refiner(
+                transforms,
+                pool(fixed_level, step),
+                pool(moving_level, step),
+                fixed_frame,
+                moving_frame,
+                fixed_seen,
+                moving_seen,
+                step / unit,
+                self.seed + number,
+            )
+            best = result.cost.argmin(1)
+            transforms = result.transform[torch.arange(n), best][:, None]
+            costs.append(result.cost.amin(1))
+        assert result is not None
+        matrix = moving_frame.to_world @ transforms[:, 0] @ torch.linalg.inv(fixed_frame.to_world)
+        cost = torch.stack(costs, 1)
+        return RobustEstimate(matrix, self._judge(matrix, cost), cost, result.overlap[:, 0])
+
+    def _judge(self, matrix: Tensor, cost: Tensor) -> Tensor:
+        dims = self.spatial_dims
+        finite = matrix.flatten(1).isfinite().all(1)
+        mirrored = torch.linalg.det(matrix[:, :dims, :dims].nan_to_num()) <= 0
+        status = torch.where(finite, torch.where(mirrored, Status.MIRRORED, Status.OK), Status.DIFFERENT)
+        unlike = cost.amin(1) > _UNLIKE[dims]
+        return torch.where((status == Status.OK) & unlike, Status.DIFFERENT, status)
+
+
+# descriptors of two scans of one brain differ by less at the finest level
+_DOUBTFUL = 0.085
+# those of images without common structure differ by more at every level
+_UNLIKE = {2: 0.099, 3: 0.09}
+
+
+def _moments(seen: Level) -> tuple[Tensor, Tensor, Tensor]:
+    """Middle ``[N, D]`` (world), root mean square radius ``[N]`` and size ``[N]`` of the foregrounds."""
+    points = index_points(seen.grid, seen.values.device)
+    origin = points.mean(0)
+    weight = seen.values.flatten(1)
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))
+    total = weight.sum(1, keepdim=True)
+    share = weight / total
+    middle = share @ (points - origin)
+    spread = (share @ (points - origin).square().sum(1) - middle.square().sum(1)).clamp(min=0)
+    volume = abs(float(torch.linalg.det(seen.grid.affine)))
+    return middle + origin, spread.sqrt(), total[:, 0] * volume
