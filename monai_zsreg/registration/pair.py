@@ -311,6 +311,8 @@ def build_method(
     start: ZeroShotAffineNet | None = None
     if coarse == "keypoints":
         start = build_network(spatial_dims, transform, *weights, seed, device, **preset_options("keypoints"))
+    if vgg19_weights is not None and not isinstance(vgg19_weights, (str, os.PathLike)):
+        raise RegistrationError("vgg19_weights", vgg19_weights, "a path, or None")
     source = IMAGENET if vgg19_weights is None else os.fspath(vgg19_weights)
     try:
         engine = RobustEngine(spatial_dims, transform, seed=seed, vgg19_weights=source, **settings)

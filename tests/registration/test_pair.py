@@ -28,7 +28,9 @@ def diagonal(*entries: float) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def run(vgg19_weights):
     def register(fixed, moving, **options):
-        return monai_zsreg.register(fixed, moving, **{"vgg19_weights": vgg19_weights} | FAST | options)
+        return monai_zsreg.register(
+            fixed, moving, **{"preset": "keypoints", "vgg19_weights": vgg19_weights} | FAST | options
+        )
 
     return register
 
@@ -280,14 +282,14 @@ def failing(image: MetaTensor) -> dict:
         "moving channel": ("moving_channel", {"moving_channel": "0"}),
         "seed": ("seed", {"seed": 1.5}),
         "negative seed": ("seed", {"seed": -1}),
-        "weights": ("vgg19_weights", {"vgg19_weights": "nowhere.pth"}),
+        "weights": ("vgg19_weights", {"preset": "keypoints", "vgg19_weights": "nowhere.pth"}),
         "weights type": ("vgg19_weights", {"vgg19_weights": 3}),
         "regressor": ("regressor_weights", {"preset": "paper", "regressor_weights": "nowhere.pt"}),
         "shipped regressor": ("transform", {"preset": "paper", "transform": "rigid"}),
         "unknown option": ("options", {"no_such_thing": 1}),
-        "option that makes no key": ("options", {"scales": {"a": 1}}),
+        "option that makes no key": ("options", {"preset": "keypoints", "scales": {"a": 1}}),
         "option that images decide": ("spatial_dims", {"spatial_dims": 3}),
-        "option of the network": ("num_points", {"num_points": 1}),
+        "option of the network": ("num_points", {"preset": "keypoints", "num_points": 1}),
         "option that does not fit": ("options", {"preset": "paper", "num_points": 32}),
     }
 

@@ -30,7 +30,9 @@ def result(load_slice, vgg19_weights):
     affine = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
     fixed = MetaTensor(F.pad(values, [0, 5, 0, 3]), affine=affine)
     moving = MetaTensor(F.pad(values, [5, 0, 3, 0]), affine=affine)
-    return monai_zsreg.register(fixed, moving, vgg19_weights=vgg19_weights, scales=(1,), iterations=1)
+    return monai_zsreg.register(
+        fixed, moving, preset="keypoints", vgg19_weights=vgg19_weights, scales=(1,), iterations=1
+    )
 
 
 def test_of_a_real_pair(result):

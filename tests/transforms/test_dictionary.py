@@ -373,7 +373,7 @@ def test_refuses_two_or_no_matrices() -> None:
 # ---------------------------------------------------------------------------------------------------- real registration
 
 
-QUICK = {"iterations": 2, "scales": (1,)}
+QUICK = {"preset": "keypoints", "iterations": 2, "scales": (1,)}
 
 
 @pytest.fixture
