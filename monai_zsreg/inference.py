@@ -9,13 +9,15 @@ their own grids, so a batch is one pair and nothing is collated.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,20 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
 from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
+from monai_zsreg.registration.estimators import KeypointEstimator
 from monai_zsreg.registration.images import read_image
-from monai_zsreg.registration.pair import build_network, check_options, make_network, register_with, resolve_device
+from monai_zsreg.registration.pair import (
+    Method,
+    build_method,
+    check_options,
+    check_pair_options,
+    make_network,
+    register_with,
+    resolve_device,
+)
 from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.report import save_overview
+from monai_zsreg.report import save_overview, save_uncertainty
 from monai_zsreg.transforms.array import ApplyAffineRegistration
 
 __all__ = [
@@ -50,11 +61,13 @@ __all__ = [
     "FAILED",
     "WRONG_INPUT",
     "DescribePair",
+    "DescribeUncertainty",
     "MovePair",
     "PairInferer",
     "PairWriter",
     "ReadPair",
     "check_inputs",
+    "check_uncertainty",
     "exit_status",
     "moved_and_fixed",
     "pair_list",
@@ -72,14 +85,18 @@ DEMONSTRATION = "demonstration"
 WRONG_INPUT, FAILED = 2, 3
 
 # arguments of `register_with`; all other options are the network's
-_PAIR_OPTIONS = ("spacing", "fixed_channel", "moving_channel")
+_PAIR_OPTIONS = ("spacing", "fixed_channel", "moving_channel", "fixed_mask", "moving_mask", "initial")
 _TRAINED = {"preset": "paper", "transform": "affine"}
 _WRITTEN = {
     "moved": "moved.nii.gz",
     "moved_labels": "moved_labels.nii.gz",
     "transform": "transform.tfm",
     "overview": "overview.png",
+    "uncertainty_displacement": "uncertainty_displacement.nii.gz",
+    "uncertainty_intensity": "uncertainty_intensity.nii.gz",
+    "uncertainty": "uncertainty.png",
 }
+_IMAGES = ("moved", "moved_labels", "uncertainty_displacement", "uncertainty_intensity")
 _REPORT = "report.json"
 
 
@@ -179,10 +196,11 @@ class ReadPair(Transform):
         keys = [key for key in ("fixed", "moving", "labels") if pair.get(key) is not None]
         pair["files"] = {key: str(pair[key]) for key in keys}
         targets = {(_folder(self.output_dir, pair["name"]) / file).resolve() for file in (*_WRITTEN.values(), _REPORT)}
-        for key in keys:
-            if Path(pair[key]).resolve() in targets:
+        for key, value in pair.items():  # also what a later transform reads
+            if key != "name" and isinstance(value, (str, os.PathLike)) and Path(value).resolve() in targets:
                 allowed = "a file that the results do not overwrite: choose another name or output_dir"
-                raise RegistrationError(key, str(pair[key]), allowed)
+                raise RegistrationError(key, str(value), allowed)
+        for key in keys:
             pair[key] = read_image(pair[key], key)
         if "labels" in keys and pair["labels"].ndim != pair["moving"].ndim:
             dims = pair["moving"].ndim - 1
@@ -234,6 +252,7 @@ class PairInferer(Inferer):
         options = dict(options or {})
         self.pair_options = {name: options.pop(name) for name in _PAIR_OPTIONS if name in options}
         self.network_options = options
+        self._methods: dict[tuple[int, str], Method] = {}
 
     def __call__(  # type: ignore[override]
         self, inputs: Mapping[str, MetaTensor], network: Callable[..., Any], *args: Any, **kwargs: Any
@@ -248,7 +267,7 @@ class PairInferer(Inferer):
         """
         device = resolve_device(self.device)
         return register_with(
-            self.network_for(inputs["fixed"].ndim - 1, network, device),
+            self.method_for(inputs["fixed"].ndim - 1, network, device),
             inputs["fixed"],
             inputs["moving"],
             preset=self.preset,
@@ -258,17 +277,22 @@ class PairInferer(Inferer):
             **self.pair_options,
         )
 
-    def network_for(self, spatial_dims: int, network: Any, device: torch.device) -> Any:
-        """``network`` where it is the one that this preset needs for images of ``spatial_dims``, else that one."""
+    def method_for(self, spatial_dims: int, network: Any, device: torch.device) -> Method:
+        """The preset's method for images of ``spatial_dims``, on ``network`` where that is the one it needs."""
         trained = {"preset": self.preset, "transform": self.transform} == _TRAINED and self.regressor_weights is None
         if trained and not self.network_options and getattr(network, "spatial_dims", None) == spatial_dims:
             if isinstance(network, ZeroShotAffineNet):
                 network.features.load_weights()
-            return network
-        options = preset_options(self.preset) | self.network_options
-        return build_network(
-            spatial_dims, self.transform, self.vgg19_weights, self.regressor_weights, self.seed, device, **options
-        )
+            return partial(KeypointEstimator, network)
+        check_pair_options(self.preset, self.pair_options)
+        key = (spatial_dims, str(device))
+        if key not in self._methods:
+            options = preset_options(self.preset) | self.network_options
+            weights = (self.vgg19_weights, self.regressor_weights)
+            self._methods[key] = build_method(
+                self.preset, spatial_dims, self.transform, *weights, self.seed, device, **options
+            )
+        return self._methods[key]
 
 
 class MovePair(Transform):
@@ -316,7 +340,8 @@ class DescribePair(Transform):
             "matrix_maps": "points of the fixed image to points of the moving image, RAS, mm",
             "parameters": result.parameters.as_dict(),
             "keypoints": len(result.keypoints.get("fixed", ())),
-            "metrics": {
+            "metrics": pair.get("metrics")
+            or {
                 "region": "foreground",
                 "before": similarity(fixed[:1], pair["unregistered"][:1]),
                 "after": similarity(fixed[:1], pair["moved"][:1]),
@@ -330,14 +355,52 @@ class DescribePair(Transform):
                 "python": platform.python_version(),
             },
         }
-        if "truth" in pair:
+        if pair.get("truth") is not None:
             mask = torch.as_tensor(pair["mask"])[None]
             report["error_mm"] = {
-                "against": "the known transform of the simulated moving image, over the head",
+                "against": "the known transform, over the foreground of the fixed image",
                 "before": foreground_tre(np.eye(len(result.affine)), pair["truth"], fixed, mask),
                 "after": foreground_tre(result.affine, pair["truth"], fixed, mask),
             }
         pair["report"] = report
+        return pair
+
+
+class DescribeUncertainty(Transform):
+    """Postprocessing: the paper's uncertainty (section 2.7), after `DescribePair`.
+
+    Adds ``uncertainty_displacement`` and ``uncertainty_intensity``, ``MetaTensor [1, *fixed spatial]``, and the field
+    ``uncertainty`` of the report. Without at least two repeats that succeeded there are no maps, and unknown numbers
+    of the report are None. Where the registration failed the field is None.
+
+    Args:
+        enabled: whether to do anything; it costs ten estimates.
+        channel: channel of the moving image for the intensity map, the one that was registered.
+    """
+
+    def __init__(self, enabled: Any = True, channel: int = 0) -> None:
+        self.enabled = enabled
+        self.channel = channel
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            RegistrationError: ``enabled`` is neither true nor false.
+        """
+        pair = dict(data)
+        if not _flag(self.enabled, "uncertainty"):
+            return pair
+        result: RegistrationResult = pair["pred"]
+        start = time.perf_counter()
+        uncertainty = result.uncertainty
+        report = None
+        if uncertainty is not None:
+            displacement = uncertainty.displacement_map()
+            report = _without_infinity(uncertainty.as_dict()) | {"seconds": time.perf_counter() - start}
+            if bool(displacement.isfinite().all()):
+                pair["uncertainty_displacement"] = displacement
+                pair["uncertainty_intensity"] = uncertainty.intensity_map(self.channel)
+        pair["report"] = pair["report"] | {"uncertainty": report}
         return pair
 
 
@@ -380,18 +443,22 @@ class PairWriter:
         (folder / _REPORT).unlink(missing_ok=True)
         written = {"transform": folder / _WRITTEN["transform"]}
         result.save_transform(written["transform"])
-        for key in ("moved", "moved_labels"):
+        for key in _IMAGES:
             path = folder / _WRITTEN[key]
             if output.get(key) is not None:
                 written[key] = path
                 _write_image(path, output[key], labels=key == "moved_labels")
             else:
                 path.unlink(missing_ok=True)  # another run's
-        overview = folder / _WRITTEN["overview"]
-        overview.unlink(missing_ok=True)
-        if find_spec("matplotlib") is not None:  # extra "report"; the other results do without
-            save_overview(result, overview)
-            written["overview"] = overview
+        draw: dict[str, Callable[[Path], None]] = {"overview": partial(save_overview, result)}
+        if output.get("uncertainty_displacement") is not None:
+            draw["uncertainty"] = partial(save_uncertainty, result.fixed, output["uncertainty_displacement"])
+        for key in ("overview", "uncertainty"):
+            path = folder / _WRITTEN[key]
+            path.unlink(missing_ok=True)
+            if key in draw and find_spec("matplotlib") is not None:  # extra "report"; the other results do without
+                draw[key](path)
+                written[key] = path
         report["output"] = {key: str(path) for key, path in written.items()}
         write_json(folder / _REPORT, report)
         state.registered[name] = bool(result.success)
@@ -437,6 +504,16 @@ def check_inputs(
             allowed = "trained weights: random filters serve verify_net_in_out and ckpt_export, no registration"
             raise RegistrationError("vgg19_weights", vgg19_weights, allowed)
         trained_network(vgg19_weights, seed=seed)
+
+
+def check_uncertainty(uncertainty: Any = False) -> None:
+    """A step of ``run`` beside `check_inputs`.
+
+    Raises:
+        SystemExit: ``uncertainty`` is neither true nor false; status `WRONG_INPUT`, with the reason on stderr.
+    """
+    with _wrong_input_exits():
+        _flag(uncertainty, "uncertainty")
 
 
 def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
@@ -492,6 +569,23 @@ def _text(value: Any, argument: str) -> str:
     raise RegistrationError(argument, value, "text; if it was, quote it once more within the quotes: '\"1.5\"'")
 
 
+def _flag(value: Any, argument: str) -> bool:
+    """True or False. The command line leaves ``true`` as text, and any text would count as true."""
+    word = str(value).lower()
+    if word not in ("true", "false"):
+        raise RegistrationError(argument, value, "true or false")
+    return word == "true"
+
+
+def _without_infinity(value: Any) -> Any:
+    """``value`` with None for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _folder_name(value: Any) -> str:
     name = _text(value, "name")
     if name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
@@ -528,6 +622,7 @@ def _write_image(path: Path, image: MetaTensor, labels: bool = False) -> None:
 
 def _summary(report: dict[str, Any], folder: Path) -> str:
     before, after = report["metrics"]["before"], report["metrics"]["after"]
+    compared = {"labels": "labels", "masks": "masks"}.get(report["metrics"].get("dice_of"), "foregrounds")
     lines = [
         f"{report['name']}: " + ("registered" if report["success"] else "FAILED") + f" in {report['seconds']:.1f} s "
         f"(preset {report['preset']}, {report['transform']})"
@@ -535,7 +630,7 @@ def _summary(report: dict[str, Any], folder: Path) -> str:
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
     lines.append(
         f"  normalized mutual information {before['nmi']:.4f} before, {after['nmi']:.4f} after; "
-        f"Dice of the foregrounds {before['dice']:.3f} before, {after['dice']:.3f} after"
+        f"Dice of the {compared} {before['dice']:.3f} before, {after['dice']:.3f} after"
     )
     if "error_mm" in report:
         error = report["error_mm"]
@@ -543,5 +638,9 @@ def _summary(report: dict[str, Any], folder: Path) -> str:
             f"  mean error against the known transform: {error['before']['mean']:.2f} mm before, "
             f"{error['after']['mean']:.2f} mm after (largest {error['after']['max']:.2f} mm)"
         )
+    if report.get("uncertainty") is not None:
+        spread = report["uncertainty"]["std_mm_at_center"]
+        told = "unknown, too few repeats succeeded" if spread is None else f"{spread:.2f} mm"
+        lines.append(f"  standard deviation of the displacement in the middle of the fixed image: {told}")
     lines.append(f"  results in {folder}")
     return "\n".join(lines)

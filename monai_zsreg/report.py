@@ -7,19 +7,23 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
 from monai.transforms import Orientation, ResampleToMatch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io.files import atomic_path
-from monai_zsreg.metrics.intensity import scale_intensity
+from monai_zsreg.metrics.intensity import foreground_mask, otsu_threshold, scale_intensity
 from monai_zsreg.registration.result import RegistrationResult
 
-__all__ = ["save_overview"]
+__all__ = ["save_overview", "save_uncertainty"]
 
 _TILES = 8
+# over the grey image; more hides the anatomy, less hides the color
+_OPACITY = 0.45
 
 
 def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
@@ -35,13 +39,7 @@ def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
     Raises:
         RegistrationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RegistrationError(
-            "path", str(path), 'matplotlib for pictures; install it with pip install "monai-zsreg[report]"'
-        ) from error
-
+    figure_class = _matplotlib_figure(path)
     channel = MetaTensor(result.moving.as_tensor()[:1].float(), affine=result.moving.affine)
     before = ResampleToMatch(padding_mode="zeros")(channel, result.fixed[:1])
     images = [_upright(image) for image in (result.fixed[:1], before, result.moved[:1])]
@@ -49,7 +47,7 @@ def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
     spacing = Grid.of(images[0]).spacing
     planes = _planes(fixed)
     columns = ["fixed", "moving, by its header", "moved", "fixed | before", "fixed | after"]
-    figure = Figure(figsize=(2.6 * len(columns), 2.8 * len(planes)), facecolor="black", layout="constrained")
+    figure = figure_class(figsize=(2.6 * len(columns), 2.8 * len(planes)), facecolor="black", layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(planes), len(columns)))
     for row, (axis, index, sides) in zip(axes, planes, strict=True):
         shown = [_cut(volume, axis, index) for volume in (fixed, moving, moved)]
@@ -65,6 +63,113 @@ def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
         place.set_title(title, color="white", fontsize=11)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=90, format="png", facecolor="black")
+
+
+def save_uncertainty(fixed: MetaTensor, displacement: MetaTensor, path: str | os.PathLike) -> None:
+    """Draw the uncertainty of a registration in color over the fixed image as one PNG: red is high, blue is low.
+
+    The fixed image alone stands beside it (2D) or above (3D). Volumes are cut as in `save_overview`, and sides are
+    marked as there. Color shows on the object only, and its scale covers the foreground of the whole image.
+
+    Args:
+        fixed: ``[C, *spatial]``; the first channel is shown.
+        displacement: standard deviation of the displacement in mm on the same grid, ``[1, *spatial]``, finite, as
+            `Uncertainty.displacement_map` gives it.
+        path: PNG file.
+
+    Raises:
+        RegistrationError: matplotlib is not installed, or a map that lies on another grid or is not finite.
+    """
+    figure_class = _matplotlib_figure(path)
+    if displacement.shape[1:] != fixed.shape[1:]:
+        raise RegistrationError("displacement", tuple(displacement.shape), f"[1, {tuple(fixed.shape[1:])}], as fixed")
+    if not bool(displacement.isfinite().all()):
+        raise RegistrationError("displacement", "infinity or NaN", "finite numbers: nothing is known about the spread")
+    channel = MetaTensor(fixed.as_tensor()[:1].float().cpu(), affine=fixed.affine)
+    spread = MetaTensor(displacement.as_tensor()[:1].float().cpu(), affine=fixed.affine)
+    gray, color = (_upright(image) for image in (channel, spread))
+    spacing = Grid.of(gray).spacing
+    inside = np.asarray(foreground_mask(gray)[0])
+    inside = inside if inside.any() else np.ones_like(inside)
+    anatomy, values = np.asarray(scale_intensity(gray)[0]), np.asarray(color.as_tensor()[0])
+    low, high = _limits(values[inside])
+
+    planes = _planes(anatomy)
+    in_plane = [[s for a, s in enumerate(spacing) if a != axis] for axis, _, _ in planes]
+    darkest = 0.3 * otsu_threshold(scale_intensity(gray))
+    cuts = []
+    for (axis, index, _), sides in zip(planes, in_plane, strict=True):
+        below, above = (_cut(volume, axis, index) for volume in (anatomy, values))
+        shadow = inside if axis < 0 else np.asarray(inside.any(axis=axis, keepdims=True))
+        window = _window(_cut(shadow, axis, 0))
+        cuts.append((below[window], np.ma.masked_where(~_object(below, sides, darkest), above)[window]))
+    # widths in mm give all planes about one scale; a slice has its two pictures in a row, a volume its three planes
+    widths = [below.shape[1] * sides[0] for (below, _), sides in zip(cuts, in_plane, strict=True)]
+    heights = [below.shape[0] * sides[1] for (below, _), sides in zip(cuts, in_plane, strict=True)]
+    inch = 3.0 / max(heights)
+    two_d = len(planes) == 1
+    rows, columns = (1, 2) if two_d else (2, 3)
+    size = ((2 if two_d else 1) * sum(widths) * inch + 0.3 * columns + 1.3, rows * 3.4)
+    figure = figure_class(figsize=size, facecolor="black", layout="constrained")
+    axes = figure.subplots(rows, columns, width_ratios=widths * (columns // len(widths)), squeeze=False)
+    for (below, above), sides, plane, places in zip(
+        cuts, in_plane, planes, axes if two_d else axes.transpose(), strict=True
+    ):
+        aspect = sides[1] / sides[0]
+        for place in places:
+            place.imshow(below, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+            place.set_axis_off()
+            _mark(place, plane[2])
+        colored = places[1].imshow(
+            above, cmap="jet", vmin=low, vmax=high, alpha=_OPACITY, aspect=aspect, interpolation="nearest"
+        )
+    bar = figure.colorbar(colored, ax=axes, shrink=0.8, aspect=25, pad=0.02)
+    bar.solids.set_alpha(1.0)
+    bar.set_label("standard deviation of the displacement, mm", color="white", fontsize=8)
+    bar.ax.tick_params(colors="white", labelsize=9)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=110, format="png", facecolor="black")
+
+
+def _window(mask: np.ndarray) -> tuple[slice, ...]:
+    """What to show of a plane: the box around the foreground with a margin, so that the object fills the picture."""
+    window = []
+    for axis, length in enumerate(mask.shape):
+        where = np.flatnonzero(mask.any(axis=1 - axis))
+        margin = max(2, (where[-1] - where[0]) // 10) if len(where) else length
+        first, last = (where[0], where[-1]) if len(where) else (0, length - 1)
+        window.append(slice(max(0, int(first - margin)), int(last + margin) + 1))
+    return tuple(window)
+
+
+def _object(plane: np.ndarray, in_plane: list[float], darkest: float) -> np.ndarray:
+    """The object with a smooth edge and without holes: color on the foreground alone would hide the anatomy."""
+    sides = in_plane[::-1]
+    sigma = 0.015 * max(n * s for n, s in zip(plane.shape, sides, strict=True))
+    smooth = GaussianFilter(2, [sigma / s for s in sides])(torch.as_tensor(plane.copy())[None, None])
+    mask = np.asarray(smooth[0, 0] > darkest)
+    inside = np.ones_like(mask)
+    for axis in (0, 1):  # between the first and the last pixel of the row, and of the column
+        after = np.maximum.accumulate(mask, axis=axis)
+        before = np.flip(np.maximum.accumulate(np.flip(mask, axis), axis=axis), axis)
+        inside &= after & before
+    return inside
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    # one value everywhere would leave the color bar without a length
+    return (low, high) if high - low > 1e-6 * max(high, 1e-6) else (max(0.0, low - 0.5e-3), high + 0.5e-3)
+
+
+def _matplotlib_figure(path: str | os.PathLike) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RegistrationError(
+            "path", str(path), 'matplotlib for pictures; install it with pip install "monai-zsreg[report]"'
+        ) from error
+    return Figure
 
 
 def _upright(image: Tensor) -> MetaTensor:

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration import RegistrationResult
-from monai_zsreg.report import save_overview
+from monai_zsreg.report import save_overview, save_uncertainty
 
 image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -62,4 +62,74 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(RegistrationError, match="report"):
         save_overview(_result(2), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def _spread(dims: int, along: int, spacing: tuple[float, ...] = (1.0, 1.0, 1.0)) -> tuple[MetaTensor, MetaTensor]:
+    """A bright box, and a map that grows along one axis (RAS)."""
+    shape = (24, 30, 20)[:dims]
+    box = torch.zeros(1, *shape)
+    box[(0, *(slice(3, n - 3) for n in shape))] = 1.0
+    ramp = torch.linspace(0.5, 2.5, shape[along]).view([-1 if a == along else 1 for a in range(dims)])
+    affine = torch.diag(torch.tensor([*spacing[:dims], 1.0], dtype=torch.float64))
+    return MetaTensor(box, affine=affine), MetaTensor(ramp.expand(shape).clone()[None], affine=affine)
+
+
+def _left_of_the_color_bar(path) -> np.ndarray:
+    picture = np.asarray(image.open(path).convert("RGB")).astype(int)
+    return picture[:, : int(picture.shape[1] * 0.89)]
+
+
+def _colored(path, channel: int) -> np.ndarray:
+    """Pixels where one of red (0) and blue (2) clearly outweighs the other."""
+    picture = _left_of_the_color_bar(path)
+    return np.argwhere(picture[..., channel] - picture[..., 2 - channel] > 60)
+
+
+def test_uncertainty_is_red_where_it_is_high(tmp_path):
+    # the map grows to the right of the patient, which is the left of the picture
+    save_uncertainty(*_spread(2, along=0), tmp_path / "a.png")
+    red, blue = (_colored(tmp_path / "a.png", channel) for channel in (0, 2))
+    # the letters are yellow, hence red without blue, but few
+    assert len(red) > 1000 and len(blue) > 1000
+    assert np.median(red[:, 1]) < np.median(blue[:, 1]) - 20
+    # to the front of the patient: up
+    save_uncertainty(*_spread(2, along=1), tmp_path / "b.png")
+    red, blue = (_colored(tmp_path / "b.png", channel) for channel in (0, 2))
+    assert np.median(red[:, 0]) < np.median(blue[:, 0]) - 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_uncertainty_of_a_volume_shows_three_planes_at_their_true_proportions(tmp_path):
+    # 24 x 30 x 20 voxels, but 48 x 30 x 80 mm
+    save_uncertainty(*_spread(3, along=2, spacing=(2.0, 1.0, 4.0)), tmp_path / "a.png")
+    picture = _left_of_the_color_bar(tmp_path / "a.png")
+    above = picture[: picture.shape[0] // 2]
+    gray = (above.min(axis=2) > 200) & (np.ptp(above, axis=2) < 10)
+    # the boxes of the upper row, from left to right: axial, coronal, sagittal
+    columns = np.flatnonzero(gray.sum(axis=0) > 10)
+    parts = np.split(columns, np.flatnonzero(np.diff(columns) > 5) + 1)
+    assert len(parts) == 3
+    sizes = [(len(part), int((gray[:, part].sum(axis=1) > 3).sum())) for part in parts]
+    # mm of the box: 18, 24 and 14 voxels
+    for (width, height), expected in zip(sizes, ((36, 24), (36, 56), (24, 56)), strict=True):
+        assert width / height == pytest.approx(expected[0] / expected[1], rel=0.08)
+    # superior is up, and the map is highest there
+    red, blue = (_colored(tmp_path / "a.png", channel) for channel in (0, 2))
+    assert np.median(red[:, 0]) < np.median(blue[:, 0])
+
+
+def test_uncertainty_that_is_the_same_everywhere(tmp_path):
+    fixed, spread = _spread(2, along=0)
+    save_uncertainty(fixed, spread * 0, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("wrong", ["shape", "infinite"])
+def test_uncertainty_refuses(tmp_path, wrong):
+    fixed, spread = _spread(2, along=0)
+    spread = spread[:, :5] if wrong == "shape" else spread / 0
+    with pytest.raises(RegistrationError) as caught:
+        save_uncertainty(fixed, spread, tmp_path / "a.png")
+    assert caught.value.argument == "displacement"
     assert not list(tmp_path.iterdir())

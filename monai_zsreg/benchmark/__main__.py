@@ -4,7 +4,7 @@
 ::
 
     python -m monai_zsreg.benchmark FOLDER --output results
-    python -m monai_zsreg.benchmark pairs.json --output results --methods ours:keypoints elastix
+    python -m monai_zsreg.benchmark pairs.json --output results --methods ours:robust elastix
     python -m monai_zsreg.benchmark FOLDER --output results --quick
     python -m monai_zsreg.benchmark cost --output results
 

@@ -94,7 +94,7 @@ def test_export_and_load(vgg19_weights: Path, tmp_path: Path, load_slice) -> Non
 
     # the exported network in the place of network_def, on a pair of images
     inferer = PairInferer("paper", device="cpu", vgg19_weights=vgg19_weights)
-    assert inferer.network_for(2, scripted, torch.device("cpu")) is scripted
+    assert inferer.method_for(2, scripted, torch.device("cpu")).args[0] is scripted
     images = {"moving": MetaTensor(pair[0, :1]), "fixed": MetaTensor(pair[0, 1:])}
     results = [inferer(images, network) for network in (scripted, eager)]
     assert results[0].success
