@@ -31,12 +31,12 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.inference import _wrong_input_exits, pair_list
+from monai_zsreg.inference import pair_list, wrong_input_exits
 from monai_zsreg.io import atomic_path, output_folder, pair_landmarks, read_landmarks, write_json
 from monai_zsreg.metrics import foreground_mask, foreground_tre, landmark_tre, similarity, success_rate
 from monai_zsreg.registration.images import read_image
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.transforms.array import ApplyAffineRegistration, read_matrix
+from monai_zsreg.transforms.array import by_header, read_matrix
 
 __all__ = [
     "MEASURES",
@@ -145,7 +145,7 @@ def check_evaluation(datalist: Any = None, dataset_dir: Any = "", success_mm: An
     Raises:
         SystemExit: something cannot be used; status ``WRONG_INPUT``, with the reason on stderr.
     """
-    with _wrong_input_exits():
+    with wrong_input_exits():
         evaluation_list(datalist, dataset_dir)
         if isinstance(success_mm, bool) or not isinstance(success_mm, Real) or not 0 < float(success_mm) < math.inf:
             raise RegistrationError("success_mm", success_mm, "a number above 0")
@@ -176,7 +176,7 @@ class ReadReference(Transform):
                 if image.ndim != fixed.ndim or image.shape[0] != 1:
                     raise RegistrationError(key, tuple(image.shape), f"one channel and {dims} dimensions, as fixed has")
                 if key.startswith("fixed"):
-                    image = _by_header(image, fixed)
+                    image = by_header(image, fixed, mode="nearest")
                 if not bool((image != 0).any()):
                     raise RegistrationError(key, str(path), "an image that is not 0 everywhere on the image it is of")
                 pair[key] = image
@@ -228,9 +228,12 @@ class MeasurePair(Transform):
         labels = pair.get("fixed_labels")
         moved_labels, masks = {}, {}
         if labels is not None:
-            moved_labels = {"before": _by_header(pair["labels"], fixed), "after": pair["moved_labels"]}
+            moved_labels = {"before": by_header(pair["labels"], fixed, mode="nearest"), "after": pair["moved_labels"]}
         if moving_mask is not None:
-            masks = {"before": _by_header(moving_mask, fixed), "after": result.apply(moving_mask, mode="nearest")}
+            masks = {
+                "before": by_header(moving_mask, fixed, mode="nearest"),
+                "after": result.apply(moving_mask, mode="nearest"),
+            }
         images = {"before": pair["unregistered"], "after": pair["moved"]}
         matrices = {"before": np.eye(len(result.affine)), "after": result.affine}
         metrics: dict[str, Any] = {
@@ -249,12 +252,6 @@ class MeasurePair(Transform):
                 values["landmark_tre"] = float(landmark_tre(matrices[when], *points).mean())
             metrics[when] = values
         return pair | {"metrics": metrics}
-
-
-def _by_header(image: MetaTensor, fixed: MetaTensor) -> MetaTensor:
-    transform = ApplyAffineRegistration(mode="nearest", padding_mode="zeros")
-    transform.tracing = False
-    return transform(image, np.eye(fixed.ndim), fixed)
 
 
 def label_dice(fixed: Tensor, moved: Tensor) -> float:

@@ -54,7 +54,7 @@ from monai_zsreg.registration.pair import (
 from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.report import save_overview, save_uncertainty
-from monai_zsreg.transforms.array import ApplyAffineRegistration
+from monai_zsreg.transforms.array import by_header
 
 __all__ = [
     "DEMONSTRATION",
@@ -74,6 +74,7 @@ __all__ = [
     "prepare_pair",
     "run_pairs",
     "trained_network",
+    "wrong_input_exits",
 ]
 
 logger = logging.getLogger(__name__)
@@ -306,9 +307,7 @@ class MovePair(Transform):
         pair = dict(data)
         result: RegistrationResult = pair["pred"]
         pair["moved"] = result.moved
-        by_header = ApplyAffineRegistration(padding_mode="zeros")
-        by_header.tracing = False
-        pair["unregistered"] = by_header(pair["moving"], np.eye(len(result.affine)), pair["fixed"])
+        pair["unregistered"] = by_header(pair["moving"], pair["fixed"])
         if pair.get("labels") is not None:
             pair["moved_labels"] = result.apply(pair["labels"], mode="nearest")
         return pair
@@ -489,7 +488,7 @@ def check_inputs(
     Raises:
         SystemExit: something cannot be used; status `WRONG_INPUT`, with the reason on stderr.
     """
-    with _wrong_input_exits():
+    with wrong_input_exits():
         for entry in pair_list(fixed, moving, labels, name, dataset_dir):
             for argument in ("fixed", "moving", "labels"):
                 if argument in entry and not os.path.exists(entry[argument]):
@@ -512,7 +511,7 @@ def check_uncertainty(uncertainty: Any = False) -> None:
     Raises:
         SystemExit: ``uncertainty`` is neither true nor false; status `WRONG_INPUT`, with the reason on stderr.
     """
-    with _wrong_input_exits():
+    with wrong_input_exits():
         _flag(uncertainty, "uncertainty")
 
 
@@ -527,7 +526,7 @@ def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
     Raises:
         SystemExit: input that is wrong; status `WRONG_INPUT`, with the reason on stderr. Pairs before it are written.
     """
-    with _wrong_input_exits():
+    with wrong_input_exits():
         evaluator.run()
     state: Any = evaluator.state
     return state.registered
@@ -547,7 +546,8 @@ def exit_status(evaluator: Evaluator) -> None:
 
 
 @contextmanager
-def _wrong_input_exits() -> Iterator[None]:
+def wrong_input_exits() -> Iterator[None]:
+    """Ends the process with status `WRONG_INPUT` and the reason on stderr where a `RegistrationError` comes up."""
     try:
         yield
     except Exception as error:

@@ -25,7 +25,7 @@ from monai_zsreg.registration.presets import DEFAULT_PRESET, ROBUST, preset_opti
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.robust import COARSE, RobustEngine
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
-from monai_zsreg.transforms.array import ApplyAffineRegistration, read_matrix
+from monai_zsreg.transforms.array import by_header, read_matrix
 
 __all__ = [
     "Method",
@@ -242,12 +242,10 @@ def _mask_on(mask: ImageLike, image: MetaTensor, name: str) -> Tensor:
     else:
         if read.ndim != image.ndim:
             raise RegistrationError(name, f"{read.ndim - 1}D image", f"a {image.ndim - 1}D image, as its image is")
-        carry = ApplyAffineRegistration(mode="nearest")
-        carry.tracing = False
         # a header that only says where it lies
         plain = MetaTensor((read.as_tensor()[:1] > 0).float().cpu(), affine=read.affine.cpu())
-        values = carry(plain, np.eye(image.ndim), MetaTensor(image.as_tensor().cpu(), affine=image.affine.cpu()))
-        values = values.as_tensor()
+        grid = MetaTensor(image.as_tensor().cpu(), affine=image.affine.cpu())
+        values = by_header(plain, grid, mode="nearest").as_tensor()
     if not bool((values > 0).any()):
         raise RegistrationError(name, "no voxel above 0 within its image", "a mask that shows where to look")
     return values
@@ -311,9 +309,7 @@ def build_method(
     start: ZeroShotAffineNet | None = None
     if coarse == "keypoints":
         start = build_network(spatial_dims, transform, *weights, seed, device, **preset_options("keypoints"))
-    if vgg19_weights is not None and not isinstance(vgg19_weights, (str, os.PathLike)):
-        raise RegistrationError("vgg19_weights", vgg19_weights, "a path, or None")
-    source = IMAGENET if vgg19_weights is None else os.fspath(vgg19_weights)
+    source = _path(vgg19_weights, "vgg19_weights") or IMAGENET
     try:
         engine = RobustEngine(spatial_dims, transform, seed=seed, vgg19_weights=source, **settings)
     except TypeError as error:
@@ -348,18 +344,20 @@ def build_network(
     frozen = tuple(
         sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
     )
-    files: list[str | None] = []
-    for name, file in (("vgg19_weights", vgg19_weights), ("regressor_weights", regressor_weights)):
-        if file is not None and not isinstance(file, (str, os.PathLike)):
-            raise RegistrationError(name, file, "a path, or None")
-        files.append(None if file is None else os.fspath(file))
+    weights = _path(vgg19_weights, "vgg19_weights") or IMAGENET
+    regressor = _path(regressor_weights, "regressor_weights")
     try:
         hash(frozen)
     except TypeError as error:
         raise RegistrationError("options", settings, f"numbers, strings, or lists of numbers ({error})") from error
-    weights, regressor = files[0] or IMAGENET, files[1]
     stamps = (_stamp(weights), _stamp(regressor))
     return _build(spatial_dims, transform, weights, regressor, seed, str(device), frozen, stamps)
+
+
+def _path(file: Any, argument: str) -> str | None:
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise RegistrationError(argument, file, "a path, or None")
+    return None if file is None else os.fspath(file)
 
 
 def _stamp(path: str | None) -> tuple[str, int, int] | None:

@@ -47,18 +47,12 @@ class Refinement:
     Attributes:
         transform: ``[N, K, D+1, D+1]`` float64, fixed frame to moving frame.
         cost: ``[N, K]`` mean clipped descriptor difference; lower is better.
-        hessian: ``[N, K, 2B, P, P]`` normal matrix of each block of both images at the last iteration.
-        gradient: ``[N, K, 2B, P]`` right-hand side likewise.
         overlap: ``[N, K]`` part of the sampled points that lie in the other image's field of view.
-        iterations: number of iterations made.
     """
 
     transform: Tensor
     cost: Tensor
-    hessian: Tensor
-    gradient: Tensor
     overlap: Tensor
-    iterations: int
 
 
 @dataclass
@@ -144,36 +138,28 @@ class Refiner:
             self._side(moving, fixed, moving_frame, fixed_frame, moving_weight, step, seed),
         ]
         basis = generators(self.transform, dims)
-        current = transforms
+        current = kept = transforms
         best = torch.full((n, k), torch.inf, dtype=torch.float64)
-        kept: list[Tensor] = []
-        done = 0
-        while done < self.iterations:
-            done += 1
+        kept_overlap = torch.zeros(n, k, dtype=torch.float64)
+        for _ in range(self.iterations):
             inverse = torch.linalg.inv(current)
             cost = torch.zeros(n, k, dtype=torch.float64)
             overlap = torch.zeros(n, k, dtype=torch.float64)
-            hessians, gradients = [], []
-            for side, pull, sign in ((sides[0], current, 1.0), (sides[1], inverse, -1.0)):
+            total = torch.zeros(n, k, len(basis), len(basis), dtype=torch.float64)
+            right_side = torch.zeros(n, k, len(basis), dtype=torch.float64)
+            # a motion of the fixed frame, and the same as the moving frame sees it
+            motions = (basis.expand(n, k, -1, -1, -1), -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2)))
+            for side, pull, moved in zip(sides, (current, inverse), motions, strict=True):
                 normal, right, side_cost, side_overlap = self._equations(side, pull.to(device), step)
-                # a motion of the fixed frame as the moving frame sees it
-                moved = basis if sign > 0 else -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2))
-                jacobian = moved[..., :dims, :].flatten(-2).expand(n, k, len(basis), dims * (dims + 1)).unsqueeze(2)
-                hessians.append(jacobian @ normal @ jacobian.transpose(-1, -2))
-                gradients.append((jacobian @ right.unsqueeze(-1)).squeeze(-1))
+                jacobian = moved[..., :dims, :].flatten(-2)
+                total += jacobian @ normal @ jacobian.mT
+                right_side += (jacobian @ right.unsqueeze(-1)).squeeze(-1)
                 cost += side_cost / 2
                 overlap += side_overlap / 2
-            hessian, gradient = torch.cat(hessians, 2), torch.cat(gradients, 2)
             better = cost < best
-            if not kept:
-                kept = [current, hessian, gradient, overlap]
-                best = cost
-            else:
-                for index, new in enumerate((current, hessian, gradient, overlap)):
-                    shape = (n, k) + (1,) * (new.ndim - 2)
-                    kept[index] = torch.where(better.view(shape), new, kept[index])
-                best = torch.where(better, cost, best)
-            total, right_side = hessian.sum(2), gradient.sum(2)
+            best = torch.where(better, cost, best)
+            kept = torch.where(better[..., None, None], current, kept)
+            kept_overlap = torch.where(better, overlap, kept_overlap)
             damping = 1e-6 * total.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-12)
             total = total + damping[..., None, None] * torch.eye(len(basis), dtype=torch.float64)
             update = torch.linalg.solve(total, right_side)
@@ -184,7 +170,7 @@ class Refiner:
             current = current @ torch.linalg.matrix_exp(motion)
             if float(reach.max()) < self.tolerance:
                 break
-        return Refinement(kept[0], best, kept[1], kept[2], kept[3], done)
+        return Refinement(kept, best, kept_overlap)
 
     def _side(
         self, own: Level, other: Level, own_frame: Frame, other_frame: Frame, weight: Level, step: float, seed: int
@@ -267,7 +253,7 @@ class Refiner:
         return inner.flatten(2), torch.stack(slopes, dim=2) * (0.5 / step)
 
     def _equations(self, side: _Side, pull: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normal matrices ``[N, K, B, D(D+1), D(D+1)]`` and right-hand sides of the blocks, cost and overlap."""
+        """Normal matrix ``[N, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
         n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
         count, points = side.features.shape[1], side.coordinates.shape[2]
         width = self.block + 2 * (self.describe.margin + 1)
@@ -298,19 +284,14 @@ class Refiner:
         )
         force = torch.stack([(slope[:, :, :, :, i] * residual).sum(3) for i in range(dims)], dim=3)
         weight = weight[:, :, :, None]
-        moments = (tensor * weight) @ side.products[:, None]
-        right = (force * weight) @ side.coordinates[:, None]
+        moments = ((tensor * weight) @ side.products[:, None]).double().sum(2)
+        right = ((force * weight) @ side.coordinates[:, None]).double().sum(2)
         # spread the unique entries over the whole matrix
         pair, product = _square_index(dims, pull.device), _square_index(dims + 1, pull.device)
         full = moments[..., pair[:, :, None, None], product[None, None]]  # [..., i, j, e, f]
         size = dims * (dims + 1)
-        full = full.permute(0, 1, 2, 3, 5, 4, 6).reshape(n, k, count, size, size)
-        return (
-            full.cpu().double(),
-            right.reshape(n, k, count, size).cpu().double(),
-            cost.cpu().double(),
-            overlap.cpu().double(),
-        )
+        full = full.permute(0, 1, 2, 4, 3, 5).reshape(n, k, size, size)
+        return full.cpu(), right.reshape(n, k, size).cpu(), cost.cpu().double(), overlap.cpu().double()
 
 
 def _square_index(dims: int, device: torch.device) -> Tensor:

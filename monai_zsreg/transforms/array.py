@@ -41,7 +41,7 @@ from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write
 if TYPE_CHECKING:
     from monai_zsreg.registration import RegistrationResult
 
-__all__ = ["ApplyAffineRegistration", "RegisterAffine", "SaveAffine", "evaluate_pending", "read_matrix"]
+__all__ = ["ApplyAffineRegistration", "RegisterAffine", "SaveAffine", "by_header", "evaluate_pending", "read_matrix"]
 
 #: what a registered image carries in its ``meta``
 AFFINE_KEY = "registration_affine"
@@ -361,6 +361,13 @@ def evaluate_pending(image: MetaTensor) -> MetaTensor:
     copy = _copy(image)
     copy.clear_pending_operations()
     return apply_pending(copy, pending=list(image.pending_operations))[0]
+
+
+def by_header(image: MetaTensor, fixed: MetaTensor, mode: str = "bilinear") -> MetaTensor:
+    """An image ``[C, *spatial]`` on the grid of ``fixed`` where the two headers put it, 0 outside, without a trace."""
+    transform = ApplyAffineRegistration(mode=mode, padding_mode="zeros")
+    transform.tracing = False
+    return transform(image, np.eye(fixed.ndim), fixed)
 
 
 def read_matrix(affine: Any, dims: int, name: str = "affine") -> Tensor:
