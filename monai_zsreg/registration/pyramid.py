@@ -21,10 +21,18 @@ class Level:
     Args:
         values: ``[N, 1, *spatial]``.
         grid: their lattice.
+        window: ``[N, 2]`` intensity that counts as 0 and length of the range up to 1; None to take values as they are.
     """
 
     values: Tensor
     grid: Grid
+    window: Tensor | None = None
+
+    def scaled(self, samples: Tensor) -> Tensor:
+        """Samples ``[N, S]`` of the values, in the window."""
+        if self.window is None:
+            return samples
+        return (samples - self.window[:, :1]) / self.window[:, 1:]
 
 
 def pool(level: Level, spacing: float) -> Level:
@@ -38,43 +46,40 @@ def pool(level: Level, spacing: float) -> Level:
     if max(factors) == 1:
         return level
     average = F.avg_pool2d if level.grid.dims == 2 else F.avg_pool3d
-    return Level(average(level.values, factors), pooled_grid(level.grid, factors))
+    return Level(average(level.values, factors), pooled_grid(level.grid, factors), level.window)
 
 
-def normalize(level: Level, coarse: Level) -> tuple[Level, Level]:
-    """Background to 0, bright tissue to 1, by what a coarse copy of the images shows.
+def normalize(coarse: Level) -> tuple[Tensor, Level]:
+    """Which intensities are background, and how bright tissue is.
 
     The background is the median of the outermost voxels, unless these vary so much that they are no background: then
     the darkest half per cent takes its place and every voxel is foreground, as in a photograph.
 
     Args:
-        level: images.
-        coarse: the same images, pooled, so that noise does not count.
+        coarse: images, pooled, so that noise does not count.
 
     Returns:
-        The images so scaled, and a level with their foreground: 1 or 0 on the coarse grid.
+        The window ``[N, 2]`` from background to bright tissue, and a level with the foreground, 1 or 0.
     """
-    dims = coarse.grid.dims
-    values, scaled, masks = coarse.values, [], []
+    values, windows, masks = coarse.values, [], []
     rim = torch.zeros(coarse.grid.shape, dtype=torch.bool, device=values.device)
-    for axis in range(dims):
+    for axis in range(coarse.grid.dims):
         rim.select(axis, 0).fill_(True)
         rim.select(axis, coarse.grid.shape[axis] - 1).fill_(True)
     ends = torch.tensor([0.005, 0.995], device=values.device)
-    for image, fine in zip(values[:, 0], level.values, strict=True):
+    for image in values[:, 0]:
         low, high = torch.quantile(image.flatten()[:: 1 + image.numel() // 4_000_000], ends)
         border = image[rim]
         middle = border.median()
         noise = 1.4826 * (border - middle).abs().median()
         if bool(noise > 0.12 * (high - low)):
-            scale = (high - low).clamp(min=1e-20)
-            scaled.append((fine - low) / scale)
+            windows.append(torch.stack([low, (high - low).clamp(min=1e-20)]))
             masks.append(torch.ones_like(image))
             continue
         scale = torch.maximum(high - middle, 1e-6 * (high - low)).clamp(min=1e-20)
-        scaled.append((fine - middle) / scale)
+        windows.append(torch.stack([middle, scale]))
         masks.append(((image - middle).abs() > torch.maximum(0.08 * scale, 4 * noise)).to(image.dtype))
-    return Level(torch.stack(scaled), level.grid), Level(torch.stack(masks)[:, None], coarse.grid)
+    return torch.stack(windows), Level(torch.stack(masks)[:, None], coarse.grid)
 
 
 def index_points(grid: Grid, device: torch.device) -> Tensor:

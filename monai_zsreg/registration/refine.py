@@ -45,9 +45,9 @@ def generators(transform: str, dims: int) -> Tensor:
 class Refinement:
     """
     Attributes:
-        transform: ``[N, K, D+1, D+1]`` float64, fixed frame to moving frame.
-        cost: ``[N, K]`` mean clipped descriptor difference; lower is better.
-        overlap: ``[N, K]`` part of the sampled points that lie in the other image's field of view.
+        transform: ``[N, D+1, D+1]`` float64, fixed frame to moving frame.
+        cost: ``[N]`` mean clipped descriptor difference; lower is better.
+        overlap: ``[N]`` part of the sampled points that lie in the other image's field of view.
     """
 
     transform: Tensor
@@ -55,17 +55,51 @@ class Refinement:
     overlap: Tensor
 
 
+class _Memory:
+    """Anderson's acceleration with a memory of one step.
+
+    The gradients of two modalities agree in part, so that each Gauss-Newton update closes about the same part of what
+    is left, in vivo half of it. How much the last update has changed by the last step tells the rest.
+    """
+
+    def __init__(self) -> None:
+        self.update: Tensor | None = None
+        self.step: Tensor | None = None
+
+    def __call__(self, update: Tensor) -> Tensor:
+        """The step to take, ``[N, K, P]``, where Gauss-Newton says ``update``."""
+        step = update
+        if self.update is not None and self.step is not None:
+            change = update - self.update
+            part = (update * change).sum(-1, keepdim=True) / change.square().sum(-1, keepdim=True).clamp(min=1e-30)
+            step = update - part.clamp(-_FARTHEST, 0.0) * (self.step + change)
+        self.update, self.step = update, step
+        return step
+
+    def pick(self, which: Tensor) -> None:
+        """Go on with starts number ``which [N, J]``."""
+        if self.update is not None and self.step is not None:
+            index = which[..., None].expand(-1, -1, self.update.shape[-1])
+            self.update, self.step = torch.gather(self.update, 1, index), torch.gather(self.step, 1, index)
+
+
+# how much farther than Gauss-Newton a step may go, in steps
+_FARTHEST = 2.0
+
+
 @dataclass
 class _Side:
     """One image's blocks, and how to look the other image up at them."""
 
-    points: Tensor  # [N, B * L, D + 1] all lattice points, own frame, homogeneous
-    coordinates: Tensor  # [N, B, P, D + 1] inner points likewise
-    products: Tensor  # [N, B, P, (D + 1)(D + 2) / 2] products of the above
-    weight: Tensor  # [N, B, P] of the inner points
+    corners: Tensor  # [N, B, D] first inner points, own frame
+    lattice: Tensor  # [L, D] from there to all points that the descriptors need
+    coordinates: Tensor  # [N, D + 1, B * P] inner points, own frame, homogeneous
+    products: Tensor  # [N, (D + 1)(D + 2) / 2, B * P] products of the above
+    weight: Tensor  # [N, B * P] of the inner points
     features: Tensor  # [N, B, C, P]
-    gradient: Tensor  # [N, B, C, D, P]
-    other: Tensor  # other image [N, 1, *spatial]
+    gradient: Tensor  # [D, N, B, C, P]
+    tensor: Tensor  # [N, D(D + 1) / 2, B * P] products of the gradient, summed over the channels
+    other: Level  # other image
     other_to_grid: Tensor  # [N, D+1, D+1] other frame to grid_sample's coordinates
 
 
@@ -75,8 +109,9 @@ class Refiner:
     Both images are sampled in cubic blocks, laid out along their own voxel axes with a common step. For a block of
     the fixed image the moving image is sampled where the current transform takes the block's points, for a block of
     the moving image the fixed one where the inverse takes them, so both images are treated alike. Descriptors are
-    made of the samples, hence always in the block's own orientation. The update is Gauss-Newton with the mean of the
-    two gradients (Malis 2004: efficient second-order minimization), points weighted by how well they agree.
+    made of the samples, hence always in the block's own orientation. The update is Gauss-Newton with the gradients
+    of the blocks' own descriptors, which are made once (Baker and Matthews 2004: inverse composition), points
+    weighted by how well they agree. Of several starts the worse half is given up after each iteration but the first.
 
     Args:
         describe: module from patches ``[Q, *n]`` to ``[Q, C, *(n - 2 margin)]``, with attributes ``margin`` and
@@ -96,7 +131,7 @@ class Refiner:
         block: int = 8,
         blocks: int = 128,
         iterations: int = 10,
-        tolerance: float = 0.01,
+        tolerance: float = 0.03,
         robustness: float = 4.0,
     ) -> None:
         self.describe = describe
@@ -131,75 +166,86 @@ class Refiner:
             step: distance of lattice points, frame units.
             seed: of the choice of blocks.
         """
-        n, k, dims = transforms.shape[0], transforms.shape[1], fixed.grid.dims
-        device = fixed.values.device
+        dims = fixed.grid.dims
         sides = [
             self._side(fixed, moving, fixed_frame, moving_frame, fixed_weight, step, seed),
             self._side(moving, fixed, moving_frame, fixed_frame, moving_weight, step, seed),
         ]
         basis = generators(self.transform, dims)
+        identity = torch.eye(len(basis), dtype=torch.float64)
         current = kept = transforms
-        best = torch.full((n, k), torch.inf, dtype=torch.float64)
-        kept_overlap = torch.zeros(n, k, dtype=torch.float64)
-        for _ in range(self.iterations):
+        best = torch.full(transforms.shape[:2], torch.inf, dtype=torch.float64)
+        kept_overlap = torch.zeros_like(best)
+        memory = _Memory()
+        for number in range(self.iterations):
+            if number > 1 and current.shape[1] > 1:
+                order = best.topk((best.shape[1] + 1) // 2, dim=1, largest=False).indices
+                current, kept = _pick(current, order), _pick(kept, order)
+                best, kept_overlap = torch.gather(best, 1, order), torch.gather(kept_overlap, 1, order)
+                memory.pick(order)
             inverse = torch.linalg.inv(current)
-            cost = torch.zeros(n, k, dtype=torch.float64)
-            overlap = torch.zeros(n, k, dtype=torch.float64)
-            total = torch.zeros(n, k, len(basis), len(basis), dtype=torch.float64)
-            right_side = torch.zeros(n, k, len(basis), dtype=torch.float64)
             # a motion of the fixed frame, and the same as the moving frame sees it
-            motions = (basis.expand(n, k, -1, -1, -1), -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2)))
+            motions = (basis[None, None], -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2)))
+            normal, right, cost, overlap = 0.0, 0.0, 0.0, 0.0
             for side, pull, moved in zip(sides, (current, inverse), motions, strict=True):
-                normal, right, side_cost, side_overlap = self._equations(side, pull.to(device), step)
+                part = self._equations(side, pull)
                 jacobian = moved[..., :dims, :].flatten(-2)
-                total += jacobian @ normal @ jacobian.mT
-                right_side += (jacobian @ right.unsqueeze(-1)).squeeze(-1)
-                cost += side_cost / 2
-                overlap += side_overlap / 2
+                normal = normal + jacobian @ part[0] @ jacobian.mT
+                right = right + (jacobian @ part[1].unsqueeze(-1)).squeeze(-1)
+                cost, overlap = cost + part[2] / 2, overlap + part[3] / 2
             better = cost < best
             best = torch.where(better, cost, best)
             kept = torch.where(better[..., None, None], current, kept)
             kept_overlap = torch.where(better, overlap, kept_overlap)
-            damping = 1e-6 * total.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-12)
-            total = total + damping[..., None, None] * torch.eye(len(basis), dtype=torch.float64)
-            update = torch.linalg.solve(total, right_side)
-            motion = torch.einsum("nkp,pij->nkij", update, basis)
+            damping = 1e-6 * normal.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-12)
+            update = memory(torch.linalg.solve(normal + damping[..., None, None] * identity, right))
+            motion = (update @ basis.flatten(1)).unflatten(-1, basis.shape[1:])
             # no farther than the descriptors can see
             reach = motion[..., :dims, :].square().sum((-1, -2)).sqrt() / step
             motion = motion * (4.0 / reach.clamp(min=4.0))[..., None, None]
             current = current @ torch.linalg.matrix_exp(motion)
             if float(reach.max()) < self.tolerance:
                 break
-        return Refinement(kept, best, kept_overlap)
+        # a last update this small needs no trial
+        trusted = better & (reach < 0.5)
+        kept = torch.where(trusted[..., None, None], current, kept)
+        first = best.argmin(1, keepdim=True)
+        return Refinement(_pick(kept, first)[:, 0], best.amin(1), torch.gather(kept_overlap, 1, first)[:, 0])
 
     def _side(
         self, own: Level, other: Level, own_frame: Frame, other_frame: Frame, weight: Level, step: float, seed: int
     ) -> _Side:
         device, dims = own.values.device, own.grid.dims
         n = len(own.values)
-        margin = self.describe.margin + 1  # one more for the gradient
+        margin = self.describe.margin
         generator = torch.Generator().manual_seed(seed)
         corners, block_weight = self._corners(own, own_frame, weight, step, generator)
         count = corners.shape[1]
-        side = self.block + 2 * margin
-        ticks = (torch.arange(side, dtype=torch.float32, device=device) - margin) * step
-        lattice = torch.cartesian_prod(*[ticks] * dims)
-        points = _with_one(corners[:, :, None] + lattice)
-        inner_ticks = ticks[margin : side - margin]
-        coordinates = _with_one(corners[:, :, None] + torch.cartesian_prod(*[inner_ticks] * dims))
-        to_grid = own_frame.to_grid(own.grid)
-        patches = _look_up(own.values, to_grid, points.flatten(1, 2)).view(n * count, *[side] * dims)
-        features, gradient = self._describe(patches, step)
-        weights = _look_up(weight.values, own_frame.to_grid(weight.grid), coordinates.flatten(1, 2)).view(n, count, -1)
-        rows, columns = torch.triu_indices(dims + 1, dims + 1)
+
+        def lattice(around: int) -> Tensor:
+            ticks = torch.arange(-around, self.block + around, dtype=torch.float32, device=device) * step
+            return torch.cartesian_prod(*[ticks] * dims)
+
+        # one more for the gradient
+        where = _placed(corners, lattice(margin + 1), own_frame.to_grid(own.grid))
+        patches = own.scaled(_sample(own.values, where))
+        maps = self.describe(patches.view(n * count, *[self.block + 2 * margin + 2] * dims))
+        features, slopes = _with_gradient(maps, step)
+        features = features.view(n, count, *features.shape[1:])
+        gradient = torch.stack([slope.view(features.shape) for slope in slopes])
+        seen = _sample(weight.values, _placed(corners, lattice(0), own_frame.to_grid(weight.grid)))
+        coordinates = (corners[:, :, None] + lattice(0)).flatten(1, 2)
+        coordinates = torch.cat([coordinates.mT, torch.ones_like(coordinates[:, None, :, 0])], dim=1)
         return _Side(
-            points=points.flatten(1, 2),
+            corners=corners,
+            lattice=lattice(margin),
             coordinates=coordinates,
-            products=coordinates[..., rows] * coordinates[..., columns],
-            weight=weights * block_weight[..., None],
-            features=features.view(n, count, *features.shape[1:]),
-            gradient=gradient.view(n, count, *gradient.shape[1:]),
-            other=other.values,
+            products=_products(coordinates, 1),
+            weight=(seen.view(n, count, -1) * block_weight[..., None]).flatten(1),
+            features=features,
+            gradient=gradient,
+            tensor=_products(gradient, 0).sum(3).flatten(2).transpose(0, 1),
+            other=other,
             other_to_grid=other_frame.to_grid(other.grid),
         )
 
@@ -221,12 +267,11 @@ class Refiner:
         jitter = torch.rand(dims, generator=generator)
         corners = (torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * step)[None] + middle.float()
         # how much of the block is foreground, from a few points of it
-        probe = torch.cartesian_prod(*[torch.tensor([1 / 8, 3 / 8, 5 / 8, 7 / 8]) * width] * dims)
-        where = _with_one(corners[:, :, None] + probe).to(device)
-        part = _look_up(weight.values, frame.to_grid(weight.grid), where.flatten(1, 2))
+        probe = torch.cartesian_prod(*[torch.tensor([1 / 4, 3 / 4]) * width] * dims)
+        corners = corners.to(device)
+        part = _sample(weight.values, _placed(corners, probe.to(device), frame.to_grid(weight.grid)))
         part = part.view(len(corners), -1, len(probe)).mean(-1)
         part = torch.where(part > 0.1, part, torch.zeros_like(part))
-        corners = corners.to(device)
         wanted = min(self.blocks, max(1, int((part > 0).sum(1).max())))
         # weighted choice without replacement (Efraimidis and Spirakis 2006)
         draw = torch.rand(corners.shape[1], generator=generator).clamp(min=1e-6).to(device)
@@ -235,63 +280,70 @@ class Refiner:
         picked = torch.gather(corners, 1, chosen[..., None].expand(-1, -1, dims))
         return picked, (torch.gather(part, 1, chosen) > 0).float()
 
-    def _describe(self, patches: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        """Descriptors ``[Q, C, P]`` of the inner points, and their gradient ``[Q, C, D, P]`` per frame unit."""
-        maps = self.describe(patches)
-        dims = maps.ndim - 2
-        inner = maps
-        for axis in range(dims):
-            inner = inner.narrow(axis + 2, 1, maps.shape[axis + 2] - 2)
-        slopes = []
-        for axis in range(dims):
-            part = maps
-            for other in range(dims):
-                if other != axis:
-                    part = part.narrow(other + 2, 1, maps.shape[other + 2] - 2)
-            n = maps.shape[axis + 2] - 2
-            slopes.append((part.narrow(axis + 2, 2, n) - part.narrow(axis + 2, 0, n)).flatten(2))
-        return inner.flatten(2), torch.stack(slopes, dim=2) * (0.5 / step)
-
-    def _equations(self, side: _Side, pull: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _equations(self, side: _Side, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normal matrix ``[N, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
         n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
-        count, points = side.features.shape[1], side.coordinates.shape[2]
-        width = self.block + 2 * (self.describe.margin + 1)
-        to_grid = side.other_to_grid.to(pull.device)[:, None] @ pull
-        patches = _look_up(side.other, to_grid, side.points)
-        features, gradient = self._describe(patches.view(n * k * count, *[width] * dims), step)
-        features = features.view(n, k, count, -1, points)
-        gradient = gradient.view(n, k, count, -1, dims, points)
+        device = side.features.device
+        count, channels, points = side.features.shape[1:]
+        margin = self.describe.margin
+        width = self.block + 2 * margin
+        where = _placed(side.corners[:, None], side.lattice, side.other_to_grid[:, None] @ pull)
+        patches = side.other.scaled(_sample(side.other.values, where))
+        features = self.describe(patches.view(-1, *[width] * dims)).view(n, k, count, channels, points)
         residual = side.features[:, None] - features
-        slope = (gradient + side.gradient[:, None]) / 2
-        where = side.coordinates.flatten(1, 2)[:, None] @ to_grid[..., :dims, :].float().mT
-        inside = (where.abs() <= 1).all(-1).view(n, k, count, points)
+        square = residual.square().mean(3).flatten(2)
+        inner = where.view(n, k, count, *[width] * dims, dims)
+        for axis in range(dims):
+            inner = inner.narrow(3 + axis, margin, self.block)
+        inside = (inner.abs().amax(-1) <= 1).view(n, k, -1)
         weight = side.weight[:, None] * inside
-        square = residual.square().mean(3)
-        weight_sum = side.weight.sum((1, 2)).clamp(min=1e-6)[:, None]
-        cost = ((square.clamp(max=self.describe.worst) - self.describe.worst) * weight).sum(
-            (2, 3)
-        ) / weight_sum + self.describe.worst
-        overlap = weight.sum((2, 3)) / weight_sum
-        # the median over a part of the points is as good
-        thin = 1 + square[0, 0].numel() // 20000
-        flat, use = square.flatten(2)[..., ::thin], weight.flatten(2)[..., ::thin] > 0
-        median = torch.where(use, flat, torch.full_like(flat, torch.nan)).nanmedian(-1).values.nan_to_num(1.0)
-        weight = weight / (1 + square / (self.robustness * median.clamp(min=1e-6))[..., None, None]).square()
-        rows, columns = torch.triu_indices(dims, dims)
-        tensor = torch.stack(
-            [(slope[:, :, :, :, i] * slope[:, :, :, :, j]).sum(3) for i, j in zip(rows, columns, strict=True)], dim=3
-        )
-        force = torch.stack([(slope[:, :, :, :, i] * residual).sum(3) for i in range(dims)], dim=3)
-        weight = weight[:, :, :, None]
-        moments = ((tensor * weight) @ side.products[:, None]).double().sum(2)
-        right = ((force * weight) @ side.coordinates[:, None]).double().sum(2)
+        total = side.weight.sum(1).clamp(min=1e-6)[:, None]
+        worst = self.describe.worst
+        cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / total + worst
+        overlap = weight.sum(2) / total
+        # the median over a part of the points is as good; an odd step meets all columns of the blocks
+        thin = (square.shape[2] // _MEDIAN_OF) | 1
+        flat = torch.where(weight[..., ::thin] > 0, square[..., ::thin], torch.nan)
+        median = flat.nanmedian(-1, keepdim=True).values.nan_to_num(1.0).clamp(min=1e-6)
+        weight = weight / (1 + square / (self.robustness * median)).square_()
+        force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in side.gradient], dim=2)
+        moments = (side.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ side.products.mT
+        right = (force * weight[:, :, None]).flatten(1, 2) @ side.coordinates.mT
         # spread the unique entries over the whole matrix
-        pair, product = _square_index(dims, pull.device), _square_index(dims + 1, pull.device)
-        full = moments[..., pair[:, :, None, None], product[None, None]]  # [..., i, j, e, f]
+        pair, product = _square_index(dims, device), _square_index(dims + 1, device)
+        full = moments.view(n, k, -1, moments.shape[-1])[..., pair[:, :, None, None], product]  # [..., i, j, e, f]
         size = dims * (dims + 1)
         full = full.permute(0, 1, 2, 4, 3, 5).reshape(n, k, size, size)
-        return full.cpu(), right.reshape(n, k, size).cpu(), cost.cpu().double(), overlap.cpu().double()
+        parts = (full, right.view(n, k, size), cost, overlap)
+        full, right, cost, overlap = (part.cpu().double() for part in parts)
+        return full, right, cost, overlap
+
+
+# points of a start that the median of the differences is taken of, about
+_MEDIAN_OF = 2000
+
+
+def _with_gradient(maps: Tensor, step: float) -> tuple[Tensor, list[Tensor]]:
+    """Maps ``[Q, C, *n]`` without their outermost points, ``[Q, C, P]``, and their slope along each axis there."""
+    dims = maps.ndim - 2
+
+    def crop(values: Tensor, axes: list[int]) -> Tensor:
+        for axis in axes:
+            values = values.narrow(axis + 2, 1, maps.shape[axis + 2] - 2)
+        return values
+
+    slopes = []
+    for axis in range(dims):
+        part = crop(maps, [other for other in range(dims) if other != axis])
+        n = maps.shape[axis + 2] - 2
+        slopes.append((part.narrow(axis + 2, 2, n) - part.narrow(axis + 2, 0, n)).flatten(2) * (0.5 / step))
+    return crop(maps, list(range(dims))).flatten(2), slopes
+
+
+def _pick(transforms: Tensor, which: Tensor) -> Tensor:
+    """Transforms ``[N, K, D+1, D+1]`` number ``which [N, J]``."""
+    side = transforms.shape[-1]
+    return torch.gather(transforms, 1, which[..., None, None].expand(-1, -1, side, side))
 
 
 def _square_index(dims: int, device: torch.device) -> Tensor:
@@ -304,26 +356,31 @@ def _square_index(dims: int, device: torch.device) -> Tensor:
     return index
 
 
-def _with_one(points: Tensor) -> Tensor:
-    return torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
+def _products(values: Tensor, axis: int) -> Tensor:
+    """Products of all pairs of entries along an axis, as the upper triangle's rows name them."""
+    parts = values.unbind(axis)
+    return torch.stack([parts[i] * parts[j] for i in range(len(parts)) for j in range(i, len(parts))], dim=axis)
 
 
-def _look_up(values: Tensor, to_grid: Tensor, points: Tensor) -> Tensor:
-    """Linear interpolation at points; outside the image its border goes on.
+def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
+    """Where a matrix takes the points of blocks.
 
     Args:
-        values: ``[N, 1, *spatial]``.
-        to_grid: ``[N, D+1, D+1]`` or, for K transforms at once, ``[N, K, D+1, D+1]``.
-        points: ``[N, S, D+1]``, the last coordinate 1.
+        corners: ``[..., B, D]``.
+        lattice: ``[L, D]``, the same for all blocks.
+        to_grid: ``[..., D+1, D+1]``.
 
     Returns:
-        ``[N, S]`` or ``[N, K, S]``.
+        ``[..., B, L, D]`` float32.
     """
-    matrix = to_grid.to(values.device, torch.float32)
-    dims = matrix.shape[-1] - 1
-    spread = points if matrix.ndim == 3 else points[:, None]
-    where = spread @ matrix[..., :dims, :].mT
-    shape = where.shape[:-1]
-    where = where.reshape(len(values), *[1] * (dims - 1), -1, dims)
-    found = F.grid_sample(values, where, mode="bilinear", padding_mode="border", align_corners=False)
-    return found.view(shape)
+    matrix = to_grid.to(corners.device, torch.float32)
+    linear = matrix[..., :-1, :-1].mT
+    begin = corners @ linear + matrix[..., None, :-1, -1]
+    return begin[..., None, :] + (lattice @ linear)[..., None, :, :]
+
+
+def _sample(values: Tensor, where: Tensor) -> Tensor:
+    """Linear interpolation of ``[N, 1, *spatial]`` at ``[N, ..., D]``, ``[N, S]``; outside its border goes on."""
+    n, dims = len(values), where.shape[-1]
+    where = where.view(n, *[1] * (dims - 1), -1, dims)
+    return F.grid_sample(values, where, mode="bilinear", padding_mode="border", align_corners=False).view(n, -1)

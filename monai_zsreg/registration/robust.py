@@ -15,7 +15,7 @@ from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineResampler, Status
 from monai_zsreg.networks.mind import MINDSSC
 from monai_zsreg.networks.vgg import VGG19Patches
 from monai_zsreg.registration.pyramid import Frame, Level, index_points, normalize, pool
-from monai_zsreg.registration.refine import Refinement, Refiner
+from monai_zsreg.registration.refine import Refiner
 from monai_zsreg.registration.search import PoseSearch
 
 __all__ = ["COARSE", "FEATURES", "SEARCHES", "RobustEngine", "RobustEstimate"]
@@ -202,114 +202,72 @@ class RobustEngine(nn.Module):
 
         Pairs that do not look alike at what the first attempt finds get a second one with more candidates.
         """
-        grids = (fixed_grid, moving_grid)
-        result = self._attempt(fixed, moving, *grids, fixed_mask, moving_mask, initial, spacing, search, False)
+        search = search or self.search
+        pair = _Prepared(fixed, moving, fixed_grid, moving_grid, fixed_mask, moving_mask, initial, spacing)
+        result = self._attempt(pair, search, False)
         doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
-        if len(doubtful) == 0 or (search or self.search) == "none":
+        if len(doubtful) == 0 or search == "none":
             return result
-
-        def some(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[doubtful.to(tensor.device)]
-
-        masks = (some(fixed_mask), some(moving_mask))
-        where = doubtful.to(fixed.device)
-        again = self._attempt(fixed[where], moving[where], *grids, *masks, some(initial), spacing, search, True)
+        if len(doubtful) < len(fixed):
+            parts = [
+                None if part is None else part[doubtful.to(part.device)] for part in (fixed_mask, moving_mask, initial)
+            ]
+            where = doubtful.to(fixed.device)
+            pair = _Prepared(fixed[where], moving[where], fixed_grid, moving_grid, *parts, spacing)
+        again = self._attempt(pair, search, True)
         better = again.cost[:, -1] < result.cost[doubtful, -1]
         return result.replaced(doubtful[better], again.take(better))
 
-    def _attempt(
-        self,
-        fixed: Tensor,
-        moving: Tensor,
-        fixed_grid: Grid,
-        moving_grid: Grid,
-        fixed_mask: Tensor | None,
-        moving_mask: Tensor | None,
-        initial: Tensor | None,
-        spacing: float | None,
-        search: str | None,
-        thorough: bool,
-    ) -> RobustEstimate:
-        dims = self.spatial_dims
-        search = self.search if search is None else search
-        n = len(fixed)
-        extent = float(torch.maximum(fixed_grid.extent, moving_grid.extent).max())
-        finest = min(min(fixed_grid.spacing), min(moving_grid.spacing))
-        base = spacing or max(finest, extent / _FINEST[dims])
-        coarse = max(base, extent / _COARSEST[dims])
-        sides = []
-        for values, grid, mask in ((fixed, fixed_grid, fixed_mask), (moving, moving_grid, moving_mask)):
-            level = pool(Level(values, grid), base)
-            level, seen = normalize(level, pool(level, coarse))
-            if mask is not None:
-                given = pool(Level(mask.to(values.dtype), grid), coarse)
-                seen = Level(seen.values * (given.values > 0), given.grid)
-                # nothing stands out there: take the mask at its word
-                empty = seen.values.flatten(1).sum(1) == 0
-                seen.values[empty] = (given.values[empty] > 0).to(seen.values)
-            sides.append((level, pool(level, coarse), seen))
-        (fixed_level, fixed_coarse, fixed_seen), (moving_level, moving_coarse, moving_seen) = sides
-        fixed_center, fixed_radius, fixed_size = _moments(fixed_seen)
-        moving_center, moving_radius, moving_size = _moments(moving_seen)
-        unit = max(float((fixed_radius.mean() * moving_radius.mean()).sqrt()), base)
-        fixed_frame, moving_frame = Frame.of(fixed_grid, fixed_center, unit), Frame.of(moving_grid, moving_center, unit)
-        to_moving = torch.linalg.inv(moving_frame.to_world)
-        given_start = torch.eye(dims + 1, dtype=torch.float64).expand(n, -1, -1) if initial is None else initial
-        start = to_moving @ given_start.cpu().double() @ fixed_frame.to_world
-
-        if search == "none":
-            transforms = start[:, None]
-        else:
-            centered = torch.eye(dims + 1, dtype=torch.float64).repeat(n, 1, 1)
-            centered[:, :dims, dims] = (moving_center - fixed_center).cpu().double()
-            begin = to_moving @ centered @ fixed_frame.to_world if search == "global" else start
-            effort = _EFFORT[dims][int(thorough)]
-            pose = PoseSearch(
-                self.transform != "rigid",
-                search,
-                self.rotations,
-                effort.points,
-                effort.keep,
-                effort.trials,
-                effort.results,
-            )
-            ratio = ((moving_size / fixed_size.clamp(min=1e-6)) ** (1 / dims)).clamp(0.4, 2.5).cpu().double()
-            transforms = pose(
-                begin,
-                fixed_coarse,
-                moving_coarse,
-                fixed_frame,
-                moving_frame,
-                fixed_seen.values > 0,
-                moving_seen.values > 0,
-                ratio,
-                self.seed,
-            ).transform
-            if search == "global":  # where the user or the headers put it may be right
-                transforms = torch.cat([transforms, start[:, None]], dim=1)
-        result: Refinement | None = None
+    def _attempt(self, pair: _Prepared, search: str, thorough: bool) -> RobustEstimate:
+        transforms = pair.start[:, None]
+        if search != "none":
+            found = self._search(pair, search, _EFFORT[self.spatial_dims][int(thorough)])
+            # where the user or the headers put it may be right
+            transforms = torch.cat([found, transforms], dim=1) if search == "global" else found
         costs = []
         for number, stage in enumerate(self.stages):
-            step = stage.step * base
+            step = stage.step * pair.base
             refiner = Refiner(self.describe, self.transform, stage.block, stage.blocks, stage.iterations)
             result = refiner(
                 transforms,
-                pool(fixed_level, step),
-                pool(moving_level, step),
-                fixed_frame,
-                moving_frame,
-                fixed_seen,
-                moving_seen,
-                step / unit,
+                pair.fixed.at(step),
+                pair.moving.at(step),
+                pair.fixed_frame,
+                pair.moving_frame,
+                pair.fixed.seen,
+                pair.moving.seen,
+                step / pair.unit,
                 self.seed + number,
             )
-            best = result.cost.argmin(1)
-            transforms = result.transform[torch.arange(n), best][:, None]
-            costs.append(result.cost.amin(1))
-        assert result is not None
-        matrix = moving_frame.to_world @ transforms[:, 0] @ torch.linalg.inv(fixed_frame.to_world)
+            transforms = result.transform[:, None]
+            costs.append(result.cost)
+        matrix = pair.moving_frame.to_world @ result.transform @ torch.linalg.inv(pair.fixed_frame.to_world)
         cost = torch.stack(costs, 1)
-        return RobustEstimate(matrix, self._judge(matrix, cost), cost, result.overlap[:, 0])
+        return RobustEstimate(matrix, self._judge(matrix, cost), cost, result.overlap)
+
+    def _search(self, pair: _Prepared, search: str, effort: _Effort) -> Tensor:
+        pose = PoseSearch(
+            self.transform != "rigid",
+            search,
+            self.rotations,
+            effort.points,
+            effort.keep,
+            effort.trials,
+            effort.results,
+        )
+        fixed, moving = pair.fixed, pair.moving
+        ratio = (moving.size / fixed.size.clamp(min=1e-6)) ** (1 / self.spatial_dims)
+        return pose(
+            pair.centered if search == "global" else pair.start,
+            fixed.coarse,
+            moving.coarse,
+            pair.fixed_frame,
+            pair.moving_frame,
+            fixed.seen.values > 0,
+            moving.seen.values > 0,
+            ratio.clamp(0.4, 2.5).cpu().double(),
+            self.seed,
+        ).transform
 
     def _judge(self, matrix: Tensor, cost: Tensor) -> Tensor:
         dims = self.spatial_dims
@@ -324,6 +282,66 @@ class RobustEngine(nn.Module):
 _DOUBTFUL = 0.085
 # those of images without common structure differ by more at every level
 _UNLIKE = {2: 0.099, 3: 0.09}
+
+
+class _Images:
+    """One side of a batch of pairs: its pyramid, its foreground, and where that lies."""
+
+    def __init__(self, values: Tensor, grid: Grid, mask: Tensor | None, base: float, coarse: float) -> None:
+        finest = pool(Level(values, grid), base)
+        window, seen = normalize(pool(finest, coarse))
+        self._levels = {base: replace(finest, window=window)}
+        self.coarse = pool(self._levels[base], coarse)
+        if mask is not None:
+            given = pool(Level(mask.to(values.dtype), grid), coarse)
+            seen = Level(seen.values * (given.values > 0), given.grid)
+            # nothing stands out there: take the mask at its word
+            empty = seen.values.flatten(1).sum(1) == 0
+            seen.values[empty] = (given.values[empty] > 0).to(seen.values)
+        self.seen = seen
+        self.center, self.radius, self.size = _moments(seen)
+
+    def at(self, step: float) -> Level:
+        """The images at about this spacing, each level made from the next finer one."""
+        if step not in self._levels:
+            finer = max(known for known in self._levels if known < step)
+            self._levels[step] = pool(self._levels[finer], step)
+        return self._levels[step]
+
+
+class _Prepared:
+    """What every attempt at a batch of pairs needs; for the arguments see `RobustEngine.estimate`."""
+
+    def __init__(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        fixed_grid: Grid,
+        moving_grid: Grid,
+        fixed_mask: Tensor | None,
+        moving_mask: Tensor | None,
+        initial: Tensor | None,
+        spacing: float | None,
+    ) -> None:
+        dims = fixed_grid.dims
+        extent = float(torch.maximum(fixed_grid.extent, moving_grid.extent).max())
+        finest = min(min(fixed_grid.spacing), min(moving_grid.spacing))
+        self.base = spacing or max(finest, extent / _FINEST[dims])
+        coarse = max(self.base, extent / _COARSEST[dims])
+        self.fixed = _Images(fixed, fixed_grid, fixed_mask, self.base, coarse)
+        self.moving = _Images(moving, moving_grid, moving_mask, self.base, coarse)
+        #: length of a frame unit, mm
+        self.unit = max(float((self.fixed.radius.mean() * self.moving.radius.mean()).sqrt()), self.base)
+        self.fixed_frame = Frame.of(fixed_grid, self.fixed.center, self.unit)
+        self.moving_frame = Frame.of(moving_grid, self.moving.center, self.unit)
+        to_moving = torch.linalg.inv(self.moving_frame.to_world)
+        eye = torch.eye(dims + 1, dtype=torch.float64).repeat(len(fixed), 1, 1)
+        given = eye if initial is None else initial.cpu().double()
+        #: fixed frame to moving frame, as the user or the headers say
+        self.start = to_moving @ given @ self.fixed_frame.to_world
+        eye[:, :dims, dims] = (self.moving.center - self.fixed.center).cpu().double()
+        #: likewise, the middle of one foreground on that of the other
+        self.centered = to_moving @ eye @ self.fixed_frame.to_world
 
 
 def _moments(seen: Level) -> tuple[Tensor, Tensor, Tensor]:

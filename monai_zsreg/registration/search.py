@@ -18,8 +18,8 @@ __all__ = ["Candidates", "PoseSearch", "even_rotations", "rotation_matrices"]
 _BINS = 16
 # part of the samples that must fall into the moving image before the rest is forgiven
 _ENOUGH = 0.6
-# samples that are looked up at once
-_CHUNK = 4_000_000
+# samples that are looked up at once: what fits a processor's cache; a GPU has room
+_CHUNK = (300_000, 16_000_000)
 
 
 def even_rotations(count: int, dims: int) -> Tensor:
@@ -133,7 +133,7 @@ class PoseSearch:
         n, dims = len(start), fixed.grid.dims
         generator = torch.Generator().manual_seed(seed)
         points, bins = self._samples(fixed, fixed_frame, fixed_mask, generator)
-        volume = _equal_bins(moving.values, moving_mask)
+        volume = _framed(_equal_bins(moving.values, moving_mask))
         to_index = torch.linalg.inv(moving.grid.affine) @ moving_frame.to_world
 
         def score(transforms: Tensor) -> Tensor:
@@ -186,32 +186,40 @@ class PoseSearch:
         return apply_affine(to_frame.to(place.device), index.double()).float(), bins
 
     def _score(self, transforms: Tensor, points: Tensor, bins: Tensor, volume: Tensor, to_index: Tensor) -> Tensor:
+        """Scores ``[N, K]`` of transforms ``[N, K, D+1, D+1]``; ``volume`` as `_framed` makes it."""
         n, dims = len(transforms), points.shape[-1]
         device = points.device
-        matrices = (to_index[:, None] @ transforms)[..., :dims, :].to(device, torch.float32)
-        flat = volume.flatten(1)
+        matrices = (to_index[:, None] @ transforms)[..., :dims, :]
+        # by the frame's width, and half a voxel so that cutting off decimals rounds
+        matrices[..., -1] += 1.5
+        matrices = matrices.to(device, torch.float32)
         count = points.shape[1]
+        sides = volume.shape[2:]
+        begin = torch.arange(n, device=device, dtype=torch.int32)[:, None, None] * math.prod(sides)
         # one product for all candidates: coordinates [N, K D, S], a row an axis
         columns = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1).mT.contiguous()
+        cells = _BINS * (_BINS + 1)
+        rows = (bins * (_BINS + 1)).int()[:, None]
         results = []
-        for part in matrices.split(max(1, _CHUNK // (n * count)), dim=1):
-            where = (part.flatten(1, 2) @ columns).view(n, -1, dims, count).round_()
-            inside = torch.ones(n, part.shape[1], count, dtype=torch.bool, device=device)
-            place = torch.zeros(n, part.shape[1], count, device=device)
-            for axis in range(dims):
-                at, side = where[:, :, axis], volume.shape[2 + axis]
-                kept = at.clamp(0, side - 1)
-                inside &= kept == at
-                place.mul_(side).add_(kept)
-            place = place.long()  # exact: a coarse volume has fewer voxels than float32 has whole numbers
+        for part in matrices.split(max(1, _CHUNK[device.type == "cuda"] // (n * count)), dim=1):
+            where = (part.flatten(1, 2) @ columns).view(n, -1, dims, count)
+            for axis, side in enumerate(sides):
+                where[:, :, axis].clamp_(0.0, side - 0.5)
+            index = where.int()
+            place = index[:, :, 0]
+            for axis in range(1, dims):
+                place = place.mul_(sides[axis]).add_(index[:, :, axis])
+            if n > 1:
+                place = place + begin
             groups = n * part.shape[1]
-            first = torch.arange(groups, device=device).view(n, -1, 1) * _BINS**2
-            joint = first + bins[:, None] * _BINS + torch.gather(flat, 1, place.flatten(1)).view(place.shape)
+            joint = volume.view(-1).index_select(0, place.flatten()).view(n, -1, count)
+            first = torch.arange(0, groups * cells, cells, device=device, dtype=torch.int32).view(n, -1, 1)
+            joint.add_(rows).add_(first)
+            table = torch.bincount(joint.flatten(), minlength=groups * cells).view(n, -1, _BINS, _BINS + 1)
             # what the moving image does not show says nothing
-            joint = torch.where(inside, joint, groups * _BINS**2)
-            table = torch.bincount(joint.flatten(), minlength=groups * _BINS**2 + 1)[:-1].view(n, -1, _BINS, _BINS)
+            table = table[..., :_BINS].float()
             seen = table.sum((2, 3))
-            share = table.float() / seen.clamp(min=1)[..., None, None]
+            share = table / seen.clamp(min=1)[..., None, None]
             both = _entropy(share.flatten(2)).clamp(min=1e-3)
             gain = (_entropy(share.sum(-1)) + _entropy(share.sum(-2))) / both - 1
             # a few points agree by chance
@@ -227,6 +235,11 @@ _ROUNDS = (
     (3.0, 0.04, 0.03),
     (2.0, 0.03, 0.02),
 )
+
+
+def _framed(bins: Tensor) -> Tensor:
+    """Bins as int32 with a border one voxel wide, in a bin of its own, for all that lies outside."""
+    return F.pad(bins, [1, 1] * (bins.ndim - 2), value=_BINS).int()
 
 
 def _entropy(share: Tensor) -> Tensor:
