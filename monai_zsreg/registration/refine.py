@@ -186,7 +186,7 @@ class Refiner:
             inverse = torch.linalg.inv(current)
             # a motion of the fixed frame, and the same as the moving frame sees it
             motions = (basis[None, None], -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2)))
-            normal, right, cost, overlap = 0.0, 0.0, 0.0, 0.0
+            normal = right = cost = overlap = torch.zeros((), dtype=torch.float64)
             for side, pull, moved in zip(sides, (current, inverse), motions, strict=True):
                 part = self._equations(side, pull)
                 jacobian = moved[..., :dims, :].flatten(-2)
