@@ -209,11 +209,10 @@ class RobustEngine(nn.Module):
         if len(doubtful) == 0 or search == "none":
             return result
         if len(doubtful) < len(fixed):
-            parts = [
-                None if part is None else part[doubtful.to(part.device)] for part in (fixed_mask, moving_mask, initial)
-            ]
             where = doubtful.to(fixed.device)
-            pair = _Prepared(fixed[where], moving[where], fixed_grid, moving_grid, *parts, spacing)
+            options = (fixed_mask, moving_mask, initial)
+            one, two, three = (part if part is None else part[doubtful.to(part.device)] for part in options)
+            pair = _Prepared(fixed[where], moving[where], fixed_grid, moving_grid, one, two, three, spacing)
         again = self._attempt(pair, search, True)
         better = again.cost[:, -1] < result.cost[doubtful, -1]
         return result.replaced(doubtful[better], again.take(better))
