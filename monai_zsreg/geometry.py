@@ -10,6 +10,7 @@ world     millimeters, RAS, as ``MetaTensor.affine`` maps them from indices (pix
 grid      normalized to [-1, 1] per axis with ``align_corners=False``, *reversed* axis order, as
           ``torch.nn.functional.affine_grid`` and ``grid_sample`` want them
 ITK       millimeters, LPS: the first two world axes negated; files only
+FSL       indices times voxel size, the first axis reversed in right-handed images; files only
 ========  =====================================================================================
 
 Transforms are pull matrices: they map a point of the fixed image to the point of the moving image that shows the
@@ -40,6 +41,10 @@ __all__ = [
     "compose_parameters",
     "decompose_affine",
     "flip_points",
+    "freesurfer_grid",
+    "freesurfer_volume",
+    "fsl_from_index",
+    "fsl_from_world",
     "grid_from_world",
     "homogeneous",
     "index_before_shrinking",
@@ -57,6 +62,8 @@ __all__ = [
     "unit_to_index",
     "unit_points_without_padding",
     "unit_without_padding",
+    "world_from_fsl",
+    "world_from_index",
     "world_from_unit",
 ]
 
@@ -377,6 +384,94 @@ def flip_points(points: np.ndarray) -> np.ndarray:
     flip = np.ones(np.shape(points)[-1])
     flip[:2] = -1.0
     return np.asarray(points, dtype=np.float64) * flip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FSL and FreeSurfer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fsl_from_index(grid: Grid, spacing: Sequence[float] | None = None) -> np.ndarray:
+    """Indices of a 3D image to FSL's scaled voxels, ``(4, 4)``.
+
+    These are indices times voxel size, whatever the direction of the axes. Where the determinant of the affine is
+    positive (FSL: neurological), the first axis is counted from its other end, so that the system is always
+    left-handed.
+
+    Args:
+        grid: of the image.
+        spacing: voxel sizes that the file's header states (``pixdim``), which FSL goes by; those of ``grid`` if None.
+    """
+    sizes = np.asarray(grid.spacing if spacing is None else spacing, dtype=np.float64)
+    matrix = np.diag([*sizes, 1.0])
+    if torch.linalg.det(grid.affine) > 0:
+        matrix[0, 0] = -sizes[0]
+        matrix[0, 3] = sizes[0] * (grid.shape[0] - 1)
+    return matrix
+
+
+def world_from_fsl(
+    matrix: np.ndarray,
+    fixed: Grid,
+    moving: Grid,
+    fixed_spacing: Sequence[float] | None = None,
+    moving_spacing: Sequence[float] | None = None,
+) -> np.ndarray:
+    """A matrix of FLIRT to a world pull matrix.
+
+    Args:
+        matrix: ``(4, 4)``, scaled voxels of the moving image (``-in``) to those of the fixed image (``-ref``).
+        fixed: grid of the fixed image.
+        moving: grid of the moving image.
+        fixed_spacing: see `fsl_from_index`.
+        moving_spacing: likewise.
+
+    Returns:
+        ``(4, 4)``, fixed world to moving world.
+    """
+    to_fixed = fsl_from_index(fixed, fixed_spacing) @ np.linalg.inv(fixed.affine.numpy())
+    to_moving = fsl_from_index(moving, moving_spacing) @ np.linalg.inv(moving.affine.numpy())
+    return np.linalg.inv(to_moving) @ np.linalg.inv(matrix) @ to_fixed
+
+
+def fsl_from_world(
+    transform: np.ndarray,
+    fixed: Grid,
+    moving: Grid,
+    fixed_spacing: Sequence[float] | None = None,
+    moving_spacing: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Inverse of `world_from_fsl`: a world pull matrix ``(4, 4)`` to a matrix of FLIRT."""
+    to_fixed = fsl_from_index(fixed, fixed_spacing) @ np.linalg.inv(fixed.affine.numpy())
+    to_moving = fsl_from_index(moving, moving_spacing) @ np.linalg.inv(moving.affine.numpy())
+    return to_fixed @ np.linalg.inv(transform) @ np.linalg.inv(to_moving)
+
+
+def world_from_index(matrix: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
+    """Index pull matrix to a world pull matrix, ``(D+1, D+1)`` each: the inverse of `Grid.index_pull`."""
+    return moving.affine.numpy() @ matrix @ np.linalg.inv(fixed.affine.numpy())
+
+
+def freesurfer_volume(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How FreeSurfer states a 3D lattice.
+
+    Returns:
+        Voxel sizes ``(3,)``; directions of the array axes, ``(3, 3)``, one a column (``xras``, ``yras``, ``zras``);
+        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the middle, ``(3,)``.
+    """
+    affine = grid.affine.numpy()
+    sizes = np.asarray(grid.spacing)
+    return sizes, affine[:3, :3] / sizes, affine[:3, :3] @ (np.asarray(grid.shape) / 2) + affine[:3, 3]
+
+
+def freesurfer_grid(
+    shape: Sequence[int], sizes: Sequence[float], directions: np.ndarray, center: Sequence[float]
+) -> Grid:
+    """Inverse of `freesurfer_volume`."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(directions, dtype=np.float64) * np.asarray(sizes, dtype=np.float64)
+    affine[:3, 3] = np.asarray(center, dtype=np.float64) - affine[:3, :3] @ (np.asarray(shape) / 2)
+    return Grid(tuple(int(n) for n in shape), torch.as_tensor(affine))
 
 
 # --------------------------------------------------------------------------------------------------------------------

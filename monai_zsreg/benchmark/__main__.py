@@ -7,6 +7,7 @@
     python -m monai_zsreg.benchmark pairs.json --output results --methods ours:robust elastix
     python -m monai_zsreg.benchmark FOLDER --output results --quick
     python -m monai_zsreg.benchmark cost --output results
+    python -m monai_zsreg.benchmark calibrate FOLDER --output results
 
 ``FOLDER`` holds one folder for each subject with co-registered images on one grid, named after their modality
 (``t1.nii.gz``, ``t2.nii.gz``, ...; a prefix ``study1_`` is ignored), and where there are any ``mask.nii.gz`` (brain),
@@ -15,7 +16,8 @@
 
 Written to the output folder: ``results.jsonl`` (one line a case and method, appended at once: the same command again
 goes on where it stopped), ``results.csv``, ``summary.csv``, ``summary.md``, ``figure4.png`` and ``capture.png``; by
-``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``.
+``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``; by ``calibrate``, which measures the uncertainty and
+the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "data",
         nargs="*",
-        help="folders of subjects or datalists; or the word `cost`; or `table` to redo the tables alone",
+        help="folders of subjects or datalists; or the word `cost`; or `calibrate` and folders; or `table` to redo the tables alone",
     )
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
@@ -87,6 +89,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-similarity", action="store_true", help="leave out Dice, SSIM, MI and MSE")
     add("--redo", nargs="+", default=[], help="methods to run again; `failures` for runs without an answer")
     add("--quick", action="store_true", help="a few cases of the main rows, within ten minutes on two cores")
+    add(
+        "--symmetric",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="calibrate: subjects that a mirror leaves as they are, such as averages of many heads",
+    )
     add("--sizes-2d", nargs="*", type=int, help="cost: pixels a side")
     add("--sizes-3d", nargs="*", type=int, help="cost: voxels a side")
     return parser.parse_args(argv)
@@ -108,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         methods, missing = make_methods(args.methods, options)
         if args.data == ["cost"]:
             _cost(args, methods, options)
+            return 0
+        if args.data[:1] == ["calibrate"]:
+            _calibrate(args)
             return 0
         cases, notes = ([], []) if args.data == ["table"] else _cases(args)
         notes = [f"not installed: {m}" for m in missing] + notes
@@ -239,6 +251,31 @@ def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
         except ValueError as error:
             raise RegistrationError("cap", text, "METHOD:DIMS=N, such as ants:3=20") from error
     return caps
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from monai_zsreg.benchmark import calibrate, tables
+    from monai_zsreg.benchmark.run import read_results
+    from monai_zsreg.errors import RegistrationError
+    from monai_zsreg.io.files import output_folder
+
+    folder = output_folder(args.output)
+    args.data = args.data[1:]
+    pairs, notes = _pairs(args)
+    for note in notes:
+        print(note, file=sys.stderr)
+    log = folder / "calibration.jsonl"
+    count = 40 if args.cases is None else args.cases
+    cases = calibrate.calibration_cases(pairs, args.dims, count, args.seed, args.symmetric)
+    if not cases:
+        raise RegistrationError("data", args.data, "images that suit at least one row")
+    _same_settings(args, folder / "settings.json")
+    try:
+        calibrate.collect(cases, log, args.device, args.time_limit)
+    finally:
+        records = read_results(log)
+        if records:
+            print(calibrate.write_report(records, folder, tables.machine(args.threads)))
 
 
 def _cost(args: argparse.Namespace, methods: list[Method], options: Options) -> None:

@@ -17,19 +17,20 @@ from monai_zsreg.metrics import wilson_interval
 Figure, _ = optional_import("matplotlib.figure", name="Figure")
 FigureCanvasAgg, _ = optional_import("matplotlib.backends.backend_agg", name="FigureCanvasAgg")
 
-__all__ = ["plot_capture", "plot_cost", "plot_figure4"]
+__all__ = ["COLORS", "plot_capture", "plot_cost", "plot_figure4", "save_figure"]
 
 _FIGURE4 = (("dice", "Dice"), ("mi", "MI (nats)"), ("ssim", "SSIM"), ("mse", "MSE"))
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#f0e442")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#f0e442")
 _MARKERS = "osD^vP*Xh"
 
 
 def _style(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     names = sorted(set(methods), key=lambda m: (not m.startswith("ours"), m))
-    return {m: {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, m in enumerate(names)}
+    return {m: {"color": COLORS[i % len(COLORS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, m in enumerate(names)}
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, whole or not at all."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=130)
@@ -57,7 +58,7 @@ def plot_figure4(results: Sequence[Result], path: Path) -> bool:
         axes.set(xlabel=f"{title} before", ylabel=f"{title} after", title=f"{title} (better: {better} the line)")
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("Before against after registration, the paper's perturbation (as its Figure 4)")
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -87,7 +88,7 @@ def plot_capture(results: Sequence[Result], path: Path) -> bool:
         line[1].set(xlabel=f"shift ({unit})", ylabel="success", title=f"{dim}D, rotation up to 20 degrees")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -138,5 +139,5 @@ def plot_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
             axes.set(xlabel="voxels", ylabel=label, title=f"{dim}D")
             axes.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return True

@@ -21,7 +21,17 @@ from monai_zsreg.benchmark.run import SUCCESS, Result
 from monai_zsreg.io.files import atomic_path
 from monai_zsreg.metrics import bootstrap_interval, success_rate
 
-__all__ = ["PAPER_TABLE", "best_starts", "machine", "summarize", "write_cost_markdown", "write_csv", "write_markdown"]
+__all__ = [
+    "PAPER_TABLE",
+    "best_starts",
+    "machine",
+    "machine_lines",
+    "markdown_table",
+    "summarize",
+    "write_cost_markdown",
+    "write_csv",
+    "write_markdown",
+]
 
 # Table 1 of the paper: change of Dice, MI, SSIM and MSE, seconds per image
 PAPER_TABLE = {
@@ -312,20 +322,38 @@ def _seconds(line: dict[str, Any]) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
+def machine_lines(about: dict[str, str]) -> list[str]:
+    """`machine` as a Markdown list."""
+    return [f"- {key}: {value}" for key, value in about.items()]
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows as a Markdown table with the columns of all of them, in the order of their first appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return text + ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+
+
 def write_cost_markdown(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, str]) -> None:
     """The table of `cost.run_cost`; ``about`` of `machine`."""
-    text = ["# Seconds and peak memory against size", "", *[f"- {key}: {value}" for key, value in about.items()], ""]
+    text = ["# Seconds and peak memory against size", "", *machine_lines(about), ""]
     text += [
         "A made-up object of one shape and field of view (240 mm) in two contrasts, moved by the `mild` protocol."
         " Memory: peak resident size above the level after imports, loading and a warm-up, of a process of its own.",
         "",
-        "| method | size | seconds | peak MiB | error (mm) |",
-        "|---|---|---|---|---|",
     ]
+    lines = []
     for row in rows:
-        figures = [row.get("failure", ""), "", ""]
-        if not row.get("failure"):
-            figures = [f"{row['seconds']:.3f}", f"{row['peak_mib']:.0f}", f"{row['tre']:.2f}"]
-        text.append("| " + " | ".join([row["method"], f"{row['size']}^{row['dims']}", *figures]) + " |")
+        line: dict[str, Any] = {"method": row["method"], "size": f"{row['size']}^{row['dims']}"}
+        if row.get("failure"):
+            line |= {"seconds": row["failure"], "peak MiB": "", "error (mm)": ""}
+        else:
+            line |= {
+                "seconds": f"{row['seconds']:.3f}",
+                "peak MiB": f"{row['peak_mib']:.0f}",
+                "error (mm)": f"{row['tre']:.2f}",
+            }
+        lines.append(line)
+    text += markdown_table(lines)
     with atomic_path(path) as partial:
         partial.write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -6,15 +6,19 @@ from __future__ import annotations
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
 from monai_zsreg.io.landmarks import Landmarks, pair_landmarks, read_landmarks
+from monai_zsreg.io.transform_files import TRANSFORM_FORMATS, read_transform, write_transform
 
 __all__ = [
     "ITK_SUFFIXES",
+    "TRANSFORM_FORMATS",
     "Landmarks",
     "atomic_path",
     "output_folder",
     "pair_landmarks",
     "read_itk_transform",
     "read_landmarks",
+    "read_transform",
     "write_itk_transform",
     "write_json",
+    "write_transform",
 ]

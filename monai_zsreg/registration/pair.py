@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -19,11 +20,12 @@ from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineRegressor, Status, ZeroShotAffineNet
 from monai_zsreg.pretrained import load_state_dict, regressor_weights_path
+from monai_zsreg.registration.confidence import FAIL, PASS, WARN, Quality, honest_covariance, judge, spread_at
 from monai_zsreg.registration.estimators import KeypointEstimator, RobustEstimator
 from monai_zsreg.registration.images import ImageLike, channel, read_image, working_spacing
 from monai_zsreg.registration.presets import DEFAULT_PRESET, ROBUST, preset_options
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.registration.robust import COARSE, RobustEngine
+from monai_zsreg.registration.robust import COARSE, RobustEngine, RobustEstimate
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
 from monai_zsreg.transforms.array import by_header, read_matrix
 
@@ -214,6 +216,12 @@ def register_with(
     if not notes:
         notes = _overlap_notes(affine, Grid.of(fixed), Grid.of(moving))
     success = not notes
+    covariance = None
+    if success and isinstance(estimate, RobustEstimate):
+        covariance = honest_covariance(estimate.covariance[0].numpy(), float(estimate.step[0]))
+    quality = (
+        _quality(affine, estimate, covariance, fixed_grid) if success else Quality(FAIL, list(notes), {}, -math.inf)
+    )
     if not success:
         affine = torch.eye(len(affine), dtype=torch.float64)
         warnings.warn(f"registration failed: {notes[0]}; the matrix is the identity", RegistrationWarning, stacklevel=3)
@@ -227,8 +235,40 @@ def register_with(
         transform=transform,
         fixed=fixed,
         moving=moving,
+        quality=quality,
+        covariance=covariance,
         keypoints=estimator.world_keypoints(estimate),  # type: ignore[arg-type]
         _uncertainty=BlackeningUncertainty(estimator.repeat, moving_values, fixed, moving, seed=seed),
+    )
+
+
+def _quality(affine: Tensor, estimate: Any, covariance: np.ndarray | None, fixed: Grid) -> Quality:
+    """The verdict on a registration that was not given up."""
+    dims = len(affine) - 1
+    stretches = torch.linalg.svdvals(affine[:dims, :dims])
+    size = float(stretches.log().mean().exp())
+    measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
+    if covariance is None:
+        found = judge(measures, dims)
+        if found.verdict != PASS:
+            return found
+        return Quality(WARN, ["this preset does not measure how well the images agree"], measures, -0.5)
+    center = fixed.center.numpy()
+    # in the middle and half way to the ends of the field of view
+    reach = [[0.0] * dims] + [[sign * 0.25 * (a == b) for b in range(dims)] for a in range(dims) for sign in (-1, 1)]
+    ends = torch.tensor(fixed.shape, dtype=torch.float64) * torch.tensor(reach, dtype=torch.float64)
+    places = center + (ends @ fixed.affine[:dims, :dims].mT).numpy()
+    spread = spread_at(covariance, places)
+    return judge(
+        measures
+        | {
+            "agreement": float(estimate.agreement[0]),
+            "cost": float(estimate.cost[0, -1]),
+            "coarse_cost": float(estimate.cost[0, 0]),
+            "overlap": float(estimate.overlap[0]),
+            "error": float(np.sqrt(np.square(spread).mean())) / float(estimate.step[0]),
+        },
+        dims,
     )
 
 

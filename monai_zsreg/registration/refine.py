@@ -14,7 +14,7 @@ from monai_zsreg.networks.mind import MINDSSC
 from monai_zsreg.networks.vgg import VGG19Patches
 from monai_zsreg.registration.pyramid import Frame, Level
 
-__all__ = ["Refinement", "Refiner", "generators"]
+__all__ = ["Evidence", "Refinement", "Refiner", "generators"]
 
 
 def generators(transform: str, dims: int) -> Tensor:
@@ -42,17 +42,35 @@ def generators(transform: str, dims: int) -> Tensor:
 
 
 @dataclass
+class Evidence:
+    """How well images determine the transform between them, for a motion of the fixed frame ``[N, P]``.
+
+    Attributes:
+        covariance: ``[N, P, P]`` of the motion, by the sandwich of the blocks' equations.
+        agreement: ``[N]`` how alike the slopes of the two images' descriptors are: 1 for the same image, about a half
+            for two contrasts of one brain, near 0 where nothing corresponds.
+        basis: ``[P, D+1, D+1]``, the motions.
+    """
+
+    covariance: Tensor
+    agreement: Tensor
+    basis: Tensor
+
+
+@dataclass
 class Refinement:
     """
     Attributes:
         transform: ``[N, D+1, D+1]`` float64, fixed frame to moving frame.
         cost: ``[N]`` mean clipped descriptor difference; lower is better.
         overlap: ``[N]`` part of the sampled points that lie in the other image's field of view.
+        evidence: on demand.
     """
 
     transform: Tensor
     cost: Tensor
     overlap: Tensor
+    evidence: Evidence | None = None
 
 
 class _Memory:
@@ -92,7 +110,7 @@ class _Side:
     """One image's blocks, and how to look the other image up at them."""
 
     corners: Tensor  # [N, B, D] first inner points, own frame
-    lattice: Tensor  # [L, D] from there to all points that the descriptors need
+    step: float
     coordinates: Tensor  # [N, D + 1, B * P] inner points, own frame, homogeneous
     products: Tensor  # [N, (D + 1)(D + 2) / 2, B * P] products of the above
     weight: Tensor  # [N, B * P] of the inner points
@@ -153,6 +171,7 @@ class Refiner:
         moving_weight: Level,
         step: float,
         seed: int,
+        weigh: bool = False,
     ) -> Refinement:
         """
         Args:
@@ -165,6 +184,7 @@ class Refiner:
             moving_weight: likewise.
             step: distance of lattice points, frame units.
             seed: of the choice of blocks.
+            weigh: whether to gather the evidence.
         """
         dims = fixed.grid.dims
         sides = [
@@ -185,7 +205,7 @@ class Refiner:
                 memory.pick(order)
             inverse = torch.linalg.inv(current)
             # a motion of the fixed frame, and the same as the moving frame sees it
-            motions = (basis[None, None], -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2)))
+            motions = _motions(basis, current, inverse)
             normal = right = cost = overlap = torch.zeros((), dtype=torch.float64)
             for side, pull, moved in zip(sides, (current, inverse), motions, strict=True):
                 part = self._equations(side, pull)
@@ -210,35 +230,34 @@ class Refiner:
         trusted = better & (reach < 0.5)
         kept = torch.where(trusted[..., None, None], current, kept)
         first = best.argmin(1, keepdim=True)
-        return Refinement(_pick(kept, first)[:, 0], best.amin(1), torch.gather(kept_overlap, 1, first)[:, 0])
+        final = _pick(kept, first)
+        evidence = self._weigh(sides, final, basis, step) if weigh else None
+        return Refinement(final[:, 0], best.amin(1), torch.gather(kept_overlap, 1, first)[:, 0], evidence)
 
     def _side(
         self, own: Level, other: Level, own_frame: Frame, other_frame: Frame, weight: Level, step: float, seed: int
     ) -> _Side:
-        device, dims = own.values.device, own.grid.dims
+        dims = own.grid.dims
         n = len(own.values)
         margin = self.describe.margin
         generator = torch.Generator().manual_seed(seed)
         corners, block_weight = self._corners(own, own_frame, weight, step, generator)
         count = corners.shape[1]
 
-        def lattice(around: int) -> Tensor:
-            ticks = torch.arange(-around, self.block + around, dtype=torch.float32, device=device) * step
-            return torch.cartesian_prod(*[ticks] * dims)
-
         # one more for the gradient
-        where = _placed(corners, lattice(margin + 1), own_frame.to_grid(own.grid))
+        where = _placed(corners, self._lattice(corners, step, margin + 1), own_frame.to_grid(own.grid))
         patches = own.scaled(_sample(own.values, where))
         maps = self.describe(patches.view(n * count, *[self.block + 2 * margin + 2] * dims))
         features, slopes = _with_gradient(maps, step)
         features = features.view(n, count, *features.shape[1:])
         gradient = torch.stack([slope.view(features.shape) for slope in slopes])
-        seen = _sample(weight.values, _placed(corners, lattice(0), own_frame.to_grid(weight.grid)))
-        coordinates = (corners[:, :, None] + lattice(0)).flatten(1, 2)
+        inner = self._lattice(corners, step, 0)
+        seen = _sample(weight.values, _placed(corners, inner, own_frame.to_grid(weight.grid)))
+        coordinates = (corners[:, :, None] + inner).flatten(1, 2)
         coordinates = torch.cat([coordinates.mT, torch.ones_like(coordinates[:, None, :, 0])], dim=1)
         return _Side(
             corners=corners,
-            lattice=lattice(margin),
+            step=step,
             coordinates=coordinates,
             products=_products(coordinates, 1),
             weight=(seen.view(n, count, -1) * block_weight[..., None]).flatten(1),
@@ -280,43 +299,124 @@ class Refiner:
         picked = torch.gather(corners, 1, chosen[..., None].expand(-1, -1, dims))
         return picked, (torch.gather(part, 1, chosen) > 0).float()
 
-    def _equations(self, side: _Side, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normal matrix ``[N, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
+    def _compare(self, side: _Side, pull: Tensor, around: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The other image at the blocks of this side.
+
+        Args:
+            side: the blocks.
+            pull: ``[N, K, D+1, D+1]``, own frame to other frame.
+            around: further lattice points on each side of a block.
+
+        Returns:
+            Its descriptors ``[N, K, B, C, *n]`` with ``n = block + 2 around``; the weight of the inner points
+            ``[N, K, B * P]``, 0 outside its field of view; and the weight's sum on the own side, ``[N, 1]``.
+        """
         n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
-        device = side.features.device
-        count, channels, points = side.features.shape[1:]
-        margin = self.describe.margin
+        margin = self.describe.margin + around
         width = self.block + 2 * margin
-        where = _placed(side.corners[:, None], side.lattice, side.other_to_grid[:, None] @ pull)
+        where = _placed(
+            side.corners[:, None], self._lattice(side.corners, side.step, margin), side.other_to_grid[:, None] @ pull
+        )
         patches = side.other.scaled(_sample(side.other.values, where))
-        features = self.describe(patches.view(-1, *[width] * dims)).view(n, k, count, channels, points)
-        residual = side.features[:, None] - features
-        square = residual.square().mean(3).flatten(2)
-        inner = where.view(n, k, count, *[width] * dims, dims)
+        maps = self.describe(patches.view(-1, *[width] * dims))
+        maps = maps.view(n, k, -1, *maps.shape[1:])
+        inner = where.view(n, k, -1, *[width] * dims, dims)
         for axis in range(dims):
             inner = inner.narrow(3 + axis, margin, self.block)
         inside = (inner.abs().amax(-1) <= 1).view(n, k, -1)
-        weight = side.weight[:, None] * inside
-        total = side.weight.sum(1).clamp(min=1e-6)[:, None]
-        worst = self.describe.worst
-        cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / total + worst
-        overlap = weight.sum(2) / total
+        return maps, side.weight[:, None] * inside, side.weight.sum(1).clamp(min=1e-6)[:, None]
+
+    def _robust(self, weight: Tensor, square: Tensor) -> Tensor:
+        """Less weight for points that disagree more than others: Geman and McClure's function."""
         # the median over a part of the points is as good; an odd step meets all columns of the blocks
         thin = (square.shape[2] // _MEDIAN_OF) | 1
         flat = torch.where(weight[..., ::thin] > 0, square[..., ::thin], torch.nan)
         median = flat.nanmedian(-1, keepdim=True).values.nan_to_num(1.0).clamp(min=1e-6)
-        weight = weight / (1 + square / (self.robustness * median)).square_()
+        return weight / (1 + square / (self.robustness * median)).square_()
+
+    def _equations(self, side: _Side, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normal matrix ``[N, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
+        n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
+        features, weight, total = self._compare(side, pull, 0)
+        residual = side.features[:, None] - features.flatten(4)
+        square = residual.square().mean(3).flatten(2)
+        worst = self.describe.worst
+        cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / total + worst
+        overlap = weight.sum(2) / total
+        weight = self._robust(weight, square)
         force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in side.gradient], dim=2)
         moments = (side.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ side.products.mT
         right = (force * weight[:, :, None]).flatten(1, 2) @ side.coordinates.mT
         # spread the unique entries over the whole matrix
-        pair, product = _square_index(dims, device), _square_index(dims + 1, device)
-        full = moments.view(n, k, -1, moments.shape[-1])[..., pair[:, :, None, None], product]  # [..., i, j, e, f]
+        pair = _square_index(dims, pull.device)
+        full = self._spread(moments.view(n, k, -1, moments.shape[-1])[..., pair, :], dims)
         size = dims * (dims + 1)
-        full = full.permute(0, 1, 2, 4, 3, 5).reshape(n, k, size, size)
         parts = (full, right.view(n, k, size), cost, overlap)
         full, right, cost, overlap = (part.cpu().double() for part in parts)
         return full, right, cost, overlap
+
+    def _spread(self, moments: Tensor, dims: int) -> Tensor:
+        """``[..., D, D, products]`` to ``[..., D(D+1), D(D+1)]``."""
+        product = _square_index(dims + 1, moments.device)
+        full = moments[..., product]  # [..., i, j, e, f]
+        size = dims * (dims + 1)
+        return full.transpose(-3, -2).reshape(*full.shape[:-4], size, size)
+
+    def _weigh(self, sides: list[_Side], final: Tensor, basis: Tensor, step: float) -> Evidence:
+        """The evidence at the final transforms ``[N, 1, D+1, D+1]``.
+
+        The estimate solves sum of g_b = 0 over the blocks of both sides. With J the derivative of that sum, whose
+        slopes are those of the one image on the left and of the other on the right, its covariance is
+        J^-1 (sum of g_b g_b^T) J^-T (Huber 1967), whatever the noise is, as long as blocks err independently.
+        """
+        n, dims = len(final), final.shape[-1] - 1
+        inverse = torch.linalg.inv(final)
+        size = dims * (dims + 1)
+        parameters = len(basis)
+        jacobian = torch.zeros(n, parameters, parameters, dtype=torch.float64)
+        scatter = torch.zeros_like(jacobian)
+        blocks = torch.zeros(n, dtype=torch.float64)
+        common = torch.zeros(n, dtype=torch.float64)
+        lengths = torch.zeros(2, n, dtype=torch.float64)
+        for side, pull, moved in zip(sides, (final, inverse), _motions(basis, final, inverse), strict=True):
+            maps, weight, _ = self._compare(side, pull, 1)
+            features, slopes = _with_gradient(maps[:, 0].flatten(0, 1), step)
+            residual = side.features - features.view(side.features.shape)
+            weight = self._robust(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
+            other = torch.stack([slope.view(side.features.shape) for slope in slopes])
+            tensor = torch.stack(
+                [
+                    torch.stack([(one * two).sum(2).flatten(1) for two in other], dim=1)  # [N, D, B * P]
+                    for one in side.gradient
+                ],
+                dim=1,
+            )
+            cross = (tensor * weight[:, None, None]).flatten(1, 2) @ side.products.mT
+            cross = self._spread(cross.view(n, dims, dims, -1), dims).cpu().double()
+            force = torch.stack([(slope * residual).sum(2) for slope in side.gradient], dim=2)  # [N, B, D, P]
+            count, points = force.shape[1], force.shape[3]
+            shape = (n, count, 1, points)
+            coordinates = side.coordinates.view(n, dims + 1, count, points).permute(0, 2, 3, 1)
+            each = ((force * weight.view(shape)) @ coordinates).reshape(n, count, size).cpu().double()
+            change = moved[..., :dims, :].flatten(-2)[:, 0].expand(n, parameters, size)
+            jacobian += change @ cross @ change.mT
+            each = each @ change.mT
+            scatter += each.mT @ each
+            blocks += (each.abs().amax(-1) > 0).sum(-1)
+            common += (tensor.diagonal(dim1=1, dim2=2).sum(-1) * weight).sum(-1).cpu().double()
+            for index, slope in enumerate((side.gradient, other)):
+                square = slope.square().sum((0, 3)).flatten(1)
+                lengths[index] += (square * weight).sum(-1).cpu().double()
+        agreement = common / (lengths[0] * lengths[1]).sqrt().clamp(min=1e-12)
+        # as many equations as blocks: what the parameters use up makes residuals look small
+        scatter = scatter * (blocks / (blocks - parameters).clamp(min=1))[:, None, None]
+        solved = torch.linalg.pinv(jacobian)
+        return Evidence(solved @ scatter @ solved.mT, agreement, basis)
+
+    def _lattice(self, corners: Tensor, step: float, around: int) -> Tensor:
+        """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""
+        ticks = torch.arange(-around, self.block + around, dtype=torch.float32, device=corners.device) * step
+        return torch.cartesian_prod(*[ticks] * corners.shape[-1])
 
 
 # points of a start that the median of the differences is taken of, about
@@ -338,6 +438,11 @@ def _with_gradient(maps: Tensor, step: float) -> tuple[Tensor, list[Tensor]]:
         n = maps.shape[axis + 2] - 2
         slopes.append((part.narrow(axis + 2, 2, n) - part.narrow(axis + 2, 0, n)).flatten(2) * (0.5 / step))
     return crop(maps, list(range(dims))).flatten(2), slopes
+
+
+def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Motions of the fixed frame, and the same as the moving frame sees them, ``[N, K, P, D+1, D+1]``."""
+    return basis[None, None], -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2))
 
 
 def _pick(transforms: Tensor, which: Tensor) -> Tensor:

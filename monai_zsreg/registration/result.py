@@ -16,8 +16,9 @@ from torch import Tensor
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, decompose_affine
 from monai_zsreg.io.itk_transform import write_itk_transform
+from monai_zsreg.registration.confidence import CALIBRATION, WARN, Quality, error_quantile, spread_at
 from monai_zsreg.registration.images import ImageLike, read_image
-from monai_zsreg.registration.uncertainty import BlackeningUncertainty
+from monai_zsreg.registration.uncertainty import BlackeningUncertainty, quadratic_map
 from monai_zsreg.transforms.array import ApplyAffineRegistration
 
 __all__ = ["RegistrationResult"]
@@ -37,7 +38,10 @@ class RegistrationResult:
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
         fixed: the fixed image ``[C, *spatial]``, whose grid results live on.
         moving: the moving image ``[C, *spatial]`` as it was.
+        quality: the verdict, with reasons.
         keypoints: for the presets that have them: ``fixed`` and ``moving`` ``[K, D]`` in world mm, paired by position.
+        covariance: ``(D(D+1), D(D+1))`` of the first D rows of ``affine``, row after row; None for presets that do
+            not know it.
     """
 
     affine: np.ndarray
@@ -48,7 +52,9 @@ class RegistrationResult:
     transform: str
     fixed: MetaTensor = field(repr=False)
     moving: MetaTensor = field(repr=False)
+    quality: Quality = field(default_factory=lambda: Quality(WARN, ["nothing is known about it"]))
     keypoints: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    covariance: np.ndarray | None = field(default=None, repr=False)
     _uncertainty: BlackeningUncertainty | None = field(default=None, repr=False)
 
     @cached_property
@@ -65,6 +71,44 @@ class RegistrationResult:
         if not self.success or self._uncertainty is None:
             return None
         return self._uncertainty.run(self.affine)
+
+    def uncertainty_at(self, points: Any, level: float | None = None) -> np.ndarray:
+        """How far off the displacement may be at points of the fixed world.
+
+        Args:
+            points: ``[N, D]``, RAS mm.
+            level: a probability, such as 0.95; None for the root mean square of the error.
+
+        Returns:
+            ``[N]``, mm: the length that the error stays below with that probability, or its root mean square. For
+            presets without a covariance the standard deviation by blackening, which is not calibrated. Infinite where
+            the registration failed.
+
+        Raises:
+            RegistrationError: points of another shape, or a level that is no probability.
+        """
+        places = np.asarray(points, dtype=np.float64)
+        dims = len(self.affine) - 1
+        if places.ndim != 2 or places.shape[1] != dims:
+            raise RegistrationError("points", places.shape, f"[N, {dims}]")
+        if not self.success:
+            return np.full(len(places), np.inf)
+        if self.covariance is None:
+            return np.asarray(self.uncertainty.at(places))
+        spread = spread_at(self.covariance, places)
+        return spread if level is None else error_quantile(spread, level, CALIBRATION[dims])
+
+    def uncertainty_map(self) -> MetaTensor:
+        """`uncertainty_at` every voxel of the fixed image, mm: ``[1, *spatial]`` float32."""
+        grid = Grid.of(self.fixed)
+        if not self.success:
+            return MetaTensor(torch.full((1, *grid.shape), float("inf")), affine=self.fixed.affine.cpu())
+        if self.covariance is None:
+            return self.uncertainty.displacement_map()
+        dims = grid.dims
+        trace = np.einsum("iaib->ab", self.covariance.reshape(dims, dims + 1, dims, dims + 1))
+        values = quadratic_map(grid.affine.mT @ torch.as_tensor(trace) @ grid.affine, grid.shape)
+        return MetaTensor(values.clamp(min=0).sqrt().float()[None], affine=self.fixed.affine.cpu())
 
     @property
     def parameters(self) -> AffineParameters:

@@ -15,7 +15,7 @@ from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineResampler, Status
 from monai_zsreg.networks.mind import MINDSSC
 from monai_zsreg.networks.vgg import VGG19Patches
 from monai_zsreg.registration.pyramid import Frame, Level, index_points, normalize, pool
-from monai_zsreg.registration.refine import Refiner
+from monai_zsreg.registration.refine import Evidence, Refiner
 from monai_zsreg.registration.search import PoseSearch
 
 __all__ = ["COARSE", "FEATURES", "SEARCHES", "RobustEngine", "RobustEstimate"]
@@ -38,8 +38,8 @@ class _Stage:
 
 
 _STAGES = {
-    2: (_Stage(2, 5, 40, 16), _Stage(1, 5, 100, 16)),
-    3: (_Stage(4, 6, 40, 8), _Stage(2, 6, 128, 8), _Stage(1, 4, 200, 8)),
+    2: (_Stage(2, 5, 24, 16), _Stage(1, 5, 64, 16)),
+    3: (_Stage(4, 6, 30, 8), _Stage(2, 6, 64, 8), _Stage(1, 4, 100, 8)),
 }
 
 
@@ -51,12 +51,19 @@ class RobustEstimate:
         status: ``[N]`` codes of `Status`.
         cost: ``[N, L]`` mean clipped difference of the descriptors at each level, coarse to fine.
         overlap: ``[N]`` part of the sampled foreground of both images that lies in the other's field of view.
+        agreement: ``[N]`` see `Evidence`.
+        covariance: ``[N, D(D+1), D(D+1)]`` of the first D rows of ``matrix``, row after row, as the images' own
+            blocks show it; `monai_zsreg.registration.confidence` makes it honest.
+        step: ``[N]`` lattice step of the finest level, mm.
     """
 
     matrix: Tensor
     status: Tensor
     cost: Tensor
     overlap: Tensor
+    agreement: Tensor
+    covariance: Tensor
+    step: Tensor
 
     def take(self, which: Tensor) -> RobustEstimate:
         """Part of the batch."""
@@ -105,7 +112,7 @@ class RobustEngine(nn.Module):
         features: descriptors of the fine stage, ``"mind"`` or ``"vgg19"`` (dense responses of its first two layers).
         seed: of all random draws.
         rotations: number of rotations of the global search; None for 60 in 2D, 4000 in 3D.
-        blocks: number of blocks at the finest level; None for 100 in 2D, 200 in 3D.
+        blocks: number of blocks at the finest level; None for 64 in 2D, 100 in 3D.
         vgg19_weights: see `monai_zsreg.register`; for ``features="vgg19"``.
 
     Raises:
@@ -237,12 +244,25 @@ class RobustEngine(nn.Module):
                 pair.moving.seen,
                 step / pair.unit,
                 self.seed + number,
+                weigh=stage is self.stages[-1],
             )
             transforms = result.transform[:, None]
             costs.append(result.cost)
         matrix = pair.moving_frame.to_world @ result.transform @ torch.linalg.inv(pair.fixed_frame.to_world)
         cost = torch.stack(costs, 1)
-        return RobustEstimate(matrix, self._judge(matrix, cost), cost, result.overlap)
+        assert result.evidence is not None
+        covariance = self._spread(pair, result.transform, result.evidence)
+        status = self._judge(matrix, cost)
+        steps = torch.full((len(matrix),), pair.base, dtype=torch.float64)
+        return RobustEstimate(matrix, status, cost, result.overlap, result.evidence.agreement, covariance, steps)
+
+    def _spread(self, pair: _Prepared, transform: Tensor, evidence: Evidence) -> Tensor:
+        """Covariance of the world matrix's rows from that of a motion of the fixed frame."""
+        dims = self.spatial_dims
+        to_fixed = torch.linalg.inv(pair.fixed_frame.to_world)
+        change = (pair.moving_frame.to_world @ transform)[:, None] @ evidence.basis @ to_fixed[:, None]
+        change = change[..., :dims, :].flatten(-2)  # [N, P, D(D+1)]
+        return change.mT @ evidence.covariance @ change
 
     def _search(self, pair: _Prepared, search: str, effort: _Effort) -> Tensor:
         pose = PoseSearch(
@@ -287,10 +307,11 @@ class _Images:
     """One side of a batch of pairs: its pyramid, its foreground, and where that lies."""
 
     def __init__(self, values: Tensor, grid: Grid, mask: Tensor | None, base: float, coarse: float) -> None:
-        finest = pool(Level(values, grid), base)
-        window, seen = normalize(pool(finest, coarse))
-        self._levels = {base: replace(finest, window=window)}
-        self.coarse = pool(self._levels[base], coarse)
+        self._levels = {base: pool(Level(values, grid), base)}
+        half = 2 * base
+        window, seen = normalize(pool(self.at(half) if half <= coarse else self.at(base), coarse))
+        self._levels = {step: replace(level, window=window) for step, level in self._levels.items()}
+        self.coarse = self.at(coarse)
         if mask is not None:
             given = pool(Level(mask.to(values.dtype), grid), coarse)
             seen = Level(seen.values * (given.values > 0), given.grid)

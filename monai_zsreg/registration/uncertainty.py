@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.metrics.intensity import foreground_mask
 from monai_zsreg.transforms.array import ApplyAffineRegistration
 
-__all__ = ["BlackeningUncertainty", "Uncertainty", "blacken"]
+__all__ = ["BlackeningUncertainty", "Uncertainty", "blacken", "quadratic_map"]
 
 
 @dataclass
@@ -56,15 +56,7 @@ class Uncertainty:
         if len(rows) < 2:
             return MetaTensor(torch.full((1, *grid.shape), float("inf")), affine=self.fixed.affine.cpu())
         covariance = torch.einsum("nai,naj->ij", spread, spread) / (len(rows) - 1)
-        axes = [
-            torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)])
-            for a, n in enumerate(grid.shape)
-        ]
-        axes.append(torch.ones([1] * dims, dtype=torch.float64))
-        total = torch.zeros(grid.shape, dtype=torch.float64)
-        for i, first in enumerate(axes):
-            for j, second in enumerate(axes):
-                total += covariance[i, j] * first * second
+        total = quadratic_map(covariance, grid.shape)
         return MetaTensor(total.clamp(min=0).sqrt().float()[None], affine=self.fixed.affine.cpu())
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
@@ -96,6 +88,26 @@ class Uncertainty:
             "variance": self.variance.tolist(),
             "std_mm_at_center": float(self.at(grid.center[None].numpy())[0]),
         }
+
+
+def quadratic_map(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """``h M h`` with h = (index, 1) at every voxel, without a table of all indices.
+
+    Args:
+        matrix: ``(D+1, D+1)`` float64.
+        shape: of the image.
+    """
+    dims = len(shape)
+    axes = [
+        torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)])
+        for a, n in enumerate(shape)
+    ]
+    axes.append(torch.ones([1] * dims, dtype=torch.float64))
+    total = torch.zeros(tuple(shape), dtype=torch.float64)
+    for i, first in enumerate(axes):
+        for j, second in enumerate(axes):
+            total += matrix[i, j] * first * second
+    return total
 
 
 class BlackeningUncertainty:
