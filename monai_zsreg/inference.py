@@ -37,9 +37,11 @@ from torch import Tensor
 import monai_zsreg
 from monai_zsreg.demo import demo_pair
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
 from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
+from monai_zsreg.registration.confidence import FAIL
 from monai_zsreg.registration.estimators import KeypointEstimator
 from monai_zsreg.registration.images import read_image
 from monai_zsreg.registration.pair import (
@@ -67,7 +69,7 @@ __all__ = [
     "PairWriter",
     "ReadPair",
     "check_inputs",
-    "check_uncertainty",
+    "check_flags",
     "exit_status",
     "moved_and_fixed",
     "pair_list",
@@ -93,11 +95,12 @@ _WRITTEN = {
     "moved_labels": "moved_labels.nii.gz",
     "transform": "transform.tfm",
     "overview": "overview.png",
+    "expected_error": "uncertainty.nii.gz",
     "uncertainty_displacement": "uncertainty_displacement.nii.gz",
     "uncertainty_intensity": "uncertainty_intensity.nii.gz",
     "uncertainty": "uncertainty.png",
 }
-_IMAGES = ("moved", "moved_labels", "uncertainty_displacement", "uncertainty_intensity")
+_IMAGES = ("moved", "moved_labels", "expected_error", "uncertainty_displacement", "uncertainty_intensity")
 _REPORT = "report.json"
 
 
@@ -316,6 +319,9 @@ class MovePair(Transform):
 class DescribePair(Transform):
     """Postprocessing: adds ``report``, a dictionary for JSON; the bundle's README describes its fields.
 
+    Where the preset knows its covariance, also ``expected_error``, ``MetaTensor [1, *fixed spatial]``: root mean square
+    of the error in mm.
+
     Args:
         options: further settings of the run to state.
     """
@@ -331,6 +337,7 @@ class DescribePair(Transform):
             "name": pair["name"],
             "success": result.success,
             "warnings": list(result.warnings),
+            "quality": _without_infinity(result.quality.as_dict()),
             "preset": result.preset,
             "transform": result.transform,
             **{name: value if isinstance(value, (int, float)) else str(value) for name, value in self.options.items()},
@@ -360,6 +367,14 @@ class DescribePair(Transform):
                 "against": "the known transform, over the foreground of the fixed image",
                 "before": foreground_tre(np.eye(len(result.affine)), pair["truth"], fixed, mask),
                 "after": foreground_tre(result.affine, pair["truth"], fixed, mask),
+            }
+        if result.success and result.covariance is not None:
+            pair["expected_error"] = result.uncertainty_map()
+            center = Grid.of(result.fixed).center.numpy()[None]
+            report["expected_error_mm"] = {
+                "at": "center of the fixed image",
+                "root_mean_square": float(result.uncertainty_at(center)[0]),
+                **{f"below_in_{100 * p:.0f}_percent": float(result.uncertainty_at(center, p)[0]) for p in (0.5, 0.95)},
             }
         pair["report"] = report
         return pair
@@ -407,7 +422,8 @@ class PairWriter:
     """Handler: writes each pair's results to ``<output_dir>/<name>/`` and prints a summary.
 
     Every file gets its name when it is complete. ``report.json`` is taken away first and written last: where it is,
-    the others belong to it. Names and success of the pairs are kept in ``engine.state.registered``.
+    the others belong to it. Success by name is kept in ``engine.state.registered``, the verdicts in
+    ``engine.state.verdicts``.
 
     Args:
         output_dir: made if it is missing.
@@ -427,6 +443,7 @@ class PairWriter:
     def _start(self, engine: Engine) -> None:
         state: Any = engine.state
         state.registered = {}
+        state.verdicts = {}
 
     def __call__(self, engine: Engine) -> None:
         """
@@ -461,6 +478,7 @@ class PairWriter:
         report["output"] = {key: str(path) for key, path in written.items()}
         write_json(folder / _REPORT, report)
         state.registered[name] = bool(result.success)
+        state.verdicts[name] = result.quality.verdict
         print(_summary(report, folder), flush=True)
 
 
@@ -505,14 +523,15 @@ def check_inputs(
         trained_network(vgg19_weights, seed=seed)
 
 
-def check_uncertainty(uncertainty: Any = False) -> None:
-    """A step of ``run`` beside `check_inputs`.
+def check_flags(**flags: Any) -> None:
+    """A step of ``run`` beside `check_inputs`: options that are true or false.
 
     Raises:
-        SystemExit: ``uncertainty`` is neither true nor false; status `WRONG_INPUT`, with the reason on stderr.
+        SystemExit: one is neither; status `WRONG_INPUT`, with the reason on stderr.
     """
     with wrong_input_exits():
-        _flag(uncertainty, "uncertainty")
+        for name, value in flags.items():
+            _flag(value, name)
 
 
 def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
@@ -532,17 +551,23 @@ def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
     return state.registered
 
 
-def exit_status(evaluator: Evaluator) -> None:
+def exit_status(evaluator: Evaluator, exit_on_fail: Any = True) -> None:
     """The ``finalize`` step.
 
+    Args:
+        evaluator: after its run.
+        exit_on_fail: whether a verdict FAIL ends the process with status `FAILED`.
+
     Raises:
-        SystemExit: a pair could not be registered; status `FAILED`. Its results are written and say so.
+        SystemExit: a pair could not be registered, or its verdict is FAIL; status `FAILED`. Its results are written
+            and say so.
     """
     state: Any = evaluator.state
-    failed = [name for name, success in state.registered.items() if not success]
+    failed = [name for name, verdict in state.verdicts.items() if verdict == FAIL]
     if failed:
         print(f"registration failed: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(FAILED)
+        if _flag(exit_on_fail, "exit_on_fail"):
+            raise SystemExit(FAILED)
 
 
 @contextmanager
@@ -628,6 +653,15 @@ def _summary(report: dict[str, Any], folder: Path) -> str:
         f"(preset {report['preset']}, {report['transform']})"
     ]
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
+    quality = report["quality"]
+    lines.append(f"  quality {quality['verdict']}" + "".join(f"; {reason}" for reason in quality["reasons"]))
+    if "expected_error_mm" in report:
+        expected = report["expected_error_mm"]
+        lines.append(
+            "  expected error in the middle of the fixed image: "
+            f"below {expected['below_in_50_percent']:.2f} mm in half of such cases, "
+            f"below {expected['below_in_95_percent']:.2f} mm in 95 %"
+        )
     lines.append(
         f"  normalized mutual information {before['nmi']:.4f} before, {after['nmi']:.4f} after; "
         f"Dice of the {compared} {before['dice']:.3f} before, {after['dice']:.3f} after"

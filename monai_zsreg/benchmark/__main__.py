@@ -57,7 +57,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "data",
         nargs="*",
-        help="folders of subjects or datalists; or the word `cost`; or `calibrate` and folders; or `table` to redo the tables alone",
+        help="folders of subjects or datalists; `calibrate` and folders; `cost`; `table` to redo the tables alone",
     )
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")

@@ -292,7 +292,9 @@ def fit(records: Sequence[Record], dims: int) -> Calibration:
     return best
 
 
-def coverage(records: Sequence[Record], constants: Calibration, levels: Sequence[float] = LEVELS) -> list[float]:
+def coverage(
+    records: Sequence[Record], constants: Calibration, levels: Sequence[float] | np.ndarray = LEVELS
+) -> list[float]:
     """Part of the runs whose error stays below the quantile of each level."""
     spreads = _spreads(records, constants)
     errors = np.array([r["error"] for r in records])
@@ -350,9 +352,7 @@ def summarize_coverage(records: Sequence[Record]) -> list[dict[str, Any]]:
     return lines
 
 
-def _coverage_line(
-    dims: int, name: str, constants: Calibration, count: int, held: Sequence[float]
-) -> dict[str, Any]:
+def _coverage_line(dims: int, name: str, constants: Calibration, count: int, held: Sequence[float]) -> dict[str, Any]:
     line: dict[str, Any] = {"dims": dims, "set": name, "runs": count}
     line |= {"inflation": constants.inflation, "floor": constants.floor, "shape": constants.shape}
     return line | {f"{100 * q:.0f} % interval holds, %": round(100 * h, 1) for q, h in zip(LEVELS, held, strict=True)}

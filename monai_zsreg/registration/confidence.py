@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far off a registration may be, and whether to trust it at all. All limits and constants stand here.
 
-``python -m monai_zsreg.benchmark calibrate`` measures them: it fits the constants on one half of the subjects and scores
-them on the other.
+``python -m monai_zsreg.benchmark calibrate`` measures them: it fits the constants on one half of the subjects and
+scores them on the other.
 """
 
 from __future__ import annotations
