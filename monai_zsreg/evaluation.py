@@ -12,7 +12,6 @@ written here.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from monai.metrics import CumulativeIterationMetric, compute_dice
 from monai.transforms import Transform
 from torch import Tensor
 
+from monai_zsreg.cohort import load_entries, number_names
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.inference import pair_list, wrong_input_exits
 from monai_zsreg.io import atomic_path, output_folder, pair_landmarks, read_landmarks, write_json
@@ -69,8 +69,8 @@ def evaluation_list(
     a path of a name that happens to be one.
 
     Args:
-        datalist: JSON file with a list of pairs, or with such a list under ``"testing"``; or the list itself; None for
-            the demonstration pair. A pair has ``fixed`` and ``moving``, and may have ``fixed_mask`` and
+        datalist: CSV file; JSON file with a list of pairs, or with such a list under ``"testing"``; or the list itself;
+            None for the demonstration pair. A pair has ``fixed`` and ``moving``, and may have ``fixed_mask`` and
             ``moving_mask``, ``fixed_labels`` and ``moving_labels``, ``fixed_landmarks`` and ``moving_landmarks``,
             ``truth`` (transform file), all files; and a ``name``.
         dataset_dir: folder that relative paths of the pairs start from; the working directory if empty.
@@ -84,33 +84,9 @@ def evaluation_list(
     """
     if datalist is None:
         return pair_list()
-    entries: Any = _load(datalist) if isinstance(datalist, (str, os.PathLike)) else datalist
-    if isinstance(entries, Mapping):
-        if _LIST_KEY not in entries:
-            raise RegistrationError("datalist", sorted(entries), f'a list of pairs, or one under "{_LIST_KEY}"')
-        entries = entries[_LIST_KEY]
-    if isinstance(entries, str) or not isinstance(entries, Sequence) or len(entries) == 0:
-        raise RegistrationError("datalist", entries, "a list with at least one pair")
+    entries = load_entries(datalist, _LIST_KEY)
     pairs = [_entry(entry, f"datalist[{index}]", dataset_dir) for index, entry in enumerate(entries)]
-    taken = [entry["name"] for entry, named in pairs if named]
-    for name in taken:
-        if taken.count(name) > 1 or name in (_TABLE, _SUMMARY):
-            raise RegistrationError("name", name, "a name that no other pair and no file of the evaluation has")
-    for entry, named in pairs:
-        if not named:
-            stem, number = entry["name"], 1
-            while entry["name"] in (*taken, _TABLE, _SUMMARY):
-                number += 1
-                entry["name"] = f"{stem}_{number}"
-            taken.append(entry["name"])
-    return [entry for entry, _ in pairs]
-
-
-def _load(path: str | os.PathLike) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegistrationError("datalist", str(path), f"a JSON file ({error})") from error
+    return number_names(pairs, (_TABLE, _SUMMARY))
 
 
 def _entry(entry: Any, place: str, dataset_dir: str | os.PathLike) -> tuple[dict[str, Any], bool]:

@@ -32,7 +32,6 @@ from monai.data.utils import to_affine_nd
 from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.transforms import Transform
-from torch import Tensor
 
 import monai_zsreg
 from monai_zsreg.demo import demo_pair
@@ -41,7 +40,6 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
 from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
-from monai_zsreg.registration.confidence import FAIL
 from monai_zsreg.registration.estimators import KeypointEstimator
 from monai_zsreg.registration.images import read_image
 from monai_zsreg.registration.pair import (
@@ -70,8 +68,8 @@ __all__ = [
     "ReadPair",
     "check_inputs",
     "check_flags",
-    "exit_status",
-    "moved_and_fixed",
+    "flag",
+    "folder_of",
     "pair_list",
     "prepare_pair",
     "run_pairs",
@@ -191,7 +189,7 @@ class ReadPair(Transform):
         """
         pair = dict(data)
         if "fixed" not in pair and "moving" not in pair:
-            pair.update(demo_pair(_folder(self.output_dir, pair["name"]), self.demonstration_dims))
+            pair.update(demo_pair(folder_of(self.output_dir, pair["name"]), self.demonstration_dims))
             print(
                 f"Demonstration pair: {pair['fixed']} is the MNI152 T1 template; {pair['moving']} is SIMULATED from "
                 "its tissue maps and moved by a known transform. It is no patient's image.",
@@ -199,7 +197,9 @@ class ReadPair(Transform):
             )
         keys = [key for key in ("fixed", "moving", "labels") if pair.get(key) is not None]
         pair["files"] = {key: str(pair[key]) for key in keys}
-        targets = {(_folder(self.output_dir, pair["name"]) / file).resolve() for file in (*_WRITTEN.values(), _REPORT)}
+        targets = {
+            (folder_of(self.output_dir, pair["name"]) / file).resolve() for file in (*_WRITTEN.values(), _REPORT)
+        }
         for key, value in pair.items():  # also what a later transform reads
             if key != "name" and isinstance(value, (str, os.PathLike)) and Path(value).resolve() in targets:
                 allowed = "a file that the results do not overwrite: choose another name or output_dir"
@@ -402,7 +402,7 @@ class DescribeUncertainty(Transform):
             RegistrationError: ``enabled`` is neither true nor false.
         """
         pair = dict(data)
-        if not _flag(self.enabled, "uncertainty"):
+        if not flag(self.enabled, "uncertainty"):
             return pair
         result: RegistrationResult = pair["pred"]
         start = time.perf_counter()
@@ -427,10 +427,12 @@ class PairWriter:
 
     Args:
         output_dir: made if it is missing.
+        quiet: whether to leave out the summary on the terminal.
     """
 
-    def __init__(self, output_dir: str | os.PathLike = "output") -> None:
+    def __init__(self, output_dir: str | os.PathLike = "output", quiet: bool = False) -> None:
         self.output_dir = output_dir
+        self.quiet = quiet
 
     def attach(self, engine: Engine) -> None:
         """
@@ -455,7 +457,7 @@ class PairWriter:
         result, report, name = output["pred"], output["report"], state.batch["name"]
         if name in state.registered:
             raise RegistrationError("name", name, "a name that no other pair has")
-        folder = output_folder(_folder(self.output_dir, name))
+        folder = output_folder(folder_of(self.output_dir, name))
         (folder / _REPORT).unlink(missing_ok=True)
         written = {"transform": folder / _WRITTEN["transform"]}
         result.save_transform(written["transform"])
@@ -479,12 +481,8 @@ class PairWriter:
         write_json(folder / _REPORT, report)
         state.registered[name] = bool(result.success)
         state.verdicts[name] = result.quality.verdict
-        print(_summary(report, folder), flush=True)
-
-
-def moved_and_fixed(output: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Output transform of the key metric: the first channels of the moved and of the fixed image."""
-    return [output["moved"][:1]], [output["image"]["fixed"][:1]]
+        if not self.quiet:
+            print(_summary(report, folder), flush=True)
 
 
 def check_inputs(
@@ -500,6 +498,7 @@ def check_inputs(
     vgg19_weights: Any = None,
     regressor_weights: Any = None,
     seed: Any = 0,
+    datalist: Any = None,
 ) -> None:
     """First step of ``run``: look at what the user said before the configuration's parts are made from it.
 
@@ -507,7 +506,8 @@ def check_inputs(
         SystemExit: something cannot be used; status `WRONG_INPUT`, with the reason on stderr.
     """
     with wrong_input_exits():
-        for entry in pair_list(fixed, moving, labels, name, dataset_dir):
+        # of many pairs each has its own result, good or bad
+        for entry in [] if datalist is not None else pair_list(fixed, moving, labels, name, dataset_dir):
             for argument in ("fixed", "moving", "labels"):
                 if argument in entry and not os.path.exists(entry[argument]):
                     raise RegistrationError(argument, entry[argument], "an existing file")
@@ -531,7 +531,7 @@ def check_flags(**flags: Any) -> None:
     """
     with wrong_input_exits():
         for name, value in flags.items():
-            _flag(value, name)
+            flag(value, name)
 
 
 def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
@@ -545,29 +545,13 @@ def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
     Raises:
         SystemExit: input that is wrong; status `WRONG_INPUT`, with the reason on stderr. Pairs before it are written.
     """
+    state: Any = evaluator.state
+    if len(evaluator.data_loader) == 0:  # everything was done before
+        state.registered, state.verdicts = {}, {}
+        return {}
     with wrong_input_exits():
         evaluator.run()
-    state: Any = evaluator.state
     return state.registered
-
-
-def exit_status(evaluator: Evaluator, exit_on_fail: Any = True) -> None:
-    """The ``finalize`` step.
-
-    Args:
-        evaluator: after its run.
-        exit_on_fail: whether a verdict FAIL ends the process with status `FAILED`.
-
-    Raises:
-        SystemExit: a pair could not be registered, or its verdict is FAIL; status `FAILED`. Its results are written
-            and say so.
-    """
-    state: Any = evaluator.state
-    failed = [name for name, verdict in state.verdicts.items() if verdict == FAIL]
-    if failed:
-        print(f"registration failed: {', '.join(failed)}", file=sys.stderr)
-        if _flag(exit_on_fail, "exit_on_fail"):
-            raise SystemExit(FAILED)
 
 
 @contextmanager
@@ -594,7 +578,7 @@ def _text(value: Any, argument: str) -> str:
     raise RegistrationError(argument, value, "text; if it was, quote it once more within the quotes: '\"1.5\"'")
 
 
-def _flag(value: Any, argument: str) -> bool:
+def flag(value: Any, argument: str) -> bool:
     """True or False. The command line leaves ``true`` as text, and any text would count as true."""
     word = str(value).lower()
     if word not in ("true", "false"):
@@ -618,7 +602,8 @@ def _folder_name(value: Any) -> str:
     return name
 
 
-def _folder(output_dir: Any, name: Any) -> Path:
+def folder_of(output_dir: Any, name: Any) -> Path:
+    """Where a pair's results go."""
     return Path(_text(output_dir, "output_dir")) / _folder_name(name)
 
 
