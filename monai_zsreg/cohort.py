@@ -27,11 +27,13 @@ from monai.transforms import Transform
 from monai.utils import optional_import
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.html_report import save_index
 from monai_zsreg.inference import FAILED, PairWriter, ReadPair, flag, folder_of, pair_list, wrong_input_exits
 from monai_zsreg.io import atomic_path, output_folder, write_json
 from monai_zsreg.registration.confidence import FAIL
 
 __all__ = [
+    "INDEX",
     "SUMMARY",
     "CohortWriter",
     "PairEvaluator",
@@ -49,8 +51,10 @@ __all__ = [
     "summary_rows",
 ]
 
-#: name of the summary in the output folder
+#: name of the table in the output folder
 SUMMARY = "summary.csv"
+#: name of the page that links the reports
+INDEX = "index.html"
 _REPORT = "report.json"
 _KEYS = ("fixed", "moving", "labels", "name")
 _VERDICTS = ("FAIL", "WARN", "PASS")
@@ -137,7 +141,7 @@ def all_pairs(datalist: Any, dataset_dir: Any = "") -> list[dict[str, Any]]:
             given["fixed"], given["moving"], given.get("labels"), given.get("name"), dataset_dir
         )  # fmt: skip
         pairs.append((pair, "name" in given))
-    return number_names(pairs, (SUMMARY,))
+    return number_names(pairs, (SUMMARY, INDEX))
 
 
 def load_entries(datalist: Any, key: str = "testing") -> Sequence[Any]:
@@ -220,7 +224,7 @@ def bids_pairs(folder: str | os.PathLike) -> list[dict[str, Any]]:
     if not pairs:
         allowed = "a BIDS folder: sub-*/[ses-*/]anat with a _T1w image and another contrast beside it"
         raise RegistrationError("datalist", str(folder), allowed)
-    return number_names(pairs, (SUMMARY,))
+    return number_names(pairs, (SUMMARY, INDEX))
 
 
 def _finished(pair: Mapping[str, Any], output_dir: Any) -> bool:
@@ -313,10 +317,11 @@ class CohortWriter(PairWriter):
     Args:
         output_dir: see `PairWriter`.
         isolate: whether there is more than one pair to care for.
+        page: see `PairWriter`.
     """
 
-    def __init__(self, output_dir: Any = "output", isolate: bool = False) -> None:
-        super().__init__(output_dir, quiet=isolate)
+    def __init__(self, output_dir: Any = "output", isolate: bool = False, page: Any = True) -> None:
+        super().__init__(output_dir, quiet=isolate, page=page)
         self.isolate = isolate
 
     def attach(self, engine: Engine) -> None:
@@ -452,6 +457,13 @@ def _write_summary(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+    linked = []
+    for row in rows:
+        pictures = {
+            key: f"{row['name']}/{file}" for key, file in (("link", "report.html"), ("thumbnail", "overview.png"))
+        }
+        linked.append({**row, **{key: path for key, path in pictures.items() if (folder / path).exists()}})
+    save_index(linked, folder / INDEX)
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in reversed(_VERDICTS)}
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    print(f"{len(rows)} pairs: {told}; {folder / SUMMARY}", flush=True)
+    print(f"{len(rows)} pairs: {told}; {folder / SUMMARY}, {folder / INDEX}", flush=True)

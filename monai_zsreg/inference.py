@@ -37,6 +37,7 @@ import monai_zsreg
 from monai_zsreg.demo import demo_pair
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid
+from monai_zsreg.html_report import save_html_report
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
 from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
@@ -93,6 +94,7 @@ _WRITTEN = {
     "moved_labels": "moved_labels.nii.gz",
     "transform": "transform.tfm",
     "overview": "overview.png",
+    "page": "report.html",
     "expected_error": "uncertainty.nii.gz",
     "uncertainty_displacement": "uncertainty_displacement.nii.gz",
     "uncertainty_intensity": "uncertainty_intensity.nii.gz",
@@ -428,11 +430,13 @@ class PairWriter:
     Args:
         output_dir: made if it is missing.
         quiet: whether to leave out the summary on the terminal.
+        page: whether to write ``report.html``.
     """
 
-    def __init__(self, output_dir: str | os.PathLike = "output", quiet: bool = False) -> None:
+    def __init__(self, output_dir: str | os.PathLike = "output", quiet: bool = False, page: Any = True) -> None:
         self.output_dir = output_dir
         self.quiet = quiet
+        self.page = page
 
     def attach(self, engine: Engine) -> None:
         """
@@ -471,7 +475,9 @@ class PairWriter:
         draw: dict[str, Callable[[Path], None]] = {"overview": partial(save_overview, result)}
         if output.get("uncertainty_displacement") is not None:
             draw["uncertainty"] = partial(save_uncertainty, result.fixed, output["uncertainty_displacement"])
-        for key in ("overview", "uncertainty"):
+        if flag(self.page, "page"):
+            draw["page"] = partial(save_html_report, result, name=name, files=report["input"], picture=False)
+        for key in ("overview", "uncertainty", "page"):
             path = folder / _WRITTEN[key]
             path.unlink(missing_ok=True)
             if key in draw and find_spec("matplotlib") is not None:  # extra "report"; the other results do without
@@ -546,7 +552,7 @@ def run_pairs(evaluator: Evaluator) -> dict[str, bool]:
         SystemExit: input that is wrong; status `WRONG_INPUT`, with the reason on stderr. Pairs before it are written.
     """
     state: Any = evaluator.state
-    if len(evaluator.data_loader) == 0:  # everything was done before
+    if len(evaluator.data_loader) == 0:  # type: ignore[arg-type]  # everything was done before
         state.registered, state.verdicts = {}, {}
         return {}
     with wrong_input_exits():

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,17 @@ from monai_zsreg.io.files import atomic_path
 from monai_zsreg.metrics.intensity import foreground_mask, otsu_threshold, scale_intensity
 from monai_zsreg.registration.result import RegistrationResult
 
-__all__ = ["save_overview", "save_uncertainty"]
+__all__ = [
+    "Plane",
+    "checkerboard",
+    "cut",
+    "mark_sides",
+    "matplotlib_figure",
+    "planes_of",
+    "save_overview",
+    "save_uncertainty",
+    "upright",
+]
 
 _TILES = 8
 # over the grey image; more hides the anatomy, less hides the color
@@ -39,26 +51,23 @@ def save_overview(result: RegistrationResult, path: str | os.PathLike) -> None:
     Raises:
         RegistrationError: matplotlib is not installed.
     """
-    figure_class = _matplotlib_figure(path)
+    figure_class = matplotlib_figure(path)
     channel = MetaTensor(result.moving.as_tensor()[:1].float(), affine=result.moving.affine)
     before = ResampleToMatch(padding_mode="zeros")(channel, result.fixed[:1])
-    images = [_upright(image) for image in (result.fixed[:1], before, result.moved[:1])]
+    images = [upright(image) for image in (result.fixed[:1], before, result.moved[:1])]
     fixed, moving, moved = (np.asarray(scale_intensity(image)[0].cpu()) for image in images)
     spacing = Grid.of(images[0]).spacing
-    planes = _planes(fixed)
+    planes = planes_of(fixed, spacing)
     columns = ["fixed", "moving, by its header", "moved", "fixed | before", "fixed | after"]
     figure = figure_class(figsize=(2.6 * len(columns), 2.8 * len(planes)), facecolor="black", layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(planes), len(columns)))
-    for row, (axis, index, sides) in zip(axes, planes, strict=True):
-        shown = [_cut(volume, axis, index) for volume in (fixed, moving, moved)]
-        in_plane = [s for a, s in enumerate(spacing) if a != axis]
-        shown += [_checkerboard(shown[0], other, in_plane) for other in shown[1:]]
+    for row, plane in zip(axes, planes, strict=True):
+        shown = [cut(volume, plane) for volume in (fixed, moving, moved)]
+        shown += [checkerboard(shown[0], other, plane.in_plane) for other in shown[1:]]
         for place, picture in zip(row, shown, strict=True):
-            place.imshow(
-                picture, cmap="gray", vmin=0, vmax=1, aspect=in_plane[1] / in_plane[0], interpolation="nearest"
-            )
+            place.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=plane.aspect, interpolation="nearest")
             place.set_axis_off()
-        _mark(row[0], sides)
+        mark_sides(row[0], plane.sides)
     for place, title in zip(axes[0], columns, strict=True):
         place.set_title(title, color="white", fontsize=11)
     with atomic_path(path) as partial:
@@ -80,46 +89,43 @@ def save_uncertainty(fixed: MetaTensor, displacement: MetaTensor, path: str | os
     Raises:
         RegistrationError: matplotlib is not installed, or a map that lies on another grid or is not finite.
     """
-    figure_class = _matplotlib_figure(path)
+    figure_class = matplotlib_figure(path)
     if displacement.shape[1:] != fixed.shape[1:]:
         raise RegistrationError("displacement", tuple(displacement.shape), f"[1, {tuple(fixed.shape[1:])}], as fixed")
     if not bool(displacement.isfinite().all()):
         raise RegistrationError("displacement", "infinity or NaN", "finite numbers: nothing is known about the spread")
     channel = MetaTensor(fixed.as_tensor()[:1].float().cpu(), affine=fixed.affine)
     spread = MetaTensor(displacement.as_tensor()[:1].float().cpu(), affine=fixed.affine)
-    gray, color = (_upright(image) for image in (channel, spread))
+    gray, color = (upright(image) for image in (channel, spread))
     spacing = Grid.of(gray).spacing
     inside = np.asarray(foreground_mask(gray)[0])
     inside = inside if inside.any() else np.ones_like(inside)
     anatomy, values = np.asarray(scale_intensity(gray)[0]), np.asarray(color.as_tensor()[0])
     low, high = _limits(values[inside])
 
-    planes = _planes(anatomy)
-    in_plane = [[s for a, s in enumerate(spacing) if a != axis] for axis, _, _ in planes]
+    planes = planes_of(anatomy, spacing)
     darkest = 0.3 * otsu_threshold(scale_intensity(gray))
     cuts = []
-    for (axis, index, _), sides in zip(planes, in_plane, strict=True):
-        below, above = (_cut(volume, axis, index) for volume in (anatomy, values))
-        shadow = inside if axis < 0 else np.asarray(inside.any(axis=axis, keepdims=True))
-        window = _window(_cut(shadow, axis, 0))
-        cuts.append((below[window], np.ma.masked_where(~_object(below, sides, darkest), above)[window]))
+    for plane in planes:
+        below, above = (cut(volume, plane) for volume in (anatomy, values))
+        shadow = inside if plane.axis < 0 else np.asarray(inside.any(axis=plane.axis, keepdims=True))
+        window = _window(cut(shadow, replace(plane, index=0)))
+        cuts.append((below[window], np.ma.masked_where(~_object(below, plane.in_plane, darkest), above)[window]))
     # widths in mm give all planes about one scale; a slice has its two pictures in a row, a volume its three planes
-    widths = [below.shape[1] * sides[0] for (below, _), sides in zip(cuts, in_plane, strict=True)]
-    heights = [below.shape[0] * sides[1] for (below, _), sides in zip(cuts, in_plane, strict=True)]
+    widths = [below.shape[1] * plane.in_plane[0] for (below, _), plane in zip(cuts, planes, strict=True)]
+    heights = [below.shape[0] * plane.in_plane[1] for (below, _), plane in zip(cuts, planes, strict=True)]
     inch = 3.0 / max(heights)
     two_d = len(planes) == 1
     rows, columns = (1, 2) if two_d else (2, 3)
     size = ((2 if two_d else 1) * sum(widths) * inch + 0.3 * columns + 1.3, rows * 3.4)
     figure = figure_class(figsize=size, facecolor="black", layout="constrained")
     axes = figure.subplots(rows, columns, width_ratios=widths * (columns // len(widths)), squeeze=False)
-    for (below, above), sides, plane, places in zip(
-        cuts, in_plane, planes, axes if two_d else axes.transpose(), strict=True
-    ):
-        aspect = sides[1] / sides[0]
+    for (below, above), plane, places in zip(cuts, planes, axes if two_d else axes.transpose(), strict=True):
+        aspect = plane.aspect
         for place in places:
             place.imshow(below, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
             place.set_axis_off()
-            _mark(place, plane[2])
+            mark_sides(place, plane.sides)
         colored = places[1].imshow(
             above, cmap="jet", vmin=low, vmax=high, alpha=_OPACITY, aspect=aspect, interpolation="nearest"
         )
@@ -142,7 +148,7 @@ def _window(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(window)
 
 
-def _object(plane: np.ndarray, in_plane: list[float], darkest: float) -> np.ndarray:
+def _object(plane: np.ndarray, in_plane: Sequence[float], darkest: float) -> np.ndarray:
     """The object with a smooth edge and without holes: color on the foreground alone would hide the anatomy."""
     sides = in_plane[::-1]
     sigma = 0.015 * max(n * s for n, s in zip(plane.shape, sides, strict=True))
@@ -162,7 +168,12 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high - low > 1e-6 * max(high, 1e-6) else (max(0.0, low - 0.5e-3), high + 0.5e-3)
 
 
-def _matplotlib_figure(path: str | os.PathLike) -> Any:
+def matplotlib_figure(path: str | os.PathLike) -> Any:
+    """Matplotlib's figure class.
+
+    Raises:
+        RegistrationError: it is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -172,42 +183,88 @@ def _matplotlib_figure(path: str | os.PathLike) -> Any:
     return Figure
 
 
-def _upright(image: Tensor) -> MetaTensor:
+def upright(image: Tensor) -> MetaTensor:
+    """The image with its axes along the patient's, so that its planes are pictures."""
     # array axes towards left, posterior, superior: rows and columns of the pictures then follow by transposing
     return Orientation(axcodes="LPS"[: image.ndim - 1], labels=None)(image)  # type: ignore[return-value]
 
 
-def _planes(volume: np.ndarray) -> list[tuple[int, int, tuple[str, str, str, str]]]:
-    """Axis at right angles to the plane (-1 in 2D), position, and letters for left, right, top, bottom."""
+@dataclass(frozen=True)
+class Plane:
+    """A plane through the middle of an upright volume, as a picture.
+
+    Attributes:
+        axis: at right angles to the plane; -1 in 2D.
+        index: where along that axis.
+        sides: letters for left, right, top and bottom of the picture.
+        in_plane: spacing of the plane's axes, mm; the picture's columns first.
+        shape: rows and columns of the picture.
+    """
+
+    axis: int
+    index: int
+    sides: tuple[str, str, str, str]
+    in_plane: tuple[float, float]
+    shape: tuple[int, int]
+
+    @property
+    def aspect(self) -> float:
+        """Height of a pixel over its width."""
+        return self.in_plane[1] / self.in_plane[0]
+
+    @property
+    def width(self) -> float:
+        """Of the picture, mm."""
+        return self.shape[1] * self.in_plane[0]
+
+    @property
+    def height(self) -> float:
+        """Of the picture, mm."""
+        return self.shape[0] * self.in_plane[1]
+
+    def position(self, points: np.ndarray) -> np.ndarray:
+        """Column and row of voxel indices ``[N, D]`` in the picture, ``[N, 2]``."""
+        kept = np.delete(points, self.axis, axis=1) if self.axis >= 0 else points
+        rows = self.shape[0] - 1 - kept[:, 1] if self.axis in (0, 1) else kept[:, 1]
+        return np.stack([kept[:, 0], rows], axis=1)
+
+
+def planes_of(volume: np.ndarray, spacing: Sequence[float]) -> list[Plane]:
+    """The planes to show of an upright image, through the middle of what it shows: axial, coronal, sagittal."""
     if volume.ndim == 2:
-        return [(-1, 0, ("R", "L", "A", "P"))]
-    middle = [int(np.average(np.arange(n), weights=_profile(volume, a) + 1e-9)) for a, n in enumerate(volume.shape)]
-    return [
-        (2, middle[2], ("R", "L", "A", "P")),
-        (1, middle[1], ("R", "L", "S", "I")),
-        (0, middle[0], ("A", "P", "S", "I")),
-    ]
+        return [Plane(-1, 0, ("R", "L", "A", "P"), (spacing[0], spacing[1]), (volume.shape[1], volume.shape[0]))]
+    planes = []
+    sides = {2: ("R", "L", "A", "P"), 1: ("R", "L", "S", "I"), 0: ("A", "P", "S", "I")}
+    for axis in (2, 1, 0):
+        middle = round(float(np.average(np.arange(volume.shape[axis]), weights=_profile(volume, axis) + 1e-9)))
+        one, two = (a for a in range(3) if a != axis)
+        planes.append(
+            Plane(axis, middle, sides[axis], (spacing[one], spacing[two]), (volume.shape[two], volume.shape[one]))
+        )
+    return planes
 
 
 def _profile(volume: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(volume.sum(axis=tuple(a for a in range(volume.ndim) if a != axis)))
 
 
-def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-    plane = volume if axis < 0 else np.take(volume, index, axis=axis)
-    plane = plane.T
+def cut(volume: np.ndarray, plane: Plane) -> np.ndarray:
+    """The plane of a volume as a picture."""
+    picture = (volume if plane.axis < 0 else np.take(volume, plane.index, axis=plane.axis)).T
     # superior is up, and it is the last axis of the coronal and the sagittal plane
-    return plane[::-1] if axis in (0, 1) else plane
+    return picture[::-1] if plane.axis in (0, 1) else picture
 
 
-def _checkerboard(first: np.ndarray, second: np.ndarray, in_plane: list[float]) -> np.ndarray:
+def checkerboard(first: np.ndarray, second: np.ndarray, in_plane: Sequence[float]) -> np.ndarray:
+    """Tiles of two pictures by turns."""
     # tiles are square in mm, or thick slices would make stripes; rows of the picture are the second axis of the plane
     rows, columns = (index * s for index, s in zip(np.indices(first.shape), in_plane[::-1], strict=True))
     tile = max(columns.max(), rows.max()) / _TILES
     return np.where((rows // tile + columns // tile) % 2 == 0, first, second)
 
 
-def _mark(place: Any, sides: tuple[str, str, str, str]) -> None:
+def mark_sides(place: Any, sides: tuple[str, str, str, str]) -> None:
+    """Write the letters of the patient's sides at the edges of a picture."""
     positions = [(0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03)]
     for letter, (x, y) in zip(sides, positions, strict=True):
         place.text(

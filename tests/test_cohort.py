@@ -204,4 +204,3 @@ def test_wrong_datalist_ends_the_command(tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text("{")
     done = run(tmp_path / "out", "--datalist", str(tmp_path / "pairs.json"))
     assert done.returncode == 2 and "wrong input: datalist" in done.stderr and not (tmp_path / "out").exists()
-

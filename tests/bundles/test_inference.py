@@ -100,7 +100,7 @@ def test_command_registers_a_pair_from_another_folder(pair: SimpleNamespace, tmp
     folder = tmp_path / "my results" / AWKWARD.removesuffix(".nii.gz")
     assert {p.name for p in folder.iterdir()} == {
         "moved.nii.gz", "moved_labels.nii.gz", "transform.tfm", "report.json", "overview.png",
-            "uncertainty.nii.gz",
+            "uncertainty.nii.gz", "report.html",
     }  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["my results"]
 
