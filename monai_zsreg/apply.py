@@ -36,7 +36,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import apply_affine
-from monai_zsreg.inference import _write_image, wrong_input_exits
+from monai_zsreg.inference import write_image, wrong_input_exits
 from monai_zsreg.io import TRANSFORM_FORMATS, Landmarks, atomic_path, read_landmarks, read_transform, write_transform
 from monai_zsreg.io.transform_files import GridLike
 from monai_zsreg.registration.images import read_image
@@ -76,8 +76,9 @@ def compose_transforms(
     if via and len(via) != len(paths) - 1:
         raise RegistrationError("via", [str(v) for v in via], f"{len(paths) - 1} images, one between two transforms")
     start, end = (moving, fixed) if invert else (fixed, moving)
-    images: list[GridLike | None] = [start, *(via or [None] * (len(paths) - 1)), end]
-    matrices = [read_transform(path, *images[i : i + 2], format) for i, path in enumerate(paths)]
+    between: list[GridLike | None] = list(via) if via else [None] * (len(paths) - 1)
+    images = [start, *between, end]
+    matrices = [read_transform(path, images[i], images[i + 1], format) for i, path in enumerate(paths)]
     total = matrices[0]
     for path, matrix in zip(paths[1:], matrices[1:], strict=True):
         if matrix.shape != total.shape:
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_transform:
             write_transform(args.save_transform, matrix, args.fixed, args.moving, args.save_format)
         if moved is not None:
-            _write_image(Path(args.output), moved, labels=args.labels)
+            write_image(Path(args.output), moved, labels=args.labels)
         if points is not None and args.save_points:
             with atomic_path(args.save_points) as partial:
                 partial.write_text(_csv(points), encoding="utf-8")

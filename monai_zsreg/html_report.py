@@ -312,9 +312,11 @@ def _figure(title: str, picture: str) -> str:
     if len(images) == 1:
         return f'<section><h2>{escape(title)}</h2><img alt="{alt}" src="{images[0]}"></section>'
     return (
-        f'<section><h2>{escape(title)}</h2><div class="shown"><div class="swipe"><img alt="fixed" src="{images[0]}">'
+        f'<section><h2>{escape(title)}</h2><div class="shown"><div class="swipe">'
+        f'<img alt="fixed" src="{images[0]}">'
         f'<img class="over" alt="moved" src="{images[1]}"><div class="line"></div></div>'
-        '<input class="slide" type="range" min="0" max="100" value="50" aria-label="position of the line"></div></section>'
+        '<input class="slide" type="range" min="0" max="100" value="50" aria-label="position of the line">'
+        "</div></section>"
     )
 
 

@@ -76,6 +76,7 @@ __all__ = [
     "run_pairs",
     "trained_network",
     "wrong_input_exits",
+    "write_image",
 ]
 
 logger = logging.getLogger(__name__)
@@ -469,7 +470,7 @@ class PairWriter:
             path = folder / _WRITTEN[key]
             if output.get(key) is not None:
                 written[key] = path
-                _write_image(path, output[key], labels=key == "moved_labels")
+                write_image(path, output[key], labels=key == "moved_labels")
             else:
                 path.unlink(missing_ok=True)  # another run's
         draw: dict[str, Callable[[Path], None]] = {"overview": partial(save_overview, result)}
@@ -618,7 +619,8 @@ def _stem(path: str) -> str:
     return name[:-7] if name.lower().endswith(".nii.gz") and len(name) > 7 else Path(name).stem
 
 
-def _write_image(path: Path, image: MetaTensor, labels: bool = False) -> None:
+def write_image(path: Path, image: MetaTensor, labels: bool = False) -> None:
+    """NIfTI of an image ``[C, *spatial]``; labels in the smallest integer type that holds them."""
     array = image.as_tensor().cpu().numpy()
     dtype: Any = np.float32
     if labels:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 where the folder cannot be used.
     """
     parser = argparse.ArgumentParser(prog="python -m monai_zsreg.label", description=__doc__)
-    parser.add_argument("folder", nargs="?", help="where the server may write its logs; in the user's cache if left out")
+    parser.add_argument("folder", nargs="?", help="where the server may write its logs; the user's cache if left out")
     try:
         print(app_folder(parser.parse_args(argv).folder))
     except RegistrationError as error:

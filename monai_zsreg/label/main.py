@@ -16,7 +16,9 @@ from monai_zsreg.label.register import MISSING, PARAMETERS, RegisterTask, image_
 from monai_zsreg.registration.pair import build_network, resolve_device
 from monai_zsreg.registration.presets import preset_options
 
-MONAILabelApp, _ = optional_import("monailabel.interfaces.app", name="MONAILabelApp", descriptor=MISSING, as_type="base")
+MONAILabelApp, _ = optional_import(
+    "monailabel.interfaces.app", name="MONAILabelApp", descriptor=MISSING, as_type="base"
+)
 HTTPException, _ = optional_import("fastapi", name="HTTPException", descriptor=MISSING)
 
 __all__ = ["MyApp"]
@@ -28,7 +30,7 @@ _SETTINGS = ("device", "vgg19_weights")
 _ARGUMENTS = ("model", "image", "fixed", *PARAMETERS)
 
 
-class MyApp(MONAILabelApp):
+class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
     """Registers images of the datastore; see `RegisterTask` for a request's parameters.
 
     Clients name images by their ids and nothing else. What a request must not decide is said when the server is
@@ -88,7 +90,8 @@ class MyApp(MONAILabelApp):
             # the base class would open any file of the server that a client names, and save where a client says
             chosen = {name: request[name] for name in PARAMETERS if name in request}
             path = self._uploaded(request) or image_path(store, request.get("image"), "image")
-            return super().infer({"model": request["model"], "image": path, "image_id": request["image"], **chosen}, store)
+            chosen |= {"model": request["model"], "image": path, "image_id": request["image"]}
+            return super().infer(chosen, store)
         except RegistrationError as error:
             if error.argument.partition(".")[0].partition("_")[0] not in _ARGUMENTS:
                 raise

@@ -17,7 +17,7 @@ from monai.utils import optional_import
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import ras_to_lps
-from monai_zsreg.inference import DescribePair, MovePair, _write_image
+from monai_zsreg.inference import DescribePair, MovePair, write_image
 from monai_zsreg.networks import TRANSFORMS
 from monai_zsreg.registration import register
 from monai_zsreg.registration.images import read_image
@@ -26,7 +26,9 @@ from monai_zsreg.registration.presets import DEFAULT_PRESET, PRESETS, ROBUST
 #: for `optional_import`: what to do about a missing MONAI Label
 MISSING = "{}: install monai-zsreg[label], in an environment of its own"
 
-InferTask, _ = optional_import("monailabel.interfaces.tasks.infer_v2", name="InferTask", descriptor=MISSING, as_type="base")
+InferTask, _ = optional_import(
+    "monailabel.interfaces.tasks.infer_v2", name="InferTask", descriptor=MISSING, as_type="base"
+)
 
 __all__ = ["MISSING", "PARAMETERS", "RETURNS", "RegisterTask", "image_path", "label_path"]
 
@@ -82,7 +84,7 @@ def label_path(datastore: Any, image: Any, argument: str) -> str:
     return path
 
 
-class RegisterTask(InferTask):
+class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
     """Registers one image of the datastore to the image of the request.
 
     Parameters of a request:
@@ -114,12 +116,12 @@ class RegisterTask(InferTask):
     ) -> None:
         # 3D Slicer offers its "Auto Segmentation" for this type alone, and expects labels from it
         kind = "segmentation" if returns == "labels" else "others"
-        what = "the final label of the image named as `moving`" if returns == "labels" else "the image named as `moving`"
+        what = "the final label of the image" if returns == "labels" else "the image"
         super().__init__(
             type=kind,
             labels=None,
             dimension=3,
-            description=f"Affine registration: {what}, moved onto the grid of the image of the request",
+            description=f"Affine registration: {what} named as `moving`, moved onto the grid of the request's image",
         )
         self.datastore = datastore
         self.device = device
@@ -143,7 +145,7 @@ class RegisterTask(InferTask):
             "return": sorted(RETURNS, key=lambda name: name != self.returns),
             "labels": ["", *labeled] if len(labeled) <= _MOST_LISTED else "",
             "preset": list(self.presets),
-            "transform": sorted(TRANSFORMS, reverse=False),
+            "transform": sorted(TRANSFORMS),
             "seed": 0,
         }
 
@@ -191,7 +193,6 @@ class RegisterTask(InferTask):
         report: dict[str, Any] = pair["report"] | {
             "matrix_lps": ras_to_lps(result.affine).tolist(),
             "returned": returned,
-            "quality": _quality(result),
         }
         image: MetaTensor = pair["moved_labels" if returned == "labels" else "moved"]
         if returned == "labels":
@@ -210,13 +211,6 @@ def _read(path: str, name: str, identifier: Any) -> MetaTensor:
         raise RegistrationError(name, identifier, "an image that can be read") from None
 
 
-def _quality(result: Any) -> dict[str, Any] | None:
-    quality = getattr(result, "quality", None)
-    if quality is None:
-        return None
-    return {"verdict": str(quality.verdict), "reasons": [str(reason) for reason in quality.reasons]}
-
-
 def _label_names(datastore: Any, image: str, labels: MetaTensor) -> dict[str, int]:
     """Names of the values that are left after moving, by what the client that saved the label called them."""
     known: dict[int, str] = {}
@@ -232,7 +226,7 @@ def _temporary(image: MetaTensor, returned: str) -> str:
     handle, path = tempfile.mkstemp(prefix=f"moved_{returned}_", suffix=".nii.gz")
     os.close(handle)
     try:
-        _write_image(Path(path), image, labels=returned == "labels")
+        write_image(Path(path), image, labels=returned == "labels")
     except BaseException:
         os.unlink(path)
         raise

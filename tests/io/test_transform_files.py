@@ -104,7 +104,7 @@ def test_the_pairs_differ_in_handedness() -> None:
     assert signs == {(1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)} - {(-1.0, -1.0)} | {(-1.0, 1.0)}
 
 
-# ------------------------------------------------------------------------------------------------------------- ourselves
+# ------------------------------------------------------------------------------------------------------- ourselves
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -184,7 +184,7 @@ def test_reading_does_not_need_the_voxels(tmp_path: Path) -> None:
     same_points(read_transform(tmp_path / "t.mat", tmp_path / "f.nii", two), AFFINE[3], 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- ITK and ANTs
+# ---------------------------------------------------------------------------------------------------- ITK and ANTs
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -239,7 +239,7 @@ def test_reads_what_ants_wrote(tmp_path: Path) -> None:
         np.testing.assert_allclose(apply_affine(matrix, point), judged, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------ FSL
+# ------------------------------------------------------------------------------------------------------------ FSL
 
 
 def test_flirt_by_hand(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_nitransforms_reads_and_writes_flirt_as_we_do(pair: tuple[Path, Path], t
     same_points(read_transform(tmp_path / "theirs.mat", *pair), AFFINE[3])
 
 
-# ----------------------------------------------------------------------------------------------------------- FreeSurfer
+# ----------------------------------------------------------------------------------------------------- FreeSurfer
 
 LTA = """# transform file by hand
 type      = {kind} # a comment
@@ -417,7 +417,7 @@ def test_reads_ltas_that_freesurfer_wrote() -> None:
     same_points(read_transform(voxels), judged)
 
 
-# --------------------------------------------------------------------------------------------------------- text and JSON
+# --------------------------------------------------------------------------------------------------- text and JSON
 
 
 def test_plain_text_is_the_matrix(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_reads_the_bundles_report(tmp_path: Path) -> None:
         read_transform(tmp_path / "report.json")
 
 
-# ----------------------------------------------------------------------------------------------------------- wrong input
+# ----------------------------------------------------------------------------------------------------- wrong input
 
 
 def rows(matrix: np.ndarray) -> str:
@@ -546,7 +546,7 @@ def test_refuses_images_it_cannot_use(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "t.mat", np.eye(4))
     good = images("RAS-LAS")[0]
     (tmp_path / "broken.nii.gz").write_text("hello")
-    singular = nib.Nifti1Image(np.zeros((4, 4, 4), dtype=np.float32), np.diag([1.0, 1.0, 0.0, 1.0]))
+    singular = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0])))
     lps = MetaTensor(torch.zeros(1, 4, 4, 4), meta={"space": "LPS"})
     for image, reason in (
         (tmp_path / "none.nii.gz", "an existing file"),

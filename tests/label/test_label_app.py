@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MONAI Label app, on a real server on loopback, called as 3D Slicer calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.parser import BytesParser
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from monai_zsreg.label import app_folder
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration"
+needs_server = pytest.mark.skipif(
+    find_spec("monailabel") is None or find_spec("requests") is None,
+    reason="MONAI Label is not installed here: it wants an environment of its own (.ci/label makes one)",
+)
+
+
+def test_app_folder_holds_the_app(tmp_path: Path) -> None:
+    folder = app_folder(tmp_path / "app")
+    assert "class MyApp" in (folder / "main.py").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "monai_zsreg.label", str(tmp_path / "app")], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "app")
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "monai_zsreg.label", str(tmp_path / "file")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "wrong input" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(app: str, studies: Path, log: Path, *options: str) -> Iterator[str]:
+    """Address of a server that runs while the generator does."""
+    import requests
+
+    port = free_port()
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", app, "--studies", str(studies)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (
+        open(log, "w") as out,
+        subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), *options], stdout=out, stderr=out, env=environment
+        ) as process,
+    ):
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(180):
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    if requests.get(f"{address}/info/", timeout=5).ok:
+                        break
+                except requests.ConnectionError:
+                    time.sleep(0.5)
+            else:
+                raise AssertionError(log.read_text()[-3000:])
+            yield address
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, load_volume) -> Iterator[SimpleNamespace]:
+    """A datastore of a T1, a T2 shifted by its header, and a label of the T2."""
+    root = tmp_path_factory.mktemp("label")
+    studies = root / "studies"
+    (studies / "labels" / "final").mkdir(parents=True)
+    header = np.diag([-3.0, 3.0, 3.0, 1.0])
+    shifted = header.copy()
+    shifted[:3, 3] = 8.0, -6.0, 4.0
+    for name, affine in (("t1", header), ("t2", shifted)):
+        values = F.avg_pool3d(load_volume(modality=name).as_tensor()[None], 3)[0, 0].numpy()
+        nib.save(nib.Nifti1Image(values, affine), studies / f"{name}.nii.gz")
+    labels = (values > np.percentile(values, 90)).astype(np.uint8) * 2
+    nib.save(nib.Nifti1Image(labels, shifted), studies / "labels" / "final" / "t2.nii.gz")
+    secret = root / "secret.nii.gz"
+    shutil.copy(studies / "t2.nii.gz", secret)
+    running = serve(str(app_folder(root / "app")), studies, root / "log.txt")
+    yield SimpleNamespace(url=next(running), root=root, header=header, shifted=shifted, secret=secret)
+    running.close()
+
+
+def infer(url: str, image: str, output: str = "all", model: str = "register", **parameters: Any) -> Any:
+    """As 3D Slicer's client asks: the parameters are a field of a form."""
+    import requests
+
+    return requests.post(
+        f"{url}/infer/{model}", params={"image": image, "output": output}, data={"params": json.dumps(parameters)},
+        timeout=120,
+    )  # fmt: skip
+
+
+def parts(response: Any) -> dict[str, bytes]:
+    head = f"Content-Type: {response.headers['content-type']}\r\n\r\n".encode()
+    message = BytesParser().parsebytes(head + response.content)
+    names = {part.get_param("name", header="content-disposition"): part for part in message.get_payload()}  # type: ignore
+    return {str(name): part.get_payload(decode=True) for name, part in names.items()}  # type: ignore[misc]
+
+
+@needs_server
+@pytest.mark.slow
+def test_info_and_moved_image(server: SimpleNamespace, tmp_path: Path) -> None:
+    import requests
+
+    info = requests.get(f"{server.url}/info/", timeout=30).json()
+    assert set(info["models"]) == {"register", "register_labels"}
+    assert "t2" in info["models"]["register"]["config"]["moving"]
+    response = infer(server.url, "t1", moving="t2")
+    assert response.status_code == 200, response.text
+    answer = parts(response)
+    report = json.loads(answer["params"])
+    assert report["quality"]["verdict"] == "PASS" and report["success"] is True
+    assert report["expected_error_mm"]["below_in_95_percent"] < 1.0
+    # both scans lie on one lattice but for the shift in the header
+    np.testing.assert_allclose(np.array(report["matrix"])[:3, 3], server.shifted[:3, 3], atol=2.0)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+    np.testing.assert_allclose(report["matrix_lps"], lps @ np.array(report["matrix"]) @ lps)
+    assert report["metrics"]["after"]["nmi"] > report["metrics"]["before"]["nmi"]
+    (tmp_path / "moved.nii.gz").write_bytes(answer["image"])
+    moved = nib.load(tmp_path / "moved.nii.gz")
+    np.testing.assert_allclose(moved.affine, server.header, atol=1e-4)
+    assert np.corrcoef(moved.get_fdata().ravel(), nib.load(server.secret).get_fdata().ravel())[0, 1] > 0.95
+
+
+@needs_server
+@pytest.mark.slow
+def test_moved_labels(server: SimpleNamespace, tmp_path: Path) -> None:
+    answer = parts(infer(server.url, "t1", moving="t2", **{"return": "labels"}))
+    (tmp_path / "moved.nii.gz").write_bytes(answer["image"])
+    moved = np.asarray(nib.load(tmp_path / "moved.nii.gz").dataobj)
+    assert set(np.unique(moved)) == {0, 2} and json.loads(answer["params"])["label_names"]
+
+
+@needs_server
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["SECRET", "../secret", "..", "/etc/passwd", "nothing", "", None, 7, ["t2"], "t2.nii.gz"]
+)
+def test_moving_is_an_id_and_nothing_else(server: SimpleNamespace, name: Any) -> None:
+    response = infer(server.url, "t1", moving=str(server.secret) if name == "SECRET" else name)
+    assert response.status_code == 400 and "moving" in response.json()["detail"]
+    assert "Traceback" not in response.text and len(response.text) < 500 and "id of an image" in response.text
+
+
+@needs_server
+@pytest.mark.slow
+def test_two_clients_at_once_get_what_one_gets(server: SimpleNamespace) -> None:
+    def matrix(fixed: str) -> list:
+        response = infer(server.url, fixed, "json", moving="t2" if fixed == "t1" else "t1")
+        assert response.status_code == 200, response.text
+        return response.json()["params"]["matrix"] if "params" in response.json() else response.json()["matrix"]
+
+    alone = [matrix("t1"), matrix("t2")]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(matrix, ["t1", "t2"] * 2))
+    for number, found in enumerate(together):
+        np.testing.assert_allclose(found, alone[number % 2], atol=1e-5)
+    np.testing.assert_allclose(np.array(alone[0]) @ np.array(alone[1]), np.eye(4), atol=0.3)
+
+
+@needs_server
+@pytest.mark.slow
+def test_requests_leave_no_files_behind(server: SimpleNamespace) -> None:
+    before = {p for p in Path("/tmp").glob("moved_image_*")}
+    assert infer(server.url, "t1", moving="t2").status_code == 200
+    time.sleep(1.0)
+    assert {p for p in Path("/tmp").glob("moved_image_*")} <= before
+    assert not (server.root / "studies" / "labels" / "original").exists() or not list(
+        (server.root / "studies" / "labels" / "original").iterdir()
+    )
+    assert torch.get_num_threads() >= 1
