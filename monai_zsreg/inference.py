@@ -191,6 +191,9 @@ class ReadPair(Transform):
             RegistrationError: an image that cannot be used.
         """
         pair = dict(data)
+        if "name" not in pair:  # another program's single image, such as MONAI Label's own app gives
+            allowed = "two images, fixed and moving; in MONAI Label use the app of monai_zsreg.label"
+            raise RegistrationError("data", sorted(pair), allowed)
         if "fixed" not in pair and "moving" not in pair:
             pair.update(demo_pair(folder_of(self.output_dir, pair["name"]), self.demonstration_dims))
             print(

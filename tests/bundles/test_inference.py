@@ -305,3 +305,9 @@ def test_targets_are_installed_packages() -> None:
     text = INFERENCE.read_text()
     targets = [line.split('"')[3] for line in text.splitlines() if '"_target_"' in line]
     assert targets and all(t.split(".")[0] in ("monai_zsreg", "torch") or "." not in t for t in targets)
+
+
+def test_one_image_only_is_refused() -> None:
+    """MONAI Label's own bundle app hands over a single image."""
+    with pytest.raises(RegistrationError, match="data: got .*image.* expected two images, fixed and moving"):
+        ReadPair()({"image": "t1.nii.gz", "device": "cpu"})
