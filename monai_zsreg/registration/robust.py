@@ -313,7 +313,10 @@ class _Images:
         self._levels = {step: replace(level, window=window) for step, level in self._levels.items()}
         self.coarse = self.at(coarse)
         if mask is not None:
-            given = pool(Level(mask.to(values.dtype), grid), coarse)
+            # by the same steps as the image, or the two would end on different grids
+            given = Level(mask.to(values.dtype), grid)
+            for step in sorted({base, *self._levels, coarse}):
+                given = pool(given, step)
             seen = Level(seen.values * (given.values > 0), given.grid)
             # nothing stands out there: take the mask at its word
             empty = seen.values.flatten(1).sum(1) == 0
