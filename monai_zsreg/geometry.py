@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -220,22 +221,27 @@ class Grid:
         """Number of spatial dimensions, D."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def spacing(self) -> tuple[float, ...]:
         """Distance between neighboring voxels along each array axis, mm."""
         return tuple(float(s) for s in affine_to_spacing(self.affine, self.dims))
 
-    @property
+    @cached_property
     def center(self) -> Tensor:
         """World coordinates of the middle of the field of view, ``(D,)``."""
         middle = torch.tensor([(n - 1) / 2 for n in self.shape], dtype=torch.float64)
         return apply_affine(self.affine, middle.unsqueeze(0))[0]
 
-    @property
+    @cached_property
     def extent(self) -> Tensor:
         """Size of the axis-aligned world box that holds all voxels, ``(D,)`` in mm."""
         sides = torch.tensor(self.shape, dtype=torch.float64)
         return self.affine[: self.dims, : self.dims].abs() @ sides
+
+    @cached_property
+    def from_world(self) -> Tensor:
+        """See `grid_from_world`."""
+        return _index_to_grid(self.shape, self.affine) @ torch.linalg.inv(self.affine)
 
     def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
         """True where both have one shape and their affines agree within ``tolerance`` mm at every corner."""
@@ -315,7 +321,7 @@ def _index_to_unit(grid: Grid) -> Tensor:
 
 def grid_from_world(grid: Grid) -> Tensor:
     """World coordinates to the normalized coordinates of ``grid_sample``, ``(D+1, D+1)`` float64 on the CPU."""
-    return _index_to_grid(grid.shape, grid.affine) @ torch.linalg.inv(grid.affine)
+    return grid.from_world
 
 
 def pooled_grid(grid: Grid, factors: Sequence[int]) -> Grid:

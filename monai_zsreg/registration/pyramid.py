@@ -49,7 +49,7 @@ def pool(level: Level, spacing: float) -> Level:
     return Level(average(level.values, factors), pooled_grid(level.grid, factors), level.window)
 
 
-def normalize(coarse: Level) -> tuple[Tensor, Level]:
+def normalize(coarse: Level, faint: bool = False) -> tuple[Tensor, Level]:
     """Which intensities are background, and how bright tissue is.
 
     The background is the median of the outermost voxels, unless these vary so much that they are no background: then
@@ -57,6 +57,8 @@ def normalize(coarse: Level) -> tuple[Tensor, Level]:
 
     Args:
         coarse: images, pooled, so that noise does not count.
+        faint: whether all that differs at all from a background without noise is foreground; otherwise it must stand
+            out by 8 % of the range, for air may be cut to zero in one place and noisy in another.
 
     Returns:
         The window ``[N, 2]`` from background to bright tissue, and a level with the foreground, 1 or 0.
@@ -76,9 +78,10 @@ def normalize(coarse: Level) -> tuple[Tensor, Level]:
             windows.append(torch.stack([low, (high - low).clamp(min=1e-20)]))
             masks.append(torch.ones_like(image))
             continue
+        least = 0.005 if faint and bool(noise == 0) else 0.08
         scale = torch.maximum(high - middle, 1e-6 * (high - low)).clamp(min=1e-20)
         windows.append(torch.stack([middle, scale]))
-        masks.append(((image - middle).abs() > torch.maximum(0.08 * scale, 4 * noise)).to(image.dtype))
+        masks.append(((image - middle).abs() > torch.maximum(least * scale, 4 * noise)).to(image.dtype))
     return torch.stack(windows), Level(torch.stack(masks)[:, None], coarse.grid)
 
 

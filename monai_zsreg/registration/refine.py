@@ -106,19 +106,29 @@ _FARTHEST = 2.0
 
 
 @dataclass
-class _Side:
-    """One image's blocks, and how to look the other image up at them."""
+class _Blocks:
+    """Blocks of both images and how to look the other image up at them: those of the moving images follow in the batch
+    on those of the fixed ones, ``M = 2 N``, so that one set of operations does for both."""
 
-    corners: Tensor  # [N, B, D] first inner points, own frame
+    corners: Tensor  # [M, B, D] first inner points, own frame
     step: float
-    coordinates: Tensor  # [N, D + 1, B * P] inner points, own frame, homogeneous
-    products: Tensor  # [N, (D + 1)(D + 2) / 2, B * P] products of the above
-    weight: Tensor  # [N, B * P] of the inner points
-    features: Tensor  # [N, B, C, P]
-    gradient: Tensor  # [D, N, B, C, P]
-    tensor: Tensor  # [N, D(D + 1) / 2, B * P] products of the gradient, summed over the channels
-    other: Level  # other image
-    other_to_grid: Tensor  # [N, D+1, D+1] other frame to grid_sample's coordinates
+    coordinates: Tensor  # [M, D + 1, B * P] inner points, own frame, homogeneous
+    products: Tensor  # [M, (D + 1)(D + 2) / 2, B * P] products of the above
+    weight: Tensor  # [M, B * P] of the inner points
+    features: Tensor  # [M, B, C, P]
+    gradient: Tensor  # [D, M, B, C, P]
+    tensor: Tensor  # [M, D(D + 1) / 2, B * P] products of the gradient, summed over the channels
+    others: tuple[Level, Level]  # moving images, fixed images
+    other_to_grid: Tensor  # [M, D+1, D+1] other frame to grid_sample's coordinates
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where blocks can be laid: images, the frame of their blocks, and how much places count."""
+
+    image: Level
+    frame: Frame
+    weight: Level
 
 
 class Refiner:
@@ -149,7 +159,7 @@ class Refiner:
         block: int = 8,
         blocks: int = 128,
         iterations: int = 10,
-        tolerance: float = 0.03,
+        tolerance: float = 0.06,
         robustness: float = 4.0,
     ) -> None:
         self.describe = describe
@@ -187,10 +197,12 @@ class Refiner:
             weigh: whether to gather the evidence.
         """
         dims = fixed.grid.dims
-        sides = [
-            self._side(fixed, moving, fixed_frame, moving_frame, fixed_weight, step, seed),
-            self._side(moving, fixed, moving_frame, fixed_frame, moving_weight, step, seed),
-        ]
+        n = len(transforms)
+        places = (
+            _Place(fixed, fixed_frame, fixed_weight),
+            _Place(moving, moving_frame, moving_weight),
+        )
+        blocks = self._lay(places, step, seed)
         basis = generators(self.transform, dims)
         identity = torch.eye(len(basis), dtype=torch.float64)
         current = kept = transforms
@@ -204,15 +216,11 @@ class Refiner:
                 best, kept_overlap = torch.gather(best, 1, order), torch.gather(kept_overlap, 1, order)
                 memory.pick(order)
             inverse = torch.linalg.inv(current)
-            # a motion of the fixed frame, and the same as the moving frame sees it
-            motions = _motions(basis, current, inverse)
-            normal = right = cost = overlap = torch.zeros((), dtype=torch.float64)
-            for side, pull, moved in zip(sides, (current, inverse), motions, strict=True):
-                part = self._equations(side, pull)
-                jacobian = moved[..., :dims, :].flatten(-2)
-                normal = normal + jacobian @ part[0] @ jacobian.mT
-                right = right + (jacobian @ part[1].unsqueeze(-1)).squeeze(-1)
-                cost, overlap = cost + part[2] / 2, overlap + part[3] / 2
+            full, right, cost, overlap = self._equations(blocks, torch.cat([current, inverse]))
+            jacobian = _motions(basis, current, inverse)[..., :dims, :].flatten(-2)
+            normal = (jacobian @ full @ jacobian.mT).unflatten(0, (2, n)).sum(0)
+            right = (jacobian @ right.unsqueeze(-1)).squeeze(-1).unflatten(0, (2, n)).sum(0)
+            cost, overlap = (part.unflatten(0, (2, n)).mean(0) for part in (cost, overlap))
             better = cost < best
             best = torch.where(better, cost, best)
             kept = torch.where(better[..., None, None], current, kept)
@@ -231,56 +239,61 @@ class Refiner:
         kept = torch.where(trusted[..., None, None], current, kept)
         first = best.argmin(1, keepdim=True)
         final = _pick(kept, first)
-        evidence = self._weigh(sides, final, basis, step) if weigh else None
+        evidence = self._weigh(blocks, final, basis) if weigh else None
         return Refinement(final[:, 0], best.amin(1), torch.gather(kept_overlap, 1, first)[:, 0], evidence)
 
-    def _side(
-        self, own: Level, other: Level, own_frame: Frame, other_frame: Frame, weight: Level, step: float, seed: int
-    ) -> _Side:
-        dims = own.grid.dims
-        n = len(own.values)
+    def _lay(self, places: tuple[_Place, _Place], step: float, seed: int) -> _Blocks:
+        dims = places[0].image.grid.dims
         margin = self.describe.margin
-        generator = torch.Generator().manual_seed(seed)
-        corners, block_weight = self._corners(own, own_frame, weight, step, generator)
-        count = corners.shape[1]
+        chosen = [self._corners(place, step, torch.Generator().manual_seed(seed)) for place in places]
+        # as many in one as in the other; those that fill up do not count
+        count = max(corners.shape[1] for corners, _ in chosen)
+        corners = torch.cat([F.pad(part, (0, 0, 0, count - part.shape[1])) for part, _ in chosen])
+        counts = torch.cat([F.pad(part, (0, count - part.shape[1])) for _, part in chosen])
+        m = len(corners)
 
+        def to_grid(images: tuple[Level, ...], frames: tuple[Frame, ...]) -> Tensor:
+            return torch.cat([frame.to_grid(image.grid) for image, frame in zip(images, frames, strict=True)])
+
+        fixed, moving = places
+        images, frames = (fixed.image, moving.image), (fixed.frame, moving.frame)
         # one more for the gradient
-        where = _placed(corners, self._lattice(corners, step, margin + 1), own_frame.to_grid(own.grid))
-        patches = own.scaled(_sample(own.values, where))
-        maps = self.describe(patches.view(n * count, *[self.block + 2 * margin + 2] * dims))
+        where = _placed(corners, self._lattice(corners, step, margin + 1), to_grid(images, frames))
+        patches = _looked_up(images, where)
+        maps = self.describe(patches.view(m * count, *[self.block + 2 * margin + 2] * dims))
         features, slopes = _with_gradient(maps, step)
-        features = features.view(n, count, *features.shape[1:])
+        features = features.view(m, count, *features.shape[1:])
         gradient = torch.stack([slope.view(features.shape) for slope in slopes])
         inner = self._lattice(corners, step, 0)
-        seen = _sample(weight.values, _placed(corners, inner, own_frame.to_grid(weight.grid)))
+        weights = (fixed.weight, moving.weight)
+        seen = _looked_up(weights, _placed(corners, inner, to_grid(weights, frames)))
         coordinates = (corners[:, :, None] + inner).flatten(1, 2)
         coordinates = torch.cat([coordinates.mT, torch.ones_like(coordinates[:, None, :, 0])], dim=1)
-        return _Side(
+        return _Blocks(
             corners=corners,
             step=step,
             coordinates=coordinates,
             products=_products(coordinates, 1),
-            weight=(seen.view(n, count, -1) * block_weight[..., None]).flatten(1),
+            weight=(seen.view(m, count, -1) * counts[..., None]).flatten(1),
             features=features,
             gradient=gradient,
-            tensor=_products(gradient, 0).sum(3).flatten(2).transpose(0, 1),
-            other=other,
-            other_to_grid=other_frame.to_grid(other.grid),
+            tensor=_tensor(gradient),
+            others=images[::-1],
+            other_to_grid=to_grid(images[::-1], frames[::-1]),
         )
 
-    def _corners(
-        self, own: Level, frame: Frame, weight: Level, step: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _corners(self, place: _Place, step: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """First inner points of the blocks, ``[N, B, D]`` in the own frame, and 1 or 0 ``[N, B]`` for those to count.
 
         The blocks stand side by side over the field of view, shifted by a random part of a step, so that their points
         fall between the voxels as those of the other image do. Where there are more than needed, a random choice.
         """
+        own, frame, weight = place.image, place.frame, place.weight
         dims, device = own.grid.dims, own.values.device
         width = self.block * step
-        sides = torch.tensor([m * s for m, s in zip(own.grid.shape, own.grid.spacing, strict=True)])
         unit = float(frame.to_world[0, :dims, :dims].norm(dim=0).mean())
-        cells = [max(1, int(-(-float(s) / unit // width))) for s in sides]
+        sides = [m * s / unit for m, s in zip(own.grid.shape, own.grid.spacing, strict=True)]
+        cells = [max(1, int(-(-side // width))) for side in sides]
         axes = [(torch.arange(c) - c / 2) * width for c in cells]
         middle = apply_affine(torch.linalg.inv(frame.to_world), own.grid.center.expand(len(frame.to_world), 1, dims))
         jitter = torch.rand(dims, generator=generator)
@@ -299,32 +312,30 @@ class Refiner:
         picked = torch.gather(corners, 1, chosen[..., None].expand(-1, -1, dims))
         return picked, (torch.gather(part, 1, chosen) > 0).float()
 
-    def _compare(self, side: _Side, pull: Tensor, around: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The other image at the blocks of this side.
+    def _compare(self, blocks: _Blocks, pull: Tensor, around: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The other images at the blocks.
 
         Args:
-            side: the blocks.
-            pull: ``[N, K, D+1, D+1]``, own frame to other frame.
+            blocks: of both images.
+            pull: ``[M, K, D+1, D+1]``, own frame to other frame.
             around: further lattice points on each side of a block.
 
         Returns:
-            Its descriptors ``[N, K, B, C, *n]`` with ``n = block + 2 around``; the weight of the inner points
-            ``[N, K, B * P]``, 0 outside its field of view; and the weight's sum on the own side, ``[N, 1]``.
+            Their descriptors ``[M, K, B, C, *n]`` with ``n = block + 2 around``; the weight of the inner points
+            ``[M, K, B * P]``, 0 outside the other's field of view; and the weight's sum on the own side, ``[M, 1]``.
         """
-        n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
+        m, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
         margin = self.describe.margin + around
         width = self.block + 2 * margin
-        where = _placed(
-            side.corners[:, None], self._lattice(side.corners, side.step, margin), side.other_to_grid[:, None] @ pull
-        )
-        patches = side.other.scaled(_sample(side.other.values, where))
-        maps = self.describe(patches.view(-1, *[width] * dims))
-        maps = maps.view(n, k, -1, *maps.shape[1:])
-        inner = where.view(n, k, -1, *[width] * dims, dims)
+        lattice = self._lattice(blocks.corners, blocks.step, margin)
+        where = _placed(blocks.corners[:, None], lattice, blocks.other_to_grid[:, None] @ pull)
+        maps = self.describe(_looked_up(blocks.others, where).view(-1, *[width] * dims))
+        maps = maps.view(m, k, -1, *maps.shape[1:])
+        inner = where.view(m, k, -1, *[width] * dims, dims)
         for axis in range(dims):
             inner = inner.narrow(3 + axis, margin, self.block)
-        inside = (inner.abs().amax(-1) <= 1).view(n, k, -1)
-        return maps, side.weight[:, None] * inside, side.weight.sum(1).clamp(min=1e-6)[:, None]
+        inside = (inner.abs().amax(-1) <= 1).view(m, k, -1)
+        return maps, blocks.weight[:, None] * inside, blocks.weight.sum(1).clamp(min=1e-6)[:, None]
 
     def _robust(self, weight: Tensor, square: Tensor) -> Tensor:
         """Less weight for points that disagree more than others: Geman and McClure's function."""
@@ -334,24 +345,23 @@ class Refiner:
         median = flat.nanmedian(-1, keepdim=True).values.nan_to_num(1.0).clamp(min=1e-6)
         return weight / (1 + square / (self.robustness * median)).square_()
 
-    def _equations(self, side: _Side, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normal matrix ``[N, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
-        n, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
-        features, weight, total = self._compare(side, pull, 0)
-        residual = side.features[:, None] - features.flatten(4)
+    def _equations(self, blocks: _Blocks, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normal matrix ``[M, K, D(D+1), D(D+1)]`` and right-hand side of all blocks, cost and overlap."""
+        m, k, dims = pull.shape[0], pull.shape[1], pull.shape[-1] - 1
+        features, weight, total = self._compare(blocks, pull, 0)
+        residual = blocks.features[:, None] - features.flatten(4)
         square = residual.square().mean(3).flatten(2)
         worst = self.describe.worst
         cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / total + worst
         overlap = weight.sum(2) / total
         weight = self._robust(weight, square)
-        force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in side.gradient], dim=2)
-        moments = (side.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ side.products.mT
-        right = (force * weight[:, :, None]).flatten(1, 2) @ side.coordinates.mT
+        force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in blocks.gradient], dim=2)
+        moments = (blocks.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ blocks.products.mT
+        right = (force * weight[:, :, None]).flatten(1, 2) @ blocks.coordinates.mT
         # spread the unique entries over the whole matrix
         pair = _square_index(dims, pull.device)
-        full = self._spread(moments.view(n, k, -1, moments.shape[-1])[..., pair, :], dims)
-        size = dims * (dims + 1)
-        parts = (full, right.view(n, k, size), cost, overlap)
+        full = self._spread(moments.view(m, k, -1, moments.shape[-1])[..., pair, :], dims)
+        parts = (full, right.view(m, k, dims * (dims + 1)), cost, overlap)
         full, right, cost, overlap = (part.cpu().double() for part in parts)
         return full, right, cost, overlap
 
@@ -362,54 +372,44 @@ class Refiner:
         size = dims * (dims + 1)
         return full.transpose(-3, -2).reshape(*full.shape[:-4], size, size)
 
-    def _weigh(self, sides: list[_Side], final: Tensor, basis: Tensor, step: float) -> Evidence:
+    def _weigh(self, blocks: _Blocks, final: Tensor, basis: Tensor) -> Evidence:
         """The evidence at the final transforms ``[N, 1, D+1, D+1]``.
 
-        The estimate solves sum of g_b = 0 over the blocks of both sides. With J the derivative of that sum, whose
+        The estimate solves sum of g_b = 0 over the blocks of both images. With J the derivative of that sum, whose
         slopes are those of the one image on the left and of the other on the right, its covariance is
         J^-1 (sum of g_b g_b^T) J^-T (Huber 1967), whatever the noise is, as long as blocks err independently.
         """
         n, dims = len(final), final.shape[-1] - 1
+        m, size, parameters = 2 * n, dims * (dims + 1), len(basis)
         inverse = torch.linalg.inv(final)
-        size = dims * (dims + 1)
-        parameters = len(basis)
-        jacobian = torch.zeros(n, parameters, parameters, dtype=torch.float64)
-        scatter = torch.zeros_like(jacobian)
-        blocks = torch.zeros(n, dtype=torch.float64)
-        common = torch.zeros(n, dtype=torch.float64)
-        lengths = torch.zeros(2, n, dtype=torch.float64)
-        for side, pull, moved in zip(sides, (final, inverse), _motions(basis, final, inverse), strict=True):
-            maps, weight, _ = self._compare(side, pull, 1)
-            features, slopes = _with_gradient(maps[:, 0].flatten(0, 1), step)
-            residual = side.features - features.view(side.features.shape)
-            weight = self._robust(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
-            other = torch.stack([slope.view(side.features.shape) for slope in slopes])
-            tensor = torch.stack(
-                [
-                    torch.stack([(one * two).sum(2).flatten(1) for two in other], dim=1)  # [N, D, B * P]
-                    for one in side.gradient
-                ],
-                dim=1,
-            )
-            cross = (tensor * weight[:, None, None]).flatten(1, 2) @ side.products.mT
-            cross = self._spread(cross.view(n, dims, dims, -1), dims).cpu().double()
-            force = torch.stack([(slope * residual).sum(2) for slope in side.gradient], dim=2)  # [N, B, D, P]
-            count, points = force.shape[1], force.shape[3]
-            shape = (n, count, 1, points)
-            coordinates = side.coordinates.view(n, dims + 1, count, points).permute(0, 2, 3, 1)
-            each = ((force * weight.view(shape)) @ coordinates).reshape(n, count, size).cpu().double()
-            change = moved[..., :dims, :].flatten(-2)[:, 0].expand(n, parameters, size)
-            jacobian += change @ cross @ change.mT
-            each = each @ change.mT
-            scatter += each.mT @ each
-            blocks += (each.abs().amax(-1) > 0).sum(-1)
-            common += (tensor.diagonal(dim1=1, dim2=2).sum(-1) * weight).sum(-1).cpu().double()
-            for index, slope in enumerate((side.gradient, other)):
-                square = slope.square().sum((0, 3)).flatten(1)
-                lengths[index] += (square * weight).sum(-1).cpu().double()
-        agreement = common / (lengths[0] * lengths[1]).sqrt().clamp(min=1e-12)
+        maps, weight, _ = self._compare(blocks, torch.cat([final, inverse]), 1)
+        features, slopes = _with_gradient(maps[:, 0].flatten(0, 1), blocks.step)
+        residual = blocks.features - features.view(blocks.features.shape)
+        weight = self._robust(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
+        other = torch.stack([slope.view(blocks.features.shape) for slope in slopes])
+        tensor = torch.stack(
+            [
+                torch.stack([(one * two).sum(2).flatten(1) for two in other], dim=1)  # [M, D, B * P]
+                for one in blocks.gradient
+            ],
+            dim=1,
+        )
+        cross = (tensor * weight[:, None, None]).flatten(1, 2) @ blocks.products.mT
+        cross = self._spread(cross.view(m, dims, dims, -1), dims).cpu().double()
+        force = torch.stack([(slope * residual).sum(2) for slope in blocks.gradient], dim=2)  # [M, B, D, P]
+        count, points = force.shape[1], force.shape[3]
+        coordinates = blocks.coordinates.view(m, dims + 1, count, points).permute(0, 2, 3, 1)
+        each = (force * weight.view(m, count, 1, points)) @ coordinates
+        change = _motions(basis, final, inverse)[:, 0, :, :dims].flatten(-2)  # [M, P, D(D+1)]
+        each = each.reshape(m, count, size).cpu().double() @ change.mT
+        jacobian = (change @ cross @ change.mT).view(2, n, parameters, parameters).sum(0)
+        scatter = (each.mT @ each).view(2, n, parameters, parameters).sum(0)
+        used = (each.abs().amax(-1) > 0).sum(-1).view(2, n).sum(0).double()
+        squares = (tensor.diagonal(dim1=1, dim2=2).sum(-1), _lengths(blocks.tensor), _lengths(_tensor(other)))
+        common, own, others = ((square * weight).sum(-1).cpu().double().view(2, n).sum(0) for square in squares)
+        agreement = common / (own * others).sqrt().clamp(min=1e-12)
         # as many equations as blocks: what the parameters use up makes residuals look small
-        scatter = scatter * (blocks / (blocks - parameters).clamp(min=1))[:, None, None]
+        scatter = scatter * (used / (used - parameters).clamp(min=1))[:, None, None]
         solved = torch.linalg.pinv(jacobian)
         return Evidence(solved @ scatter @ solved.mT, agreement, basis)
 
@@ -440,9 +440,22 @@ def _with_gradient(maps: Tensor, step: float) -> tuple[Tensor, list[Tensor]]:
     return crop(maps, list(range(dims))).flatten(2), slopes
 
 
-def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Motions of the fixed frame, and the same as the moving frame sees them, ``[N, K, P, D+1, D+1]``."""
-    return basis[None, None], -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2))
+def _tensor(gradient: Tensor) -> Tensor:
+    """Products of slopes ``[D, M, B, C, P]`` along two axes, summed over the channels, ``[M, D(D + 1) / 2, B * P]``."""
+    return _products(gradient, 0).sum(3).flatten(2).transpose(0, 1)
+
+
+def _lengths(products: Tensor) -> Tensor:
+    """Squared length of the vectors of which these are the products, ``[M, D(D + 1) / 2, S]`` to ``[M, S]``."""
+    dims = {3: 2, 6: 3}[products.shape[1]]
+    rows, columns = torch.triu_indices(dims, dims, device=products.device)
+    return products[:, rows == columns].sum(1)
+
+
+def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> Tensor:
+    """Motions of the fixed frame, then the same as the moving frame sees them, ``[M, K, P, D+1, D+1]``."""
+    seen = -(current.unsqueeze(2) @ basis @ inverse.unsqueeze(2))
+    return torch.cat([basis.expand(seen.shape), seen])
 
 
 def _pick(transforms: Tensor, which: Tensor) -> Tensor:
@@ -482,6 +495,12 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
     linear = matrix[..., :-1, :-1].mT
     begin = corners @ linear + matrix[..., None, :-1, -1]
     return begin[..., None, :] + (lattice @ linear)[..., None, :, :]
+
+
+def _looked_up(images: tuple[Level, ...], where: Tensor) -> Tensor:
+    """Values of one image after the other, in its window, at its equal part of the points ``[M, ..., D]``."""
+    parts = zip(images, where.chunk(len(images)), strict=True)
+    return torch.cat([image.scaled(_sample(image.values, part)) for image, part in parts])
 
 
 def _sample(values: Tensor, where: Tensor) -> Tensor:

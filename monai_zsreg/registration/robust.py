@@ -38,9 +38,13 @@ class _Stage:
 
 
 _STAGES = {
-    2: (_Stage(2, 5, 24, 16), _Stage(1, 5, 64, 16)),
+    2: (_Stage(2, 5, 24, 12), _Stage(1, 5, 64, 16)),
     3: (_Stage(4, 6, 30, 8), _Stage(2, 6, 64, 8), _Stage(1, 4, 100, 8)),
 }
+
+
+# lattice steps along the longest side that a level needs: below, blocks would be larger than what they show
+_SIDE = 24
 
 
 @dataclass
@@ -85,12 +89,24 @@ class _Effort:
     keep: int
     trials: int
     results: int
+    #: levels before the engine's own, for a search that ended a few blocks off
+    catch: tuple[_Stage, ...] = ()
+    #: whether all that differs at all from a background without noise is foreground
+    faint: bool = False
 
 
-# first attempt, and the one for pairs that do not look alike after it
-_EFFORT = {
-    2: (_Effort(1500, 16, 16, 4), _Effort(4000, 30, 48, 12)),
-    3: (_Effort(2500, 24, 24, 4), _Effort(5000, 64, 48, 12)),
+# first attempt, and those for pairs that do not look alike after it; the last for images that fade into the background
+_EFFORTS = {
+    2: (
+        _Effort(1000, 16, 16, 4),
+        _Effort(4000, 30, 48, 12),
+        _Effort(4000, 30, 48, 12, (_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)), faint=True),
+    ),
+    3: (
+        _Effort(2500, 24, 24, 4),
+        _Effort(5000, 64, 48, 12),
+        _Effort(5000, 64, 48, 12, faint=True),
+    ),
 }
 
 
@@ -207,32 +223,41 @@ class RobustEngine(nn.Module):
                 256) steps along the longest side.
             search: in place of the engine's own.
 
-        Pairs that do not look alike at what the first attempt finds get a second one with more candidates.
+        Pairs that do not look alike at what the first attempt finds get further ones with more candidates.
         """
         search = search or self.search
-        pair = _Prepared(fixed, moving, fixed_grid, moving_grid, fixed_mask, moving_mask, initial, spacing)
-        result = self._attempt(pair, search, False)
-        doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
-        if len(doubtful) == 0 or search == "none":
-            return result
-        if len(doubtful) < len(fixed):
-            where = doubtful.to(fixed.device)
-            options = (fixed_mask, moving_mask, initial)
-            one, two, three = (part if part is None else part[doubtful.to(part.device)] for part in options)
-            pair = _Prepared(fixed[where], moving[where], fixed_grid, moving_grid, one, two, three, spacing)
-        again = self._attempt(pair, search, True)
-        better = again.cost[:, -1] < result.cost[doubtful, -1]
-        return result.replaced(doubtful[better], again.take(better))
+        options = (fixed_mask, moving_mask, initial)
 
-    def _attempt(self, pair: _Prepared, search: str, thorough: bool) -> RobustEstimate:
+        def attempt(effort: _Effort, which: Tensor) -> RobustEstimate:
+            where = which.to(fixed.device)
+            one, two, three = (part if part is None else part[which.to(part.device)] for part in options)
+            parts = (fixed[where], moving[where], fixed_grid, moving_grid, one, two, three)
+            pair = _Prepared(*parts, spacing, effort.faint)
+            return self._attempt(pair, search, effort)
+
+        first, *others = _EFFORTS[self.spatial_dims]
+        result = attempt(first, torch.arange(len(fixed)))
+        for effort in others if search != "none" else ():
+            doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
+            if len(doubtful) == 0:
+                break
+            again = attempt(effort, doubtful)
+            better = again.cost[:, -1] < result.cost[doubtful, -1]
+            result = result.replaced(doubtful[better], again.take(better))
+        return result
+
+    def _attempt(self, pair: _Prepared, search: str, effort: _Effort) -> RobustEstimate:
         transforms = pair.start[:, None]
         if search != "none":
-            found = self._search(pair, search, _EFFORT[self.spatial_dims][int(thorough)])
+            found = self._search(pair, search, effort)
             # where the user or the headers put it may be right
             transforms = torch.cat([found, transforms], dim=1) if search == "global" else found
-        costs = []
-        for number, stage in enumerate(self.stages):
+        costs: list[Tensor] = []
+        stages = effort.catch + self.stages
+        for number, stage in enumerate(stages, start=len(self.stages) - len(stages)):
             step = stage.step * pair.base
+            if step > pair.extent / _SIDE and stage is not stages[-1]:
+                continue
             refiner = Refiner(self.describe, self.transform, stage.block, stage.blocks, stage.iterations)
             result = refiner(
                 transforms,
@@ -243,11 +268,13 @@ class RobustEngine(nn.Module):
                 pair.fixed.seen,
                 pair.moving.seen,
                 step / pair.unit,
-                self.seed + number,
+                self.seed + number % 64,  # no negative seeds
                 weigh=stage is self.stages[-1],
             )
             transforms = result.transform[:, None]
-            costs.append(result.cost)
+            if number >= 0:
+                # a level that was left out shows the next one's
+                costs += [result.cost] * (number + 1 - len(costs))
         matrix = pair.moving_frame.to_world @ result.transform @ torch.linalg.inv(pair.fixed_frame.to_world)
         cost = torch.stack(costs, 1)
         assert result.evidence is not None
@@ -306,10 +333,12 @@ _UNLIKE = {2: 0.099, 3: 0.09}
 class _Images:
     """One side of a batch of pairs: its pyramid, its foreground, and where that lies."""
 
-    def __init__(self, values: Tensor, grid: Grid, mask: Tensor | None, base: float, coarse: float) -> None:
+    def __init__(
+        self, values: Tensor, grid: Grid, mask: Tensor | None, base: float, coarse: float, faint: bool
+    ) -> None:
         self._levels = {base: pool(Level(values, grid), base)}
         half = 2 * base
-        window, seen = normalize(pool(self.at(half) if half <= coarse else self.at(base), coarse))
+        window, seen = normalize(pool(self.at(half) if half <= coarse else self.at(base), coarse), faint)
         self._levels = {step: replace(level, window=window) for step, level in self._levels.items()}
         self.coarse = self.at(coarse)
         if mask is not None:
@@ -345,14 +374,15 @@ class _Prepared:
         moving_mask: Tensor | None,
         initial: Tensor | None,
         spacing: float | None,
+        faint: bool = False,
     ) -> None:
         dims = fixed_grid.dims
-        extent = float(torch.maximum(fixed_grid.extent, moving_grid.extent).max())
+        extent = self.extent = float(torch.maximum(fixed_grid.extent, moving_grid.extent).max())
         finest = min(min(fixed_grid.spacing), min(moving_grid.spacing))
         self.base = spacing or max(finest, extent / _FINEST[dims])
         coarse = max(self.base, extent / _COARSEST[dims])
-        self.fixed = _Images(fixed, fixed_grid, fixed_mask, self.base, coarse)
-        self.moving = _Images(moving, moving_grid, moving_mask, self.base, coarse)
+        self.fixed = _Images(fixed, fixed_grid, fixed_mask, self.base, coarse, faint)
+        self.moving = _Images(moving, moving_grid, moving_mask, self.base, coarse, faint)
         #: length of a frame unit, mm
         self.unit = max(float((self.fixed.radius.mean() * self.moving.radius.mean()).sqrt()), self.base)
         self.fixed_frame = Frame.of(fixed_grid, self.fixed.center, self.unit)

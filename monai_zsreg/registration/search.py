@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -259,19 +260,19 @@ def _apart(transforms: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tens
     dims = transforms.shape[-1] - 1
     linear = transforms[..., :dims, :dims]
     linear = linear / torch.linalg.det(linear).abs()[..., None, None] ** (1 / dims)
-    flat = linear.flatten(-2)
-    left = values.clone()
-    chosen = []
+    # the angle between two rotations by the trace of their quotient; NumPy, for the many small steps
+    flat, left = linear.flatten(-2).numpy(), values.numpy().copy()
+    limit = math.cos(math.radians(12.0))
+    limit = 2 * limit if dims == 2 else 1 + 2 * limit
+    batch = np.arange(len(flat))
+    chosen: list[np.ndarray] = []
     for _ in range(count):
         top = left.argmax(1)
         # all gone: repeat the best
-        top = torch.where(left.amax(1) == -torch.inf, values.argmax(1), top)
+        top = np.where(left[batch, top] == -np.inf, chosen[0] if chosen else top, top)
         chosen.append(top)
-        # the angle between two rotations by the trace of their quotient
-        trace = (flat @ torch.gather(flat, 1, top[:, None, None].expand(-1, 1, flat.shape[-1])).mT)[..., 0]
-        cos = trace / 2 if dims == 2 else (trace - 1) / 2
-        left = left.masked_fill(cos > math.cos(math.radians(12.0)), -torch.inf)
-    picked = torch.stack(chosen, 1)
+        left[(flat @ flat[batch, top][:, :, None])[..., 0] > limit] = -np.inf
+    picked = torch.from_numpy(np.stack(chosen, 1))
     index = picked[..., None, None].expand(-1, -1, dims + 1, dims + 1)
     return torch.gather(transforms, 1, index), torch.gather(values, 1, picked)
 
