@@ -38,7 +38,7 @@ from monai_zsreg.demo import demo_pair
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid
 from monai_zsreg.html_report import save_html_report
-from monai_zsreg.io.files import atomic_path, output_folder, write_json
+from monai_zsreg.io.files import atomic_path, output_folder, remove_leftovers, write_json
 from monai_zsreg.metrics import foreground_tre, similarity
 from monai_zsreg.networks import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
 from monai_zsreg.registration.estimators import KeypointEstimator
@@ -466,6 +466,7 @@ class PairWriter:
         if name in state.registered:
             raise RegistrationError("name", name, "a name that no other pair has")
         folder = output_folder(folder_of(self.output_dir, name))
+        remove_leftovers(folder)
         (folder / _REPORT).unlink(missing_ok=True)
         written = {"transform": folder / _WRITTEN["transform"]}
         result.save_transform(written["transform"])

@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["atomic_path", "output_folder", "write_json"]
+__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "write_json"]
+
+_PARTIAL = ".partial-"
+# what no folder with another process at work in it shows any more, seconds
+_OLD = 3600.0
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """True for a file or folder; False also for a name that none can have (too long, a NUL, links in a circle)."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -26,18 +40,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         path: the final name. Its folder is made if it is missing.
 
     Raises:
-        RegistrationError: the folder cannot be made or written to, or ``path`` is a folder.
+        RegistrationError: the folder cannot be made or written to, the disk is full, or ``path`` is a folder or a
+            device.
     """
     target = Path(path)
+    if exists(target) and not target.is_file():
+        # renaming would put a file in the place of a device
+        raise RegistrationError("path", str(path), "the name of a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix="".join(target.suffixes[-2:]), dir=target.parent)
         os.close(handle)
     except OSError as error:
         raise RegistrationError("path", str(path), f"a file in a folder that can be written to ({error})") from error
     partial = Path(name)
     try:
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise RegistrationError("path", str(path), f"room to write it ({error.strerror})") from error
         # mkstemp makes the file private; a finished file has the mode that a plain open() would give
         mask = os.umask(0)
         os.umask(mask)
@@ -48,6 +71,18 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             raise RegistrationError("path", str(path), f"the name of a file that can be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+# disk full, quota, largest size of a file, and the disk itself
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files that a killed process left in a folder, once they are an hour old."""
+    for partial in Path(folder).glob(f"{_PARTIAL}*"):
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _OLD:
+                partial.unlink()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

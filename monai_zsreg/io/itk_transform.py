@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import flip_points, lps_to_ras, ras_to_lps
-from monai_zsreg.io.files import atomic_path
+from monai_zsreg.io.files import atomic_path, exists
 
 __all__ = ["ITK_SUFFIXES", "read_itk_transform", "write_itk_transform"]
 
@@ -86,7 +86,7 @@ def read_itk_transform(path: str | os.PathLike) -> np.ndarray:
             in 2D or 3D.
     """
     _check_suffix(path)
-    if not Path(path).is_file():
+    if not exists(path) or not Path(path).is_file():
         raise RegistrationError("path", str(path), "a file that exists")
     try:
         transforms = itk.transformread(str(path))

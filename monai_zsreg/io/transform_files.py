@@ -49,7 +49,7 @@ from monai_zsreg.geometry import (
     world_from_fsl,
     world_from_index,
 )
-from monai_zsreg.io.files import atomic_path, write_json
+from monai_zsreg.io.files import atomic_path, exists, write_json
 from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
 
 __all__ = ["TRANSFORM_FORMATS", "read_transform", "write_transform"]
@@ -100,7 +100,7 @@ def read_transform(
     file = _path(path)
     if format is not None:
         _check_format(format)
-    if not file.is_file():
+    if not exists(file) or not file.is_file():
         raise RegistrationError("path", str(path), "a file that exists")
     try:
         content = file.read_bytes()
@@ -245,7 +245,7 @@ def _lattice(image: Any, name: str) -> _Volume:
         return _of_nibabel(image, name)
     if not isinstance(image, (str, os.PathLike)):
         raise RegistrationError(name, type(image).__name__, "a path, an image of nibabel, a MetaTensor or a Grid")
-    if not Path(image).exists():
+    if not exists(image):
         raise RegistrationError(name, str(image), "an existing file")
     try:
         header: Any = nib.load(image)

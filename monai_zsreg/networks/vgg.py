@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.io.files import atomic_path
+from monai_zsreg.io.files import atomic_path, exists
 
 __all__ = ["IMAGENET", "UNTRAINED_FOR_CHECKS_ONLY", "VGG19Features", "VGG19Patches", "cached_weights_path"]
 
@@ -193,7 +193,7 @@ def _buffer_name(name: str) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The four tensors in use from a state dict file, whole or cut."""
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise RegistrationError("vgg19_weights", str(path), 'an existing file, or "imagenet"')
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

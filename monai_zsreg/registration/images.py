@@ -18,6 +18,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, isotropic_grid, theta_from_index
+from monai_zsreg.io.files import exists
 from monai_zsreg.networks import AffineResampler
 from monai_zsreg.networks.zero_shot import scale_to_unit_range
 
@@ -145,7 +146,7 @@ def on_isotropic_grid(values: Tensor, grid: Grid, spacing: float, side: int) -> 
 
 
 def _read_file(path: Path, name: str) -> MetaTensor:
-    if not path.exists():
+    if not exists(path):
         raise RegistrationError(name, str(path), "an existing file")
     nifti = path.name.lower().endswith(_NIFTI)
     reader = "NibabelReader" if nifti else "ITKReader"

@@ -207,7 +207,11 @@ def register_with(
 
     start = time.perf_counter()
     estimator = method(fixed_values, fixed_grid, moving_grid, **options)
-    matrices, estimate = estimator(moving_values[None])
+    try:
+        matrices, estimate = estimator(moving_values[None])
+    except torch.OutOfMemoryError as error:
+        free = "more free memory on it; a coarser `spacing`, or device='cpu', needs less"
+        raise RegistrationError("device", str(device), free) from error
     seconds = time.perf_counter() - start
 
     status = Status(int(estimate.status[0]))

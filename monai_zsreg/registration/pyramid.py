@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,26 @@ class Level:
     grid: Grid
     window: Tensor | None = None
 
+    def clipped(self) -> Level:
+        """Itself, or, where single voxels are thousands of times as bright as tissue, a copy that cuts them off."""
+        if self.window is None:
+            return self
+        start, length = self.window.T[..., None, None]
+        flat = self.values.flatten(1)[:, None]
+        if float(((flat - start).abs().amax(-1) / length[..., 0]).max()) < _BRIGHTEST:
+            return self
+        most = _BRIGHTEST * length
+        return replace(self, values=flat.clamp(start - most, start + most).view(self.values.shape))
+
     def scaled(self, samples: Tensor) -> Tensor:
         """Samples ``[N, S]`` of the values, in the window."""
         if self.window is None:
             return samples
         return (samples - self.window[:, :1]) / self.window[:, 1:]
+
+
+# how far intensities may lie from the background, in ranges of tissue; their fourth powers must fit float32
+_BRIGHTEST = 1000.0
 
 
 def pool(level: Level, spacing: float) -> Level:
@@ -71,6 +86,8 @@ def normalize(coarse: Level, faint: bool = False) -> tuple[Tensor, Level]:
     ends = torch.tensor([0.005, 0.995], device=values.device)
     for image in values[:, 0]:
         low, high = torch.quantile(image.flatten()[:: 1 + image.numel() // 4_000_000], ends)
+        if bool(low == high):  # less than half a per cent of the voxels show anything
+            low, high = image.min(), image.max()
         border = image[rim]
         middle = border.median()
         noise = 1.4826 * (border - middle).abs().median()

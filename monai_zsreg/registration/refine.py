@@ -410,8 +410,10 @@ class Refiner:
         agreement = common / (own * others).sqrt().clamp(min=1e-12)
         # as many equations as blocks: what the parameters use up makes residuals look small
         scatter = scatter * (used / (used - parameters).clamp(min=1))[:, None, None]
-        solved = torch.linalg.pinv(jacobian)
-        return Evidence(solved @ scatter @ solved.mT, agreement, basis)
+        solved = torch.linalg.pinv(jacobian.nan_to_num())
+        covariance = solved @ scatter.nan_to_num() @ solved.mT
+        known = (jacobian.isfinite() & scatter.isfinite()).flatten(1).all(1)
+        return Evidence(covariance.where(known[:, None, None], torch.inf), agreement.nan_to_num(), basis)
 
     def _lattice(self, corners: Tensor, step: float, around: int) -> Tensor:
         """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""

@@ -191,11 +191,11 @@ class RobustEngine(nn.Module):
         shape = tuple(int(n) for n in image.shape[2:])
         grid = Grid(shape, torch.diag(torch.tensor([*sizes, 1.0], dtype=torch.float64)))
         moving, fixed = image[:, :1].float(), image[:, 1:].float()
-        with torch.no_grad():
-            matrix = self.estimate(fixed, moving, grid, grid).matrix
+        matrix = self.estimate(fixed, moving, grid, grid).matrix
         theta = torch.stack([theta_from_unit(unit_from_world(m, grid, grid), list(shape)) for m in matrix])
         return self.resample(moving, theta.to(moving), list(shape)).to(image.dtype)
 
+    @torch.no_grad()
     def estimate(
         self,
         fixed: Tensor,
@@ -236,14 +236,16 @@ class RobustEngine(nn.Module):
             return self._attempt(pair, search, effort)
 
         first, *others = _EFFORTS[self.spatial_dims]
-        result = attempt(first, torch.arange(len(fixed)))
-        for effort in others if search != "none" else ():
-            doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
-            if len(doubtful) == 0:
-                break
-            again = attempt(effort, doubtful)
-            better = again.cost[:, -1] < result.cost[doubtful, -1]
-            result = result.replaced(doubtful[better], again.take(better))
+        # coordinates do not bear half precision, whatever the caller's network computes in
+        with torch.autocast(fixed.device.type, enabled=False):
+            result = attempt(first, torch.arange(len(fixed)))
+            for effort in others if search != "none" else ():
+                doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
+                if len(doubtful) == 0:
+                    break
+                again = attempt(effort, doubtful)
+                better = again.cost[:, -1] < result.cost[doubtful, -1]
+                result = result.replaced(doubtful[better], again.take(better))
         return result
 
     def _attempt(self, pair: _Prepared, search: str, effort: _Effort) -> RobustEstimate:
@@ -339,7 +341,7 @@ class _Images:
         self._levels = {base: pool(Level(values, grid), base)}
         half = 2 * base
         window, seen = normalize(pool(self.at(half) if half <= coarse else self.at(base), coarse), faint)
-        self._levels = {step: replace(level, window=window) for step, level in self._levels.items()}
+        self._levels = {step: replace(level, window=window).clipped() for step, level in self._levels.items()}
         self.coarse = self.at(coarse)
         if mask is not None:
             # by the same steps as the image, or the two would end on different grids

@@ -11,7 +11,7 @@ resamples back and puts that header back as it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,11 @@ class ApplyAffineRegistration(ResampleToMatch):
         moved.meta = _moved_meta(moved, native, fixed, matrix)
         return moved
 
+    def check_transforms_match(self, transform: Mapping) -> None:
+        # a worker that was spawned has a copy with another id; MONAI knows that only where all processes spawn
+        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
+            super().check_transforms_match(transform)
+
     def inverse(self, data: Tensor) -> MetaTensor:
         """Voxels on the fixed grid back to the moving image's native grid and header.
 
@@ -171,7 +176,12 @@ class ApplyAffineRegistration(ResampleToMatch):
         Returns:
             ``[C, *native spatial]``; the type of ``data`` where mode is ``"nearest"`` and it is a whole-number type,
             else float32.
+
+        Raises:
+            RegistrationError: ``data`` has lost its metadata.
         """
+        if not isinstance(data, MetaTensor):
+            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
         transform = self.pop_transform(data)
         extra = transform[TraceKeys.EXTRA_INFO]
         with self.trace_transform(False):

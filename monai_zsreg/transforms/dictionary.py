@@ -42,7 +42,7 @@ __all__ = [
 class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
     """Dictionary form of `RegisterAffine`: aligns several moving images, and what follows each, to a fixed one.
 
-    Each image of ``keys`` is replaced by itself on the fixed grid, and ``<key>_affine`` gets its matrix (float64
+    Each image of ``keys`` is replaced by itself on the fixed grid, and ``affine_<key>`` gets its matrix (float64
     tensor ``(D+1, D+1)``, fixed world to moving world, RAS mm). The fixed image is left as it is.
 
     .. code-block:: python
@@ -68,7 +68,8 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         follower_mode: interpolation of followers, one for all or one each.
         follower_padding_mode: one for all followers or one each.
         follower_fill_value: one for all followers or one each.
-        affine_postfix: appended to a key for the entry that holds its matrix.
+        affine_prefix: put before a key for the entry that holds its matrix. (Not after it: MONAI's ``Spacingd`` takes
+            every entry whose name begins with ``<key>_`` for a dictionary of metadata.)
         device: see `RegisterAffine`.
         vgg19_weights: see `RegisterAffine`.
         seed: see `RegisterAffine`.
@@ -98,7 +99,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         follower_mode: str | int | Sequence[str | int] = GridSampleMode.NEAREST,
         follower_padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
         follower_fill_value: float | Sequence[float] = 0.0,
-        affine_postfix: str = "_affine",
+        affine_prefix: str = "affine_",
         device: str | torch.device | None = None,
         vgg19_weights: str | os.PathLike | None = None,
         seed: int = 0,
@@ -112,17 +113,15 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         LazyTransform.__init__(self, lazy=lazy)
         self.fixed_key = fixed_key
         self.followers = dict(followers or {})
-        self.affine_postfix = affine_postfix
+        self.affine_prefix = affine_prefix
         _check_keys(self.keys, fixed_key)
         _check_followers(self.followers, self.keys, fixed_key)
-        if not affine_postfix:
-            raise RegistrationError("affine_postfix", affine_postfix, "a string that is not empty")
+        if not affine_prefix:
+            raise RegistrationError("affine_prefix", affine_prefix, "a string that is not empty")
         taken = {fixed_key, *self.keys, *self.followers}
-        clash = [key for key in self.keys if f"{key}{affine_postfix}" in taken]
+        clash = [key for key in self.keys if f"{affine_prefix}{key}" in taken]
         if clash:
-            raise RegistrationError(
-                "affine_postfix", affine_postfix, f"one that makes new keys; {clash} do not get one"
-            )
+            raise RegistrationError("affine_prefix", affine_prefix, f"one that makes new keys; {clash} do not get one")
         self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
         self.follower_options = _options_per_key(
             "follower_", tuple(self.followers), follower_mode, follower_padding_mode, follower_fill_value
@@ -170,10 +169,10 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         for key, options in self.key_iterator(d, self.key_options):
             fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
             d[key] = self.registrar(d[key], fixed, **options, lazy=self.lazy if lazy is None else lazy)
-            d[f"{key}{self.affine_postfix}"] = d[key].meta[AFFINE_KEY].clone()
+            d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
         for follower, options in zip(self.followers, self.follower_options, strict=True):
             if follower in followers:
-                matrix = d[f"{self.followers[follower]}{self.affine_postfix}"]
+                matrix = d[f"{self.affine_prefix}{self.followers[follower]}"]
                 d[follower] = self.applier(
                     d[follower], matrix, fixed, **options, lazy=self.lazy if lazy is None else lazy
                 )

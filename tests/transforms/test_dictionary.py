@@ -347,8 +347,8 @@ def test_missing_keys(known_pair) -> None:
         ("followers", {"followers": {"l": "c"}}),
         ("followers", {"followers": {"b": "a"}}),
         ("followers", {"followers": {"f": "a"}}),
-        ("affine_postfix", {"affine_postfix": ""}),
-        ("affine_postfix", {"keys": ["a", "a_affine"]}),
+        ("affine_prefix", {"affine_prefix": ""}),
+        ("affine_prefix", {"keys": ["a", "affine_a"]}),
         ("mode", {"mode": "linear"}),
         ("mode", {"mode": ["bilinear"] * 3}),
         ("padding_mode", {"padding_mode": ["zeros", "ones"]}),
@@ -403,7 +403,7 @@ def test_registers_a_real_pair_with_what_follows(
 ) -> None:
     register = RegisterAffined("moving", "fixed", followers={"labels": "moving"}, vgg19_weights=vgg19_weights, **QUICK)
     moved = Compose([register, SaveAffined("moving", tmp_path)], lazy=lazy)(real_item)
-    affine = moved["moving_affine"]
+    affine = moved["affine_moving"]
     assert affine.dtype == torch.float64 and affine.shape == (3, 3)
     assert error_px(affine, real_item) < 0.3 * error_px(np.eye(3), real_item)
     assert torch.equal(affine, moved["moving"].meta["registration_affine"])
@@ -414,7 +414,7 @@ def test_registers_a_real_pair_with_what_follows(
     assert torch.equal(moved["labels"].as_tensor().to(torch.uint8), expected.as_tensor())
     # whatever a batch may hold
     batch = next(iter(DataLoader(Dataset([moved, moved]), batch_size=2)))
-    assert batch["moving_affine"].shape == (2, 3, 3)
+    assert batch["affine_moving"].shape == (2, 3, 3)
     back = register.inverse(decollate_batch(batch)[0])
     for key in ("moving", "labels"):
         assert torch.equal(back[key].affine, real_item[key].affine)
@@ -426,9 +426,9 @@ def test_registers_a_real_pair_with_what_follows(
 def test_same_result_twice_and_after_pickling(real_item: dict, vgg19_weights: Path) -> None:
     register = RegisterAffined("moving", "fixed", vgg19_weights=vgg19_weights, **QUICK)
     set_determinism(3)
-    first = register(real_item)["moving_affine"]
+    first = register(real_item)["affine_moving"]
     set_determinism(4)
-    second = pickle.loads(pickle.dumps(register))(real_item)["moving_affine"]
+    second = pickle.loads(pickle.dumps(register))(real_item)["affine_moving"]
     set_determinism(None)
     assert torch.equal(first, second)
 
@@ -438,7 +438,7 @@ def test_lazy_registration_joins_the_interpolation(real_item: dict, vgg19_weight
     register = RegisterAffined("moving", "fixed", vgg19_weights=vgg19_weights, **QUICK)
     chain = Compose([Spacingd(["fixed", "moving"], (1.5, 1.5), padding_mode="zeros"), register], lazy=True)
     moved = chain(real_item)
-    once = itk_resample(real_item["moving"], moved["moving"], moved["moving_affine"].numpy())
+    once = itk_resample(real_item["moving"], moved["moving"], moved["affine_moving"].numpy())
     inner = (slice(None), slice(5, -5), slice(5, -5))
     np.testing.assert_allclose(moved["moving"].numpy()[inner], once[inner], atol=2e-3 * once.max())
     back = chain.inverse(moved)["moving"]
@@ -458,7 +458,7 @@ def test_a_failed_registration(real_item: dict, vgg19_weights: Path) -> None:
         moved = RegisterAffined("moving", "fixed", on_failure="warn", **options)(item)
     assert moved["moving"].meta["registration_success"] is False
     assert moved["moving"].meta["registration_warnings"]
-    assert torch.equal(moved["moving_affine"], torch.eye(3, dtype=torch.float64))
+    assert torch.equal(moved["affine_moving"], torch.eye(3, dtype=torch.float64))
 
 
 def test_moved_header_alone_is_the_registration(known_pair, itk_resample) -> None:
