@@ -96,7 +96,8 @@ def normalize(coarse: Level, faint: bool = False) -> tuple[Tensor, Level]:
             masks.append(torch.ones_like(image))
             continue
         least = 0.005 if faint and bool(noise == 0) else 0.08
-        scale = torch.maximum(high - middle, 1e-6 * (high - low)).clamp(min=1e-20)
+        # tissue may also be darker than the background
+        scale = torch.maximum(high - middle, middle - low).clamp(min=1e-20)
         windows.append(torch.stack([middle, scale]))
         masks.append(((image - middle).abs() > torch.maximum(least * scale, 4 * noise)).to(image.dtype))
     return torch.stack(windows), Level(torch.stack(masks)[:, None], coarse.grid)
