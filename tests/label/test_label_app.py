@@ -190,3 +190,54 @@ def test_requests_leave_no_files_behind(server: SimpleNamespace) -> None:
     assert not (server.root / "studies" / "labels" / "original").exists() or not list(
         (server.root / "studies" / "labels" / "original").iterdir()
     )
+
+
+@needs_server
+@pytest.mark.slow
+def test_tutorial_against_the_server(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONAI_LABEL_SERVER", server.url)
+    monkeypatch.setenv("MONAI_LABEL_STUDIES", str(server.root / "studies"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).parents[2] / "tutorials" / "07_monai_label_and_slicer.ipynb"
+    names: dict[str, Any] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert "register" in names["info"]["models"]
+    assert names["quality"]["verdict"] == "PASS"
+    assert "matrix_lps" in names["report"], "the server's answer, not the one computed here"
+
+
+def _resident_mb(port: str) -> float:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if port.encode() in command and b"start_server" in command:
+                pages = int((folder / "statm").read_text().split()[1])
+                return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        except OSError:
+            continue
+    raise AssertionError(f"no server on port {port}")
+
+
+@needs_server
+@pytest.mark.slow
+def test_two_hundred_requests_eight_at_once(server: SimpleNamespace) -> None:
+    """None is lost, all give the same, and the server's memory stays where it is after the first fifty."""
+
+    def one(number: int) -> list:
+        response = infer(server.url, "t1", output="json", moving="t2")
+        assert response.status_code == 200, response.text
+        return response.json()["params"]["matrix"] if "params" in response.json() else response.json()["matrix"]
+
+    port = server.url.rsplit(":", 1)[1]
+    with ThreadPoolExecutor(8) as crew:
+        answers = list(crew.map(one, range(50)))
+        before = _resident_mb(port)
+        answers += list(crew.map(one, range(150)))
+    grown = _resident_mb(port) - before
+    print(f"200 requests, {before:.0f} MB after 50, {grown:+.0f} MB after 200")
+    assert len(answers) == 200
+    assert all(answer == answers[0] for answer in answers)
+    assert grown < 100

@@ -80,7 +80,8 @@ def whole_files(output: Path) -> int:
         elif path.suffix == ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
         else:
-            assert path.suffix == ".csv" and path.read_text().endswith("\n"), path
+            end = {".csv": "\n", ".html": "</html>"}[path.suffix]
+            assert path.read_text(encoding="utf-8").rstrip(" ").removesuffix("\n").endswith(end.strip("\n")), path
     return count
 
 
