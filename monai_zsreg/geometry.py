@@ -532,7 +532,7 @@ def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | N
     matrix = np.asarray(transform, dtype=np.float64)
     dims = len(matrix) - 1
     linear = matrix[:dims, :dims]
-    if not np.linalg.det(linear) > 0:
+    if not np.isfinite(linear).all() or not np.linalg.det(linear) > 0:
         raise RegistrationError("transform", matrix.tolist(), "a matrix with positive determinant")
     rotation, upper = np.linalg.qr(linear)
     sign = np.where(np.diag(upper) < 0, -1.0, 1.0)
