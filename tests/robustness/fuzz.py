@@ -350,7 +350,11 @@ def draw(seed: int, number: int, folder: Path) -> tuple[list[str], dict[str, Any
         name = str(rng.choice(["fixed", "moving"]))
         if group == "voxels":
             kind = str(rng.choice(list(VOXELS)))
-            if np.asarray(case[name][0]).dtype.kind not in "biuf" or np.ndim(case[name][0]) != case["dims"]:
+            if (
+                np.asarray(case[name][0]).dtype.kind not in "biuf"
+                or np.ndim(case[name][0]) != case["dims"]
+                or not np.size(case[name][0])
+            ):
                 continue  # spoiled already
             case[name][0] = VOXELS[kind](rng, np.asarray(case[name][0], dtype=np.float64))
             case["knows"] &= kind in HARMLESS
