@@ -46,7 +46,6 @@ __all__ = [
     "freesurfer_volume",
     "fsl_from_index",
     "fsl_from_world",
-    "grid_from_world",
     "homogeneous",
     "index_before_shrinking",
     "index_to_unit",
@@ -240,7 +239,7 @@ class Grid:
 
     @cached_property
     def from_world(self) -> Tensor:
-        """See `grid_from_world`."""
+        """World coordinates to the normalized ones of ``grid_sample``, ``(D+1, D+1)`` float64 on the CPU."""
         return _index_to_grid(self.shape, self.affine) @ torch.linalg.inv(self.affine)
 
     def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
@@ -317,11 +316,6 @@ def _index_to_unit(grid: Grid) -> Tensor:
     matrix[: grid.dims] /= longest
     matrix[: grid.dims, grid.dims] = 0.5 / longest
     return matrix
-
-
-def grid_from_world(grid: Grid) -> Tensor:
-    """World coordinates to the normalized coordinates of ``grid_sample``, ``(D+1, D+1)`` float64 on the CPU."""
-    return grid.from_world
 
 
 def pooled_grid(grid: Grid, factors: Sequence[int]) -> Grid:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_zsreg.geometry import Grid, apply_affine, grid_from_world, pooled_grid
+from monai_zsreg.geometry import Grid, apply_affine, pooled_grid
 
 __all__ = ["Frame", "Level", "index_points", "normalize", "pool"]
 
@@ -140,4 +140,4 @@ class Frame:
 
     def to_grid(self, grid: Grid) -> Tensor:
         """Frame to the coordinates of ``grid_sample`` on ``grid``, ``[N, D+1, D+1]`` float64."""
-        return grid_from_world(grid) @ self.to_world
+        return grid.from_world @ self.to_world

@@ -405,7 +405,11 @@ class Refiner:
         jacobian = (change @ cross @ change.mT).view(2, n, parameters, parameters).sum(0)
         scatter = (each.mT @ each).view(2, n, parameters, parameters).sum(0)
         used = (each.abs().amax(-1) > 0).sum(-1).view(2, n).sum(0).double()
-        squares = (tensor.diagonal(dim1=1, dim2=2).sum(-1), _lengths(blocks.tensor), _lengths(_tensor(other)))
+        squares = (
+            tensor.diagonal(dim1=1, dim2=2).sum(-1),
+            _lengths(blocks.tensor, dims),
+            _lengths(_tensor(other), dims),
+        )
         common, own, others = ((square * weight).sum(-1).cpu().double().view(2, n).sum(0) for square in squares)
         agreement = common / (own * others).sqrt().clamp(min=1e-12)
         # as many equations as blocks: what the parameters use up makes residuals look small
@@ -447,11 +451,9 @@ def _tensor(gradient: Tensor) -> Tensor:
     return _products(gradient, 0).sum(3).flatten(2).transpose(0, 1)
 
 
-def _lengths(products: Tensor) -> Tensor:
+def _lengths(products: Tensor, dims: int) -> Tensor:
     """Squared length of the vectors of which these are the products, ``[M, D(D + 1) / 2, S]`` to ``[M, S]``."""
-    dims = {3: 2, 6: 3}[products.shape[1]]
-    rows, columns = torch.triu_indices(dims, dims, device=products.device)
-    return products[:, rows == columns].sum(1)
+    return products[:, _square_index(dims, products.device).diagonal()].sum(1)
 
 
 def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> Tensor:

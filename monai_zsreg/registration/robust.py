@@ -228,22 +228,22 @@ class RobustEngine(nn.Module):
         search = search or self.search
         options = (fixed_mask, moving_mask, initial)
 
-        def attempt(effort: _Effort, which: Tensor) -> RobustEstimate:
-            where = which.to(fixed.device)
-            one, two, three = (part if part is None else part[which.to(part.device)] for part in options)
-            parts = (fixed[where], moving[where], fixed_grid, moving_grid, one, two, three)
+        def attempt(effort: _Effort, which: Tensor | slice) -> RobustEstimate:
+            one, two, three = (part if part is None else part[which] for part in options)
+            parts = (fixed[which], moving[which], fixed_grid, moving_grid, one, two, three)
             pair = _Prepared(*parts, spacing, effort.faint)
             return self._attempt(pair, search, effort)
 
         first, *others = _EFFORTS[self.spatial_dims]
         # coordinates do not bear half precision, whatever the caller's network computes in
         with torch.autocast(fixed.device.type, enabled=False):
-            result = attempt(first, torch.arange(len(fixed)))
+            # by a slice, which copies nothing
+            result = attempt(first, slice(None))
             for effort in others if search != "none" else ():
                 doubtful = (result.cost[:, -1] > _DOUBTFUL).nonzero()[:, 0]
                 if len(doubtful) == 0:
                     break
-                again = attempt(effort, doubtful)
+                again = attempt(effort, doubtful if len(doubtful) < len(fixed) else slice(None))
                 better = again.cost[:, -1] < result.cost[doubtful, -1]
                 result = result.replaced(doubtful[better], again.take(better))
         return result
