@@ -88,6 +88,8 @@ class PeakMemory:
         self._process = psutil.Process(pid)
 
     def __enter__(self) -> PeakMemory:
+        if self._process.pid == os.getpid():
+            _give_back()  # what is freed within the block would hide as much of the block's own
         self._start = self._process.memory_info().rss
         self._peak = self._start
         self._kernel = _reset_high_water(self._process.pid)
@@ -111,7 +113,7 @@ class PeakMemory:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system; what the warm-up left in the heap would hide as much of the run's own."""
+    """Free what nothing refers to any more, and return freed memory to the system."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -147,7 +149,6 @@ def measure(method: Method, dims: int, size: int, repeats: int) -> dict[str, Any
         images = method.prepare(fixed, moving)
         _warm_up(method, dims)
         images = method.prepare(fixed, moving)
-        _give_back()
         with PeakMemory(method.pid) as memory:
             matrix, first = method.timed(images)
         seconds = [first] + [method.timed(images)[1] for _ in range(repeats - 1)]
