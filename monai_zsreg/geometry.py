@@ -171,13 +171,14 @@ def theta_from_index(matrix: Tensor, fixed_size: Sequence[int], moving_size: Seq
 
 def _index_to_grid(size: Sequence[int], like: Tensor) -> Tensor:
     dims = len(size)
-    matrix = torch.zeros(dims + 1, dims + 1, dtype=like.dtype, device=like.device)
+    # numbers first and one tensor at the end: filling a tensor number by number takes far longer
+    rows = [[0.0] * dims + [1.0]]
     for axis, n in enumerate(size):
-        row = dims - 1 - axis
-        matrix[row, axis] = 2.0 / n
-        matrix[row, dims] = 1.0 / n - 1.0
-    matrix[dims, dims] = 1.0
-    return matrix
+        row = [0.0] * (dims + 1)
+        row[axis] = 2.0 / n
+        row[dims] = 1.0 / n - 1.0
+        rows.insert(0, row)
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -320,11 +321,9 @@ def _index_to_unit(grid: Grid) -> Tensor:
 
 def pooled_grid(grid: Grid, factors: Sequence[int]) -> Grid:
     """Lattice of an image of which blocks of ``factors`` voxels were averaged; an incomplete last block is dropped."""
-    block = torch.tensor([float(f) for f in factors], dtype=torch.float64)
-    affine = grid.affine.clone()
-    affine[: grid.dims, : grid.dims] *= block
-    affine[: grid.dims, grid.dims] += grid.affine[: grid.dims, : grid.dims] @ ((block - 1) / 2)
-    return Grid(tuple(n // f for n, f in zip(grid.shape, factors, strict=True)), affine)
+    rows = [[f * float(i == j) for j in range(grid.dims)] + [(f - 1) / 2] for i, f in enumerate(factors)]
+    blocks = torch.tensor([*rows, [0.0] * grid.dims + [1.0]], dtype=torch.float64)
+    return Grid(tuple(n // f for n, f in zip(grid.shape, factors, strict=True)), grid.affine @ blocks)
 
 
 def moved_header(affine: Tensor, transform: Tensor) -> Tensor:

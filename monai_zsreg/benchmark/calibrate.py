@@ -282,7 +282,7 @@ def fit(records: Sequence[Record], dims: int) -> Calibration:
     best = CALIBRATION[dims]
     most = -math.inf
     for inflation in np.arange(0.5, 6.01, 0.05):
-        spreads = _spreads(runs, replace(best, inflation=inflation))
+        spreads = _spreads(runs, replace(best, inflation=float(inflation)))
         for shape in np.arange(1.0, 2.61, 0.1):
             scale = spreads / math.sqrt(math.gamma(1 + 2 / shape))
             z = np.maximum(errors, 1e-6) / scale

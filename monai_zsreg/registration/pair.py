@@ -218,7 +218,7 @@ def register_with(
     notes = [] if status == Status.OK else [status.reason]
     affine = matrices[0]
     if not notes:
-        notes = _overlap_notes(affine, Grid.of(fixed), Grid.of(moving))
+        notes = _overlap_notes(affine, fixed_grid, moving_grid)
     success = not notes
     covariance = None
     if success and isinstance(estimate, RobustEstimate):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from monai_zsreg.registration.pyramid import Frame, Level
 __all__ = ["Evidence", "Refinement", "Refiner", "generators"]
 
 
+@cache
 def generators(transform: str, dims: int) -> Tensor:
     """A basis of the motions that a kind of transform allows, ``[P, D+1, D+1]`` float64.
 
@@ -210,7 +212,7 @@ class Refiner:
         kept_overlap = torch.zeros_like(best)
         memory = _Memory()
         for number in range(self.iterations):
-            if number > 1 and current.shape[1] > 1:
+            if number > 0 and current.shape[1] > 1:
                 order = best.topk((best.shape[1] + 1) // 2, dim=1, largest=False).indices
                 current, kept = _pick(current, order), _pick(kept, order)
                 best, kept_overlap = torch.gather(best, 1, order), torch.gather(kept_overlap, 1, order)
@@ -328,13 +330,12 @@ class Refiner:
         margin = self.describe.margin + around
         width = self.block + 2 * margin
         lattice = self._lattice(blocks.corners, blocks.step, margin)
-        where = _placed(blocks.corners[:, None], lattice, blocks.other_to_grid[:, None] @ pull)
+        to_grid = blocks.other_to_grid[:, None] @ pull
+        where = _placed(blocks.corners[:, None], lattice, to_grid)
         maps = self.describe(_looked_up(blocks.others, where).view(-1, *[width] * dims))
         maps = maps.view(m, k, -1, *maps.shape[1:])
-        inner = where.view(m, k, -1, *[width] * dims, dims)
-        for axis in range(dims):
-            inner = inner.narrow(3 + axis, margin, self.block)
-        inside = (inner.abs().amax(-1) <= 1).view(m, k, -1)
+        inner = to_grid[..., :-1, :].to(blocks.coordinates) @ blocks.coordinates[:, None]
+        inside = inner.abs_().amax(2) <= 1
         return maps, blocks.weight[:, None] * inside, blocks.weight.sum(1).clamp(min=1e-6)[:, None]
 
     def _robust(self, weight: Tensor, square: Tensor) -> Tensor:
@@ -421,12 +422,17 @@ class Refiner:
 
     def _lattice(self, corners: Tensor, step: float, around: int) -> Tensor:
         """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""
-        ticks = torch.arange(-around, self.block + around, dtype=torch.float32, device=corners.device) * step
-        return torch.cartesian_prod(*[ticks] * corners.shape[-1])
+        return _ticks(self.block, around, corners.shape[-1], corners.device) * step
+
+
+@lru_cache(maxsize=64)
+def _ticks(block: int, around: int, dims: int, device: torch.device) -> Tensor:
+    ticks = torch.arange(-around, block + around, dtype=torch.float32, device=device)
+    return torch.cartesian_prod(*[ticks] * dims)
 
 
 # points of a start that the median of the differences is taken of, about
-_MEDIAN_OF = 2000
+_MEDIAN_OF = 1000
 
 
 def _with_gradient(maps: Tensor, step: float) -> tuple[Tensor, list[Tensor]]:
@@ -468,6 +474,7 @@ def _pick(transforms: Tensor, which: Tensor) -> Tensor:
     return torch.gather(transforms, 1, which[..., None, None].expand(-1, -1, side, side))
 
 
+@lru_cache(maxsize=16)
 def _square_index(dims: int, device: torch.device) -> Tensor:
     """Position of entry (i, j) of a symmetric matrix among its upper triangle's, ``[dims, dims]``."""
     index = torch.zeros(dims, dims, dtype=torch.long, device=device)
@@ -495,10 +502,19 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
     Returns:
         ``[..., B, L, D]`` float32.
     """
-    matrix = to_grid.to(corners.device, torch.float32)
+    matrix = to_grid.to(corners)
     linear = matrix[..., :-1, :-1].mT
     begin = corners @ linear + matrix[..., None, :-1, -1]
-    return begin[..., None, :] + (lattice @ linear)[..., None, :, :]
+    lanes = (lattice @ linear).flatten(-2)
+    # begin + lattice as one product: a sum that broadcasts over rows of two or three numbers takes four times as long
+    flat = begin.flatten(0, -3)
+    repeat = _repeat(corners.shape[-1], len(lattice), corners.device).expand(len(flat), -1, -1)
+    return torch.baddbmm(lanes.view(len(flat), 1, -1), flat, repeat).view(*begin.shape[:-1], *lattice.shape)
+
+
+@lru_cache(maxsize=64)
+def _repeat(dims: int, times: int, device: torch.device) -> Tensor:
+    return torch.eye(dims, device=device).repeat(1, times)
 
 
 def _looked_up(images: tuple[Level, ...], where: Tensor) -> Tensor:

@@ -201,6 +201,9 @@ class PoseSearch:
         columns = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1).mT.contiguous()
         cells = _BINS * (_BINS + 1)
         rows = (bins * (_BINS + 1)).int()[:, None]
+        # counts are whole numbers: looking n log n up is quicker than computing it
+        known = torch.arange(count + 1, dtype=torch.float32, device=device)
+        known = torch.xlogy(known, known)
         results = []
         for part in matrices.split(max(1, _CHUNK[device.type == "cuda"] // (n * count)), dim=1):
             where = (part.flatten(1, 2) @ columns).view(n, -1, dims, count)
@@ -218,11 +221,10 @@ class PoseSearch:
             joint.add_(rows).add_(first)
             table = torch.bincount(joint.flatten(), minlength=groups * cells).view(n, -1, _BINS, _BINS + 1)
             # what the moving image does not show says nothing
-            table = table[..., :_BINS].float()
+            table = table[..., :_BINS]
             seen = table.sum((2, 3))
-            share = table / seen.clamp(min=1)[..., None, None]
-            both = _entropy(share.flatten(2)).clamp(min=1e-3)
-            gain = (_entropy(share.sum(-1)) + _entropy(share.sum(-2))) / both - 1
+            both = _entropy(table.flatten(2), seen, known).clamp(min=1e-3)
+            gain = (_entropy(table.sum(-1), seen, known) + _entropy(table.sum(-2), seen, known)) / both - 1
             # a few points agree by chance
             results.append(1 + gain * (seen / (_ENOUGH * count)).clamp(max=1))
         return torch.cat(results, 1).cpu().double()
@@ -243,8 +245,10 @@ def _framed(bins: Tensor) -> Tensor:
     return F.pad(bins, [1, 1] * (bins.ndim - 2), value=_BINS).int()
 
 
-def _entropy(share: Tensor) -> Tensor:
-    return -torch.xlogy(share, share).sum(-1)
+def _entropy(counts: Tensor, total: Tensor, known: Tensor) -> Tensor:
+    """Of counts ``[N, K, B]`` that add up to ``total [N, K]``; ``known[n]`` is n log n."""
+    total = total.clamp(min=1)
+    return total.log() - known.index_select(0, counts.flatten()).view(counts.shape).sum(-1) / total
 
 
 def _turned(start: Tensor, turns: Tensor) -> Tensor:
