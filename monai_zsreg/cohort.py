@@ -13,7 +13,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ignite.handlers import ProgressBar
 from monai.engines import Evaluator, SupervisedEvaluator
 from monai.transforms import Transform
 from monai.utils import optional_import
+from torch.utils.data import DataLoader
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.html_report import save_index
@@ -37,6 +39,7 @@ __all__ = [
     "SUMMARY",
     "CohortWriter",
     "PairEvaluator",
+    "ReadAhead",
     "ReadIsolated",
     "all_pairs",
     "bids_pairs",
@@ -267,6 +270,23 @@ class ReadIsolated(Transform):
                 raise
             files = {key: str(data[key]) for key in ("fixed", "moving", "labels") if key in data}
             return {"name": data["name"], "files": files, "failure": _reason(error)}
+
+
+class ReadAhead(DataLoader):
+    """A loader that reads the next pair in a thread while the last one is registered and written.
+
+    Decompressing and reading leave Python's lock free, so a thread is enough, and a pair need not be copied between
+    processes. (MONAI's ``ThreadDataLoader`` does the same, but an error in its thread ends the data without a word.)
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        source: Any = super().__iter__()
+        end = object()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            coming = pool.submit(next, source, end)
+            while (item := coming.result()) is not end:
+                coming = pool.submit(next, source, end)
+                yield item
 
 
 class PairEvaluator(SupervisedEvaluator):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
-from monai_zsreg.cohort import SUMMARY, all_pairs, bids_pairs, input_list, number_names
+from monai_zsreg.cohort import SUMMARY, ReadAhead, all_pairs, bids_pairs, input_list, number_names
 from monai_zsreg.errors import RegistrationError
 
 INFERENCE = Path(__file__).parents[1] / "bundles" / "zero_shot_affine_registration" / "configs" / "inference.json"
@@ -204,3 +205,39 @@ def test_wrong_datalist_ends_the_command(tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text("{")
     done = run(tmp_path / "out", "--datalist", str(tmp_path / "pairs.json"))
     assert done.returncode == 2 and "wrong input: datalist" in done.stderr and not (tmp_path / "out").exists()
+
+
+class _Numbers:
+    """Items 0, 1, 2; reading item 1 is noticed, reading item 2 fails."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1:
+            self.begun.set()
+        if index == 2:
+            raise RegistrationError("fixed", "a.nii.gz", "an image")
+        return index
+
+
+def test_next_pair_is_read_meanwhile() -> None:
+    numbers = _Numbers()
+    loader = iter(ReadAhead(numbers, batch_size=None))
+    assert next(loader) == 0
+    assert numbers.begun.wait(60), "nobody asked for the next one, and nobody read it"
+    assert next(loader) == 1
+    with pytest.raises(RegistrationError, match="a.nii.gz"):
+        next(loader)
+
+
+def test_reading_ahead_may_be_broken_off() -> None:
+    before = threading.active_count()
+    for item in ReadAhead(list(range(50)), batch_size=None):
+        if item == 3:
+            break
+    assert threading.active_count() == before
+    assert list(ReadAhead(list(range(5)), batch_size=None, num_workers=1)) == list(range(5))

@@ -221,14 +221,20 @@ class SimpleElastix(Method):
     def __init__(self, options: Options, start: str = "default") -> None:
         super().__init__(options, start)
         self._worker: subprocess.Popen[str] | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="zsreg-")
+        self._files: tempfile.TemporaryDirectory | None = None
         self.points: list[list[float]] = []
+
+    @property
+    def _folder(self) -> Path:
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="zsreg-")
+        return Path(self._files.name)
 
     def prepare(self, fixed: MetaTensor, moving: MetaTensor) -> Any:
         message: dict[str, Any] = {"start": self.start, "threads": self.options.threads}
         for role, image in (("fixed", fixed), ("moving", moving)):
             spacing, origin, direction = itk_lattice(Grid.of(image))
-            path = Path(self._folder.name) / f"{role}.npy"
+            path = self._folder / f"{role}.npy"
             # SimpleITK takes the axes in reverse, as ITK does
             np.save(path, np.ascontiguousarray(_plain(image).T), allow_pickle=False)
             message[role] = {
@@ -256,7 +262,7 @@ class SimpleElastix(Method):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                cwd=self._folder.name,
+                cwd=self._folder,
             )
         assert self._worker.stdin is not None and self._worker.stdout is not None
         self._worker.stdin.write(json.dumps(message) + "\n")
@@ -279,7 +285,8 @@ class SimpleElastix(Method):
             assert self._worker.stdin is not None
             self._worker.stdin.close()
             self._worker.wait(timeout=30)
-        self._folder.cleanup()
+        if self._files is not None:
+            self._files.cleanup()
 
 
 class ANTs(Method):

@@ -47,7 +47,7 @@ def write_itk_transform(
     """
     _check_suffix(path)
     try:
-        matrix = np.asarray(affine.detach().cpu() if isinstance(affine, Tensor) else affine, dtype=np.float64)
+        matrix = np.asarray(affine.detach().cpu().numpy() if isinstance(affine, Tensor) else affine, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise RegistrationError("affine", affine, "a 3x3 or 4x4 matrix of numbers") from error
     if matrix.shape not in ((3, 3), (4, 4)):

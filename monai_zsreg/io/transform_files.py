@@ -147,7 +147,7 @@ def write_transform(
     """
     file = _path(path)
     try:
-        array = np.array(matrix.detach().cpu() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
+        array = np.array(matrix.detach().cpu().numpy() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise RegistrationError("matrix", matrix, "a 3x3 or 4x4 matrix of numbers") from error
     checked = _checked(array, "matrix", array.tolist())

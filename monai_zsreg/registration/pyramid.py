@@ -83,7 +83,7 @@ def normalize(coarse: Level, faint: bool = False) -> tuple[Tensor, Level]:
     for axis in range(coarse.grid.dims):
         rim.select(axis, 0).fill_(True)
         rim.select(axis, coarse.grid.shape[axis] - 1).fill_(True)
-    ends = torch.tensor([0.005, 0.995], device=values.device)
+    ends = torch.tensor([0.005, 0.995], dtype=values.dtype, device=values.device)
     for image in values[:, 0]:
         low, high = torch.quantile(image.flatten()[:: 1 + image.numel() // 4_000_000], ends)
         if bool(low == high):  # less than half a per cent of the voxels show anything
@@ -103,10 +103,10 @@ def normalize(coarse: Level, faint: bool = False) -> tuple[Tensor, Level]:
     return torch.stack(windows), Level(torch.stack(masks)[:, None], coarse.grid)
 
 
-def index_points(grid: Grid, device: torch.device) -> Tensor:
-    """World coordinates of all voxels, ``[V, D]`` float32, in memory order."""
+def index_points(grid: Grid, like: Tensor) -> Tensor:
+    """World coordinates of all voxels, ``[V, D]`` in the type and on the device of ``like``, in memory order."""
     axes = [torch.arange(n, dtype=torch.float64) for n in grid.shape]
-    return apply_affine(grid.affine, torch.cartesian_prod(*axes)).to(device, torch.float32)
+    return apply_affine(grid.affine, torch.cartesian_prod(*axes)).to(like)
 
 
 @dataclass(frozen=True)

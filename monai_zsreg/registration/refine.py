@@ -299,11 +299,12 @@ class Refiner:
         axes = [(torch.arange(c) - c / 2) * width for c in cells]
         middle = apply_affine(torch.linalg.inv(frame.to_world), own.grid.center.expand(len(frame.to_world), 1, dims))
         jitter = torch.rand(dims, generator=generator)
-        corners = (torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * step)[None] + middle.float()
+        corners = torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * step
+        corners = corners[None] + middle.to(own.values.dtype)
         # how much of the block is foreground, from a few points of it
         probe = torch.cartesian_prod(*[torch.tensor([1 / 4, 3 / 4]) * width] * dims)
         corners = corners.to(device)
-        part = _sample(weight.values, _placed(corners, probe.to(device), frame.to_grid(weight.grid)))
+        part = _sample(weight.values, _placed(corners, probe.to(corners), frame.to_grid(weight.grid)))
         part = part.view(len(corners), -1, len(probe)).mean(-1)
         part = torch.where(part > 0.1, part, torch.zeros_like(part))
         wanted = min(self.blocks, max(1, int((part > 0).sum(1).max())))
@@ -312,7 +313,7 @@ class Refiner:
         key = torch.where(part > 0, draw.log() / part.clamp(min=1e-6), torch.full_like(part, -torch.inf))
         chosen = key.topk(wanted, dim=1).indices.sort(dim=1).values
         picked = torch.gather(corners, 1, chosen[..., None].expand(-1, -1, dims))
-        return picked, (torch.gather(part, 1, chosen) > 0).float()
+        return picked, (torch.gather(part, 1, chosen) > 0).to(part.dtype)
 
     def _compare(self, blocks: _Blocks, pull: Tensor, around: int) -> tuple[Tensor, Tensor, Tensor]:
         """The other images at the blocks.
@@ -422,12 +423,12 @@ class Refiner:
 
     def _lattice(self, corners: Tensor, step: float, around: int) -> Tensor:
         """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""
-        return _ticks(self.block, around, corners.shape[-1], corners.device) * step
+        return _ticks(self.block, around, corners.shape[-1], corners.dtype, corners.device) * step
 
 
 @lru_cache(maxsize=64)
-def _ticks(block: int, around: int, dims: int, device: torch.device) -> Tensor:
-    ticks = torch.arange(-around, block + around, dtype=torch.float32, device=device)
+def _ticks(block: int, around: int, dims: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    ticks = torch.arange(-around, block + around, dtype=dtype, device=device)
     return torch.cartesian_prod(*[ticks] * dims)
 
 
@@ -500,7 +501,7 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
         to_grid: ``[..., D+1, D+1]``.
 
     Returns:
-        ``[..., B, L, D]`` float32.
+        ``[..., B, L, D]``, the type of ``corners``.
     """
     matrix = to_grid.to(corners)
     linear = matrix[..., :-1, :-1].mT
@@ -508,13 +509,13 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
     lanes = (lattice @ linear).flatten(-2)
     # begin + lattice as one product: a sum that broadcasts over rows of two or three numbers takes four times as long
     flat = begin.flatten(0, -3)
-    repeat = _repeat(corners.shape[-1], len(lattice), corners.device).expand(len(flat), -1, -1)
+    repeat = _repeat(corners.shape[-1], len(lattice), corners.dtype, corners.device).expand(len(flat), -1, -1)
     return torch.baddbmm(lanes.view(len(flat), 1, -1), flat, repeat).view(*begin.shape[:-1], *lattice.shape)
 
 
 @lru_cache(maxsize=64)
-def _repeat(dims: int, times: int, device: torch.device) -> Tensor:
-    return torch.eye(dims, device=device).repeat(1, times)
+def _repeat(dims: int, times: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(dims, dtype=dtype, device=device).repeat(1, times)
 
 
 def _looked_up(images: tuple[Level, ...], where: Tensor) -> Tensor:

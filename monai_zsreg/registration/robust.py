@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,8 +214,8 @@ class RobustEngine(nn.Module):
         """Register a batch of pairs.
 
         Args:
-            fixed: ``[N, 1, *spatial]`` float32.
-            moving: ``[N, 1, *spatial]`` float32.
+            fixed: ``[N, 1, *spatial]`` float32; float64 is refined in that, for comparison.
+            moving: likewise.
             fixed_grid: of all fixed images.
             moving_grid: of all moving images.
             fixed_mask: where to look, above 0, ``[N, 1, *spatial]``; None for the foreground.
@@ -235,8 +238,7 @@ class RobustEngine(nn.Module):
             return self._attempt(pair, search, effort)
 
         first, *others = _EFFORTS[self.spatial_dims]
-        # coordinates do not bear half precision, whatever the caller's network computes in
-        with torch.autocast(fixed.device.type, enabled=False):
+        with _full_precision(fixed.device):
             # by a slice, which copies nothing
             result = attempt(first, slice(None))
             for effort in others if search != "none" else ():
@@ -326,6 +328,26 @@ class RobustEngine(nn.Module):
         return torch.where((status == Status.OK) & unlike, Status.DIFFERENT, status)
 
 
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Coordinates bear neither half precision nor TF32, whatever the caller lets a network compute in."""
+    mkldnn: Any = torch.backends.mkldnn
+    exact: Any
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        backends, name, exact = [torch.backends.cuda.matmul, mkldnn.matmul], "fp32_precision", "ieee"
+    else:  # before torch 2.9; the two interfaces must not be mixed
+        backends, name, exact = [torch.backends.cuda.matmul], "allow_tf32", False
+    before = [getattr(backend, name) for backend in backends]
+    for backend in backends:
+        setattr(backend, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
 # descriptors of two scans of one brain differ by less at the finest level
 _DOUBTFUL = 0.085
 # those of images without common structure differ by more at every level
@@ -401,7 +423,7 @@ class _Prepared:
 
 def _moments(seen: Level) -> tuple[Tensor, Tensor, Tensor]:
     """Middle ``[N, D]`` (world), root mean square radius ``[N]`` and size ``[N]`` of the foregrounds."""
-    points = index_points(seen.grid, seen.values.device)
+    points = index_points(seen.grid, seen.values)
     origin = points.mean(0)
     weight = seen.values.flatten(1)
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))

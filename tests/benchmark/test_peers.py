@@ -142,7 +142,7 @@ def test_sift_on_a_textured_pair() -> None:
     affine = torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0], dtype=torch.float64))
     fixed, moving = (MetaTensor(torch.from_numpy(a.astype(np.float32))[None], affine=affine) for a in (texture, moved))
     assert _error(SIFT(OPTIONS).run((fixed, moving)), truth) < 1.0
-    blank = MetaTensor(torch.zeros_like(fixed), affine=affine)
+    blank = MetaTensor(torch.zeros(fixed.shape), affine=affine)
     with pytest.raises(RuntimeError, match="keypoints"):
         SIFT(OPTIONS).run((fixed, blank))
 

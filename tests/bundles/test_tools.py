@@ -48,6 +48,7 @@ def test_metadata_names_this_version() -> None:
     assert facts()["required_packages_version"]["monai-zsreg"] == monai_zsreg.__version__
 
 
+@pytest.mark.filterwarnings("ignore:some pairs could not be registered:UserWarning")  # they are random numbers
 @pytest.mark.parametrize("size", [1, 64])
 def test_network_shapes(size: int) -> None:
     """Also on a machine without weights, where the option that says what it does gives random filters."""

@@ -351,6 +351,7 @@ def test_scale_to_unit_range_against_numpy(small):
     assert (scale_to_unit_range(torch.full((1, 1, 4, 4), 3.0)) == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:some pairs could not be registered:UserWarning")  # one of the options has no luck
 @pytest.mark.parametrize(
     "options",
     [

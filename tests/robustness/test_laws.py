@@ -160,7 +160,7 @@ def test_units_of_intensity_do_not_matter(images: dict, dims: int, factor: float
 @given(power=st.floats(0.5, 2.0))
 def test_monotonic_change_of_intensity_matters_little(images: dict, dims: int, power: float) -> None:
     one, two = images[dims].t1, images[dims].t2
-    curved = MetaTensor((two.as_tensor() / two.max()).clamp(min=0) ** power, affine=two.affine)
+    curved = MetaTensor((two.as_tensor() / two.as_tensor().max()).clamp(min=0) ** power, affine=two.affine)
     assert gap(matrix(one, two), matrix(one, curved), one) < 0.5 * float(one.affine[0, 0])
 
 
@@ -168,7 +168,7 @@ def test_monotonic_change_of_intensity_matters_little(images: dict, dims: int, p
 @pytest.mark.parametrize("kind", ["int16", "uint8", "float64", "float16", "bfloat16", "strided", "autocast"])
 def test_type_and_layout_do_not_matter(images: dict, dims: int, kind: str) -> None:
     one, two = images[dims].t1, images[dims].t2
-    levels = (two.as_tensor() / two.max() * 250).round().clamp(min=0)
+    levels = (two.as_tensor() / two.as_tensor().max() * 250).round().clamp(min=0)
     before = matrix(one, MetaTensor(levels, affine=two.affine))
     if kind == "strided":
         twice = torch.stack([levels, levels], -1)[..., 1]
@@ -203,9 +203,23 @@ def test_descriptors_in_single_precision(dims: int) -> None:
     torch.testing.assert_close(describe(patches.float()).double(), describe(patches), atol=1e-5, rtol=0)
 
 
-def _bytes(images: dict, threads: int) -> list[str]:
-    torch.set_num_threads(threads)
-    return [matrix(images[dims].t1, images[dims].flair).tobytes().hex() for dims in (2, 3)]
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_single_precision_against_double(images: dict, dims: int, precision: str, device: torch.device) -> None:
+    """Also where the caller allows matrix products in TF32 or bfloat16, which coordinates do not bear."""
+    part = images[dims]
+    grid, engine = Grid.of(part.t1), RobustEngine(dims).to(device)
+    one, two = part.t1.as_tensor()[None].to(device), part.t2.as_tensor()[None].to(device)
+    reference = engine.estimate(one.double(), two.double(), grid, grid).matrix[0]
+    assert reference.dtype == torch.float64
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        single = engine.estimate(one, two, grid, grid).matrix[0]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert gap(single.numpy(), reference.numpy(), part.t1) < 0.05 * float(part.t1.affine[0, 0])
 
 
 @pytest.mark.slow
