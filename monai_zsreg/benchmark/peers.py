@@ -282,9 +282,10 @@ class SimpleElastix(Method):
 
     def close(self) -> None:
         if self._worker is not None and self._worker.poll() is None:
-            assert self._worker.stdin is not None
+            assert self._worker.stdin is not None and self._worker.stdout is not None
             self._worker.stdin.close()
             self._worker.wait(timeout=30)
+            self._worker.stdout.close()
         if self._files is not None:
             self._files.cleanup()
 
