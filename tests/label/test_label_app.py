@@ -199,7 +199,7 @@ def test_tutorial_against_the_server(server: SimpleNamespace, monkeypatch: pytes
     monkeypatch.setenv("MONAI_LABEL_STUDIES", str(server.root / "studies"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     pytest.importorskip("matplotlib")
-    path = Path(__file__).parents[2] / "tutorials" / "07_monai_label_and_slicer.ipynb"
+    path = Path(__file__).parents[2] / "tutorials" / "06_monai_label_and_slicer.ipynb"
     names: dict[str, Any] = {}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
