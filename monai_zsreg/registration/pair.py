@@ -87,7 +87,7 @@ def register(
         fixed_mask: where to look in the fixed image, above 0: an image on any grid in its world, or an array on its
             own; None for its foreground. Preset ``"robust"`` only, as the next two.
         moving_mask: likewise for the moving image.
-        initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of an ITK transform;
+        initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
         options: further parameters, in place of the preset's. For ``"robust"``: ``search`` (``"global"``, ``"local"``
             around the start, ``"none"``), ``coarse`` (``"search"``, or ``"keypoints"``: those of VGG-19 take the place
@@ -203,7 +203,7 @@ def register_with(
         if mask is not None:
             options[name] = _mask_on(mask, image, name).to(device)[None]
     if initial is not None:
-        options["initial"] = read_matrix(initial, fixed.ndim - 1, "initial")[None]
+        options["initial"] = read_matrix(initial, fixed.ndim - 1, "initial", fixed, moving)[None]
 
     start = time.perf_counter()
     estimator = method(fixed_values, fixed_grid, moving_grid, **options)

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.geometry import Grid, moved_header
-from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
+from monai_zsreg.io.itk_transform import ITK_SUFFIXES, write_itk_transform
+from monai_zsreg.io.transform_files import read_transform
 
 if TYPE_CHECKING:
     from monai_zsreg.registration import RegistrationResult
@@ -112,7 +113,8 @@ class ApplyAffineRegistration(ResampleToMatch):
         """
         Args:
             img: moving image or labels, ``[C, *spatial]``, all channels are moved.
-            affine: ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of an ITK transform file.
+            affine: ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file of any format
+                of `monai_zsreg.io.read_transform`.
             fixed: image on the grid to move to, ``[C, *spatial]``; its voxels do not matter.
             mode: overrides the constructor's.
             padding_mode: overrides the constructor's.
@@ -128,7 +130,7 @@ class ApplyAffineRegistration(ResampleToMatch):
                 dimension; a matrix of the wrong shape or that cannot be inverted.
         """
         dims = _check_pair(img, fixed, "img")
-        matrix = read_matrix(affine, dims)
+        matrix = read_matrix(affine, dims, fixed=fixed, moving=img)
         mode = self.mode if mode is None else _check_mode(mode)
         padding_mode = self.padding_mode if padding_mode is None else _check_padding_mode(padding_mode)
         fill = (self.fill_value if fill_value is None else float(fill_value)) if padding_mode == "zeros" else 0.0
@@ -380,13 +382,17 @@ def by_header(image: MetaTensor, fixed: MetaTensor, mode: str = "bilinear") -> M
     return transform(image, np.eye(fixed.ndim), fixed)
 
 
-def read_matrix(affine: Any, dims: int, name: str = "affine") -> Tensor:
+def read_matrix(
+    affine: Any, dims: int, name: str = "affine", fixed: MetaTensor | None = None, moving: MetaTensor | None = None
+) -> Tensor:
     """A pull matrix from what a user gave.
 
     Args:
-        affine: matrix ``(D+1, D+1)`` in any array type, or the path of an ITK transform file.
+        affine: matrix ``(D+1, D+1)`` in any array type, or the path of a file that `read_transform` knows.
         dims: D.
         name: of the argument, for the message.
+        fixed: the fixed image, for files that need it.
+        moving: the moving image, likewise.
 
     Returns:
         ``(D+1, D+1)`` float64 on the CPU.
@@ -395,7 +401,7 @@ def read_matrix(affine: Any, dims: int, name: str = "affine") -> Tensor:
         RegistrationError: it is not a finite, invertible affine matrix of this size.
     """
     if isinstance(affine, (str, os.PathLike)):
-        affine = read_itk_transform(affine)
+        affine = read_transform(affine, fixed, moving)
     try:
         matrix = torch.as_tensor(affine).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from monai.utils import GridSampleMode, GridSamplePadMode, ensure_tuple, ensure_
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.io.itk_transform import read_itk_transform
+from monai_zsreg.io.transform_files import read_transform
 from monai_zsreg.transforms.array import (
     AFFINE_KEY,
     ApplyAffineRegistration,
@@ -206,7 +206,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         affine_keys: entries of the dictionary with the matrices (or paths of transform files), one for all ``keys`` or
             one each.
         affine: one matrix, or path of a transform file, for all ``keys`` of every item, instead of ``affine_keys``. A
-            file is read at once.
+            file is read at once; FLIRT's, which mean nothing without the images, go through ``affine_keys``.
         mode: interpolation, one for all ``keys`` or one each.
         padding_mode: one for all ``keys`` or one each.
         fill_value: value outside the moving image, one for all ``keys`` or one each.
@@ -333,7 +333,7 @@ def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> Any:
 def _any_matrix(affine: Any) -> list[list[float]]:
     """A matrix of 2D or 3D, where no image says yet which, as numbers: a tensor pickles differently every time."""
     if isinstance(affine, (str, os.PathLike)):
-        affine = read_itk_transform(affine)
+        affine = read_transform(affine)
     return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
 

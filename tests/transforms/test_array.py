@@ -14,7 +14,7 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate, set_track
 from monai.transforms import Compose, RandAffine, SpatialPad
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.io import read_itk_transform, write_itk_transform
+from monai_zsreg.io import read_itk_transform, write_transform
 from monai_zsreg.transforms import ApplyAffineRegistration, RegisterAffine, SaveAffine
 from monai_zsreg.transforms.array import evaluate_pending
 
@@ -174,9 +174,23 @@ def test_fill_value_lies_outside_only(known_pair) -> None:
     assert_same_header(transform.inverse(moved), known_pair.moving)
 
 
-def test_reads_the_matrix_from_a_file(known_pair, tmp_path: Path) -> None:
-    write_itk_transform(tmp_path / "t.tfm", known_pair.affine)
-    from_file = ApplyAffineRegistration()(known_pair.moving, tmp_path / "t.tfm", known_pair.fixed)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("t.tfm", "itk"),
+        ("0GenericAffine.mat", "itk"),
+        ("t.txt", "text"),
+        ("t.json", "json"),
+        ("t.mat", "fsl"),
+        ("t.lta", "lta"),
+    ],
+)
+def test_reads_the_matrix_from_a_file(known_pair, tmp_path: Path, name: str, form: str) -> None:
+    images = {"fixed": known_pair.fixed, "moving": known_pair.moving}
+    if form in ("fsl", "lta") and known_pair.fixed.ndim == 3:
+        pytest.skip("a format for volumes")
+    write_transform(tmp_path / name, known_pair.affine, **images, format=form)
+    from_file = ApplyAffineRegistration()(known_pair.moving, tmp_path / name, known_pair.fixed)
     from_array = ApplyAffineRegistration()(known_pair.moving, torch.as_tensor(known_pair.affine), known_pair.fixed)
     torch.testing.assert_close(from_file.as_tensor(), from_array.as_tensor(), atol=1e-6, rtol=0)
 
