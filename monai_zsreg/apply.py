@@ -40,7 +40,7 @@ from monai_zsreg.inference import write_image, wrong_input_exits
 from monai_zsreg.io import TRANSFORM_FORMATS, Landmarks, atomic_path, read_landmarks, read_transform, write_transform
 from monai_zsreg.io.transform_files import GridLike
 from monai_zsreg.registration.images import read_image
-from monai_zsreg.transforms.array import ApplyAffineRegistration, read_matrix
+from monai_zsreg.resample import ApplyAffineRegistration, read_matrix
 
 __all__ = ["compose_transforms", "main", "move_points"]
 

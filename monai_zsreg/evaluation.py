@@ -36,7 +36,7 @@ from monai_zsreg.io import atomic_path, output_folder, pair_landmarks, read_land
 from monai_zsreg.metrics import foreground_mask, foreground_tre, landmark_tre, similarity, success_rate
 from monai_zsreg.registration.images import read_image
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.transforms.array import by_header, read_matrix
+from monai_zsreg.resample import by_header, read_matrix
 
 __all__ = [
     "MEASURES",

@@ -55,7 +55,7 @@ from monai_zsreg.registration.pair import (
 from monai_zsreg.registration.presets import DEFAULT_PRESET, preset_options
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.report import save_overview, save_uncertainty
-from monai_zsreg.transforms.array import by_header
+from monai_zsreg.resample import by_header
 
 __all__ = [
     "DEMONSTRATION",

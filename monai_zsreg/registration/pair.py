@@ -27,7 +27,7 @@ from monai_zsreg.registration.presets import DEFAULT_PRESET, ROBUST, preset_opti
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.robust import COARSE, RobustEngine, RobustEstimate
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty
-from monai_zsreg.transforms.array import by_header, read_matrix
+from monai_zsreg.resample import by_header, read_matrix
 
 __all__ = [
     "Method",

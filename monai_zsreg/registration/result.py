@@ -19,7 +19,7 @@ from monai_zsreg.io.itk_transform import write_itk_transform
 from monai_zsreg.registration.confidence import CALIBRATION, WARN, Quality, error_quantile, spread_at
 from monai_zsreg.registration.images import ImageLike, read_image
 from monai_zsreg.registration.uncertainty import BlackeningUncertainty, quadratic_map
-from monai_zsreg.transforms.array import ApplyAffineRegistration
+from monai_zsreg.resample import ApplyAffineRegistration
 
 __all__ = ["RegistrationResult"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.metrics.intensity import foreground_mask
-from monai_zsreg.transforms.array import ApplyAffineRegistration
+from monai_zsreg.resample import ApplyAffineRegistration
 
 __all__ = ["BlackeningUncertainty", "Uncertainty", "blacken", "quadratic_map"]
 

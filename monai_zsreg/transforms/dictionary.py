@@ -17,14 +17,8 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.transform_files import read_transform
-from monai_zsreg.transforms.array import (
-    AFFINE_KEY,
-    ApplyAffineRegistration,
-    RegisterAffine,
-    SaveAffine,
-    evaluate_pending,
-    read_matrix,
-)
+from monai_zsreg.resample import AFFINE_KEY, ApplyAffineRegistration, evaluate_pending, read_matrix
+from monai_zsreg.transforms.array import RegisterAffine, SaveAffine
 
 __all__ = [
     "ApplyAffineRegistrationD",

@@ -82,7 +82,7 @@ def test_no_spread_is_no_uncertainty():
 
 def test_intensity_map_is_the_variance_of_the_moved_images():
     uncertainty = spread_of(6)
-    from monai_zsreg.transforms.array import ApplyAffineRegistration
+    from monai_zsreg.resample import ApplyAffineRegistration
 
     moved = [ApplyAffineRegistration()(uncertainty.moving, m, uncertainty.fixed) for m in uncertainty.matrices]
     expected = torch.stack([image.as_tensor() for image in moved]).double().var(dim=0)

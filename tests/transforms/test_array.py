@@ -15,8 +15,8 @@ from monai.transforms import Compose, RandAffine, SpatialPad
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io import read_itk_transform, write_transform
+from monai_zsreg.resample import evaluate_pending
 from monai_zsreg.transforms import ApplyAffineRegistration, RegisterAffine, SaveAffine
-from monai_zsreg.transforms.array import evaluate_pending
 
 
 def assert_same_header(first: MetaTensor, second: MetaTensor) -> None:
