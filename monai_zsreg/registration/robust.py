@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -331,21 +331,23 @@ class RobustEngine(nn.Module):
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Coordinates bear neither half precision nor TF32, whatever the caller lets a network compute in."""
-    mkldnn: Any = torch.backends.mkldnn
-    exact: Any
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        backends, name, exact = [torch.backends.cuda.matmul, mkldnn.matmul], "fp32_precision", "ieee"
-    else:  # before torch 2.9; the two interfaces must not be mixed
-        backends, name, exact = [torch.backends.cuda.matmul], "allow_tf32", False
-    before = [getattr(backend, name) for backend in backends]
-    for backend in backends:
-        setattr(backend, name, exact)
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    # torch 2.9 brought another interface, and the two must not be mixed
+    newer = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in newer] if newer else [torch.get_float32_matmul_precision()]
+
+    def allow(precisions: Sequence[str]) -> None:
+        if not newer:
+            torch.set_float32_matmul_precision(precisions[0])
+        for backend, precision in zip(newer, precisions, strict=False):
+            backend.fp32_precision = precision
+
+    allow(["ieee"] * len(newer) if newer else ["highest"])
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
+        allow(before)
 
 
 # descriptors of two scans of one brain differ by less at the finest level
