@@ -193,7 +193,10 @@ class ReadPair(Transform):
         pair = dict(data)
         if "name" not in pair:  # another program's single image, such as MONAI Label's own app gives
             allowed = "two images, fixed and moving; in MONAI Label use the app of monai_zsreg.label"
-            raise RegistrationError("data", sorted(pair), allowed)
+            error = RegistrationError("data", sorted(pair), allowed)
+            if "fastapi" in sys.modules:  # that app's server tells its client the reason of this exception alone
+                raise sys.modules["fastapi"].HTTPException(400, str(error)) from error
+            raise error
         if "fixed" not in pair and "moving" not in pair:
             pair.update(demo_pair(folder_of(self.output_dir, pair["name"]), self.demonstration_dims))
             print(

@@ -241,3 +241,26 @@ def test_two_hundred_requests_eight_at_once(server: SimpleNamespace) -> None:
     assert len(answers) == 200
     assert all(answer == answers[0] for answer in answers)
     assert grown < 100
+
+
+@needs_server
+@pytest.mark.slow
+def test_in_the_servers_own_app_for_bundles(server: SimpleNamespace, tmp_path: Path) -> None:
+    """The bundle loads and shows there; one image makes no pair, and the client is told so."""
+    import requests
+
+    copy = [sys.executable, "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run([*copy, "--output", str(tmp_path)], check=True, capture_output=True, env=environment)
+    shutil.copytree(BUNDLE, tmp_path / "monaibundle" / "model" / BUNDLE.name)
+    # nothing is to be downloaded: neither a list of bundles nor SAM 2
+    options = ["--conf", "models", BUNDLE.name, "--conf", "zoo_source", "ngc", "--conf", "sam2", "false"]
+    running = serve(str(tmp_path / "monaibundle"), server.root / "studies", tmp_path / "log.txt", *options)
+    try:
+        url = next(running)
+        assert BUNDLE.name in requests.get(f"{url}/info/", timeout=30).json()["models"]
+        response = infer(url, "t1", model=BUNDLE.name)
+        assert response.status_code == 400, (tmp_path / "log.txt").read_text()[-3000:]
+        assert "fixed and moving" in response.json()["detail"] and "monai_zsreg.label" in response.json()["detail"]
+    finally:
+        running.close()
