@@ -186,6 +186,10 @@ def _index_to_grid(size: Sequence[int], like: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# mm; squares and cubes of lengths must fit single precision
+_FARTHEST = 1e12
+
+
 @dataclass(frozen=True)
 class Grid:
     """The lattice of an image: spatial shape, and the matrix from indices to world coordinates.
@@ -205,7 +209,8 @@ class Grid:
         MONAI keeps a 4x4 affine for 2D images too; here it becomes 3x3. A tensor without an affine has the identity.
 
         Raises:
-            RegistrationError: another number of dimensions, or an affine that is singular or not finite.
+            RegistrationError: another number of dimensions, or an affine that is singular, not finite, or so large
+                that single precision cannot compute with it.
         """
         dims = image.ndim - 1
         if dims not in (2, 3):
@@ -214,6 +219,8 @@ class Grid:
         affine = torch.as_tensor(to_affine_nd(dims, raw.detach().cpu().double()), dtype=torch.float64)
         if not bool(torch.isfinite(affine).all()) or abs(float(torch.linalg.det(affine))) < 1e-9:
             raise RegistrationError(f"{name}.affine", affine.tolist(), "a finite, invertible matrix")
+        if float(affine.abs().max()) > _FARTHEST:
+            raise RegistrationError(f"{name}.affine", affine.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
         return cls(tuple(int(n) for n in image.shape[1:]), affine)
 
     @property

@@ -253,8 +253,9 @@ def test_grid_of_images() -> None:
         torch.zeros(1, 1, 3, 4, 5),
         MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.zeros(4, 4)),
         MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.full((4, 4), math.nan)),
+        MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.diag(torch.tensor([1e29, 1.0, 1.0, 1.0]))),
     ],
-    ids=["no channel", "batch", "singular", "nan"],
+    ids=["no channel", "batch", "singular", "nan", "huge"],
 )
 def test_grid_refuses(image: torch.Tensor) -> None:
     with pytest.raises(RegistrationError, match="^scan"):

@@ -217,7 +217,10 @@ class Refiner:
                 current, kept = _pick(current, order), _pick(kept, order)
                 best, kept_overlap = torch.gather(best, 1, order), torch.gather(kept_overlap, 1, order)
                 memory.pick(order)
-            inverse = torch.linalg.inv(current)
+            inverse, singular = torch.linalg.inv_ex(current)
+            if bool(singular.any()):  # images without sense led there: back to the best, which has an inverse
+                current = torch.where(singular[..., None, None] > 0, kept, current)
+                inverse = torch.linalg.inv(current)
             full, right, cost, overlap = self._equations(blocks, torch.cat([current, inverse]))
             jacobian = _motions(basis, current, inverse)[..., :dims, :].flatten(-2)
             normal = (jacobian @ full @ jacobian.mT).unflatten(0, (2, n)).sum(0)

@@ -63,6 +63,12 @@ def test_what_must_not_be_is_seen(fuzz: ModuleType, tmp_path: Path, monkeypatch:
         assert outcome.startswith("BAD") and seen in outcome
 
 
+@pytest.mark.parametrize("number", [2411, 2443, 4398, 8903])
+def test_what_ten_thousand_cases_found(fuzz: ModuleType, tmp_path: Path, number: int) -> None:
+    """Headers of 1e29 mm, and a step to a matrix without an inverse."""
+    assert not fuzz.run_case(2026, number, tmp_path)["outcome"].startswith("BAD")
+
+
 def _folder(base: Path, number: int) -> Path:
     folder = base / f"draw{number}"
     folder.mkdir()
