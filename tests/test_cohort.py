@@ -107,6 +107,38 @@ def test_bad_pairs_are_rows_and_a_rerun_does_only_what_is_missing(images: Simple
 
 
 @pytest.mark.slow
+def test_nothing_in_a_datalist_is_evaluated(images: SimpleNamespace, tmp_path: Path) -> None:
+    """MONAI evaluates ``$...``, resolves ``@...`` and reads ``%...`` in configurations; names in a datalist are data."""
+    trace = tmp_path / "evaluated"
+    names = [
+        f"$open({str(trace)!r}, 'w')".replace("/", "\u2215"),
+        "$1+1",
+        "@output_dir",
+        "%file",
+        "${HOME}",
+        "'quoted\".x",
+    ]
+    files = []
+    for number, name in enumerate(
+        ["$moving.nii.gz", "@moving.nii.gz", "%moving.nii.gz", "a\nb.nii.gz", " c.nii.gz", "é脳.nii.gz"]
+    ):
+        files.append(tmp_path / name)
+        files[number].write_bytes(images.t2.read_bytes())
+    entries = [{"fixed": str(images.t1), "moving": f.name, "name": n} for f, n in zip(files, names, strict=True)]
+    datalist = tmp_path / "pairs.json"
+    datalist.write_text(json.dumps(entries))
+    done = run(tmp_path / "out", "--datalist", str(datalist), "--dataset_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {name: row["verdict"] for name, row in rows(tmp_path / "out").items()} == dict.fromkeys(names, "PASS")
+    assert all((tmp_path / "out" / name / "moved.nii.gz").is_file() for name in names)
+    assert not trace.exists()
+    # one pair on the command line, where MONAI looks at the first character
+    done = run(tmp_path / "one", "--fixed", str(images.t1), "--moving", str(files[0]), "--name", "one")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "one" / "one" / "moved.nii.gz").is_file()
+
+
+@pytest.mark.slow
 def test_kill_in_the_middle_leaves_whole_files_and_goes_on(images: SimpleNamespace, tmp_path: Path) -> None:
     entries = [{"fixed": str(images.t1), "moving": str(images.t2), "name": f"p{i:02d}"} for i in range(30)]
     datalist = write_list(tmp_path / "pairs.csv", entries)
