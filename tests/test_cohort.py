@@ -108,7 +108,7 @@ def test_bad_pairs_are_rows_and_a_rerun_does_only_what_is_missing(images: Simple
 
 @pytest.mark.slow
 def test_nothing_in_a_datalist_is_evaluated(images: SimpleNamespace, tmp_path: Path) -> None:
-    """MONAI evaluates ``$...``, resolves ``@...`` and reads ``%...`` in configurations; names in a datalist are data."""
+    """MONAI evaluates ``$...``, resolves ``@...`` and reads ``%...`` in configurations; a datalist is data."""
     trace = tmp_path / "evaluated"
     names = [
         f"$open({str(trace)!r}, 'w')".replace("/", "\u2215"),
