@@ -141,7 +141,7 @@ class Refiner:
     the moving image the fixed one where the inverse takes them, so both images are treated alike. Descriptors are
     made of the samples, hence always in the block's own orientation. The update is Gauss-Newton with the gradients
     of the blocks' own descriptors, which are made once (Baker and Matthews 2004: inverse composition), points
-    weighted by how well they agree. Of several starts the worse half is given up after each iteration but the first.
+    weighted by how well they agree. Of several starts the worse half is given up after each iteration.
 
     Args:
         describe: module from patches ``[Q, *n]`` to ``[Q, C, *(n - 2 margin)]``, with attributes ``margin`` and
