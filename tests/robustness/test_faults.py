@@ -97,7 +97,8 @@ def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signal_in_the_middle(pairs: SimpleNamespace, tmp_path: Path, sent: signal.Signals) -> None:
-    process = start(pairs, tmp_path)
+    # a shell's background jobs ignore SIGINT, and so would what they start
+    process = start(pairs, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_reports(tmp_path, 2)
     process.send_signal(sent)
     process.communicate(timeout=120)
