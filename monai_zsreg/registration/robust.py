@@ -101,7 +101,7 @@ class _Effort:
 # first attempt, and those for pairs that do not look alike after it; the last for images that fade into the background
 _EFFORTS = {
     2: (
-        _Effort(750, 16, 16, 4),
+        _Effort(1000, 16, 16, 4),
         _Effort(4000, 30, 48, 12),
         _Effort(4000, 30, 48, 12, (_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)), faint=True),
     ),
