@@ -599,7 +599,9 @@ class AffineParameters:
 def _rotation(degrees: Sequence[float]) -> np.ndarray:
     """Rotation matrix of one angle (2D) or of three (3D: ``Rx Ry Rz``)."""
     matrix = np.eye(2 if len(degrees) == 1 else 3)
-    for angle, axes in zip(np.radians(degrees), ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1)), strict=True):
+    for angle, axes in zip(
+        np.radians(degrees), ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1)), strict=True
+    ):
         turn = np.eye(len(matrix))
         turn[np.ix_(axes, axes)] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         matrix = matrix @ turn

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import Grid, checked_matrix
-from monai_zsreg.io import Image, ImageLike, load_image, read_transform
+from monai_zsreg.io import read_transform
+from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
 from monai_zsreg.registration.engine import DOUBTFUL, EFFORTS, TRANSFORMS, Settings, find
 from monai_zsreg.registration.estimate import Estimate
@@ -61,7 +62,7 @@ class Prepared:
     def __init__(self, source: ImageLike, channel: int = 0, mask: ImageLike | None = None, name: str = "fixed") -> None:
         self.image: Image = load_image(source, name)
         self.channel = _channel(self.image, channel, name)
-        self.values, self.seen = self.image.channel(self.channel, name)
+        self.values, self.seen = self.image.channel(self.channel, name), self.image.seen
         self.mask = None if mask is None else _mask_on(mask, self.image, f"{name}_mask")
         self._sides: OrderedDict[tuple[Any, ...], Side] = OrderedDict()
 
@@ -195,8 +196,8 @@ def register(
         seconds=seconds,
         preset=preset,
         transform=transform,
-        fixed_image=one.image.cpu(),
-        moving_image=two.image.cpu(),
+        fixed_image=one.image.to("cpu"),
+        moving_image=two.image.to("cpu"),
         covariance=estimate.covariance,
         keypoints=estimate.keypoints,
         options={name: value for name, value in given.items() if value is not None},
@@ -320,7 +321,9 @@ def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None
     if not isinstance(source, Prepared):
         return Prepared(source, channel, mask, name)
     if mask is not None or _whole(channel) not in (0, source.channel):
-        raise RegistrationError(f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)")
+        raise RegistrationError(
+            f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)"
+        )
     return source
 
 
