@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far off a registration may be, and whether to trust it at all. All limits and constants of the verdict stand here.
+"""How far off a registration may be, and whether to trust it at all: the limits and constants of the verdict.
 
-The command ``zsreg benchmark calibrate`` measures them: it fits the constants on some of the subjects and scores them on
-the others.
+The command ``zsreg benchmark calibrate`` measures them: it fits the constants on some of the subjects and scores them
+on the others.
 """
 
 from __future__ import annotations

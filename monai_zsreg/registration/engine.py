@@ -11,8 +11,8 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
-from monai_zsreg.registration.descriptors import DESCRIPTORS, Descriptor
-from monai_zsreg.registration.refine import Evidence, Refinement, refine, weigh
+from monai_zsreg.registration.descriptors import DESCRIPTORS
+from monai_zsreg.registration.refine import Evidence, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -164,7 +164,9 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
     stages = list(_STAGES[pair.dims])
     if settings.blocks is not None:
         stages[-1] = replace(stages[-1], blocks=settings.blocks)
-    transforms, costs, first = _candidates(pair, settings, effort), [], -len(effort.catch)
+    transforms = _candidates(pair, settings, effort)
+    costs: list[float] = []
+    first = -len(effort.catch)
     for number, stage in enumerate((*effort.catch, *stages), start=first):
         spacing = stage.step * pair.base
         if spacing > pair.extent / _SIDE and stage is not stages[-1]:

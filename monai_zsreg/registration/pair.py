@@ -231,8 +231,8 @@ def _estimate(
         )
     found = None
     for effort in EFFORTS[grids[0].dims]:
-        sides = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
-        again = find(Pair(*sides, initial), settings, effort)
+        one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
+        again = find(Pair(one, two, initial), settings, effort)
         if found is None or again.costs[-1] < found.costs[-1]:
             found = again
         if found.costs[-1] <= DOUBTFUL or settings.coarse == "keypoints" or settings.search == "none":
@@ -268,7 +268,7 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
         ``seed`` as an int.
 
     Raises:
-        RegistrationError: ``transform`` is no kind of transform, ``seed`` no seed, an option unknown or out of its range.
+        RegistrationError: an argument that is out of its range, or unknown.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))

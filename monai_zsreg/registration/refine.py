@@ -191,8 +191,8 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
     used = float((each.abs().amax(-1) > 0).sum())
     own = blocks.tensor[:, square_index(dims, tensor.device).diagonal()].sum(1)
     squares = (tensor.diagonal(dim1=1, dim2=2).sum(-1), own, other.square().sum(3).flatten(2).sum(0))
-    common, own, others = (float((square * weight).sum().cpu().double()) for square in squares)
-    agreement = common / max((own * others) ** 0.5, 1e-12)
+    common, left, right = (float((square * weight).sum().cpu().double()) for square in squares)
+    agreement = common / max((left * right) ** 0.5, 1e-12)
     # as many equations as blocks: what the parameters use up makes residuals look small
     scatter = scatter * (used / max(used - len(basis), 1.0))
     if not bool(jacobian.isfinite().all() and scatter.isfinite().all()):
