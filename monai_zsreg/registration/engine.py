@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +13,22 @@ from torch import Tensor
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.descriptors import DESCRIPTORS
-from monai_zsreg.registration.refine import Evidence, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
-__all__ = ["COARSE", "DOUBTFUL", "EFFORTS", "Effort", "SEARCHES", "TRANSFORMS", "Found", "Settings", "find"]
+__all__ = [
+    "COARSE",
+    "DOUBTFUL",
+    "EFFORTS",
+    "Effort",
+    "SEARCHES",
+    "TRANSFORMS",
+    "Found",
+    "Hypothesis",
+    "Settings",
+    "find",
+]
 
 TRANSFORMS = ("rigid", "similarity", "affine")
 SEARCHES = ("global", "local", "none")
@@ -26,6 +38,12 @@ COARSE = ("search", "keypoints")
 _SIDE = 24
 # descriptors of two scans of one brain differ by less at the finest level
 DOUBTFUL = 0.085
+# starts of the first level that are followed to its end
+_FOLLOWED = 3
+# lattice steps between two answers that are not the same
+_APART = 3.0
+# standard errors that a rival is behind by where it is given up
+_BEATEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -120,28 +138,51 @@ class Settings:
                 raise RegistrationError(name, number, "a whole number of at least 8, or None")
 
 
+@dataclass(frozen=True)
+class Hypothesis:
+    """A transform that is followed down the levels beside others.
+
+    Attributes:
+        kind: where it comes from: ``"search"``, ``"header"`` or ``"mirror"``.
+        transform: ``(D+1, D+1)``, fixed frame to moving frame.
+        cost: mean clipped difference of the descriptors at the last level where it was followed.
+        overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
+        behind: how much more its descriptors differ than those of the answer.
+        errors: the same in standard errors.
+    """
+
+    kind: str
+    transform: Tensor
+    cost: float = math.inf
+    overlap: float = 0.0
+    behind: float = math.inf
+    errors: float = math.inf
+
+
 @dataclass
 class Found:
     """
     Attributes:
         pair: the two images, in whose frames the transform is.
-        transform: ``(D+1, D+1)``, fixed frame to moving frame.
-        costs: mean clipped difference of the descriptors at each level, coarse to fine.
-        overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
+        answer: the best hypothesis.
+        rivals: the others that ended apart from it, each as of the last level where it was followed.
+        costs: of the answer at each level, coarse to fine.
         evidence: what the blocks of the finest level say of it.
+        agreement: see `Evidence`, at the resolution of the coarser image.
     """
 
     pair: Pair
-    transform: Tensor
+    answer: Hypothesis
+    rivals: list[Hypothesis]
     costs: list[float]
-    overlap: float
     evidence: Evidence
+    agreement: float
 
     def covariance(self) -> Tensor:
         """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows from that of a motion of the fixed frame."""
         pair, dims = self.pair, self.pair.dims
         to_fixed = torch.linalg.inv(pair.fixed_frame.to_world)
-        change = (pair.moving_frame.to_world @ self.transform) @ self.evidence.basis @ to_fixed
+        change = (pair.moving_frame.to_world @ self.answer.transform) @ self.evidence.basis @ to_fixed
         change = change[:, :dims].flatten(-2)  # [P, D(D+1)]
         return change.mT @ self.evidence.covariance @ change
 
@@ -152,8 +193,8 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
     1. Rotations spread over all directions are scored by normalized mutual information of coarse images
        (`PoseSearch`); the best are shaken until they no longer improve. Where the user or the headers put the images
        is a candidate too.
-    2. All are refined by Gauss-Newton on local descriptors (`refine`); the one whose descriptors agree best at the
-       coarsest level goes on.
+    2. All are refined by Gauss-Newton on local descriptors (`refine`). What ends apart from the best, and the best
+       reflection of it, are its rivals: they are followed as long as they are not clearly behind.
 
     Args:
         pair: the two images.
@@ -164,32 +205,81 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
     stages = list(_STAGES[pair.dims])
     if settings.blocks is not None:
         stages[-1] = replace(stages[-1], blocks=settings.blocks)
-    transforms = _candidates(pair, settings, effort)
+    levels = [
+        (number, stage)
+        for number, stage in enumerate((*effort.catch, *stages), start=-len(effort.catch))
+        if stage is stages[-1] or stage.step * pair.base <= pair.extent / _SIDE
+    ]
+    # the level where the coarser image still shows something
+    shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))[1]
+    going: list[Hypothesis] = []
+    beaten: list[Hypothesis] = []
     costs: list[float] = []
-    first = -len(effort.catch)
-    for number, stage in enumerate((*effort.catch, *stages), start=first):
-        spacing = stage.step * pair.base
-        if spacing > pair.extent / _SIDE and stage is not stages[-1]:
-            continue
+    for number, stage in levels:
         # no negative seeds
-        blocks = Blocks(pair, describe, spacing, stage.size, stage.blocks, settings.seed + number % 64)
-        result = refine(blocks, transforms, settings.transform, stage.iterations)
-        transforms = result.transform
+        blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
+        if not going:
+            going = _begin(blocks, pair, settings, effort, stage.iterations)
+        else:
+            going = _followed(blocks, going, settings.transform, stage.iterations)
+        going, lost = _compared(blocks, going)
+        beaten += lost
         if number >= 0:
             # a level that was left out shows the next one's
-            costs += [float(result.cost[0])] * (number + 1 - len(costs))
-    evidence = weigh(blocks, transforms[0], settings.transform)
-    return Found(pair, transforms[0], costs, float(result.overlap[0]), evidence)
+            costs += [going[0].cost] * (number + 1 - len(costs))
+        if stage is shown or stage is stages[-1]:
+            evidence = weigh(blocks, going[0].transform, settings.transform)
+        if stage is shown:
+            agreement = evidence.agreement
+    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement)
 
 
-def _candidates(pair: Pair, settings: Settings, effort: Effort) -> Tensor:
-    """Where to start, ``[K, D+1, D+1]``, fixed frame to moving frame."""
-    if settings.search == "none":
-        return pair.start[None]
+def _begin(blocks: Blocks, pair: Pair, settings: Settings, effort: Effort, iterations: int) -> list[Hypothesis]:
+    """Hypotheses after the first level, best first."""
     pose = PoseSearch(
         pair, settings.transform != "rigid", effort.points, effort.keep, effort.trials, seed=settings.seed
     )
+    starts = pair.start[None]
     if settings.search == "local":
-        return pose.around(pair.start, effort.results)
-    rotations = settings.rotations or {2: 60, 3: 4000}[pair.dims]
-    return torch.cat([pose.everywhere(rotations, effort.results), pair.start[None]])
+        starts = pose.around(pair.start, effort.results)
+    elif settings.search == "global":
+        rotations = settings.rotations or {2: 60, 3: 4000}[pair.dims]
+        starts = torch.cat([pose.everywhere(rotations, effort.results), starts])
+    proper = refine(blocks, starts, settings.transform, iterations, results=_FOLLOWED)
+    last = len(starts) - 1
+    kinds = ["header" if int(origin) == last else "search" for origin in proper.origin]
+    mirrored = refine(blocks, pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
+    return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
+
+
+def _followed(blocks: Blocks, going: list[Hypothesis], transform: str, iterations: int) -> list[Hypothesis]:
+    starts = torch.stack([hypothesis.transform for hypothesis in going])
+    result = refine(blocks, starts, transform, iterations, results=len(going))
+    return _hypotheses([going[int(origin)].kind for origin in result.origin], result)
+
+
+def _hypotheses(kinds: list[str], result: Refinement) -> list[Hypothesis]:
+    rows = zip(kinds, result.transform, result.cost.tolist(), result.overlap.tolist(), strict=True)
+    return [Hypothesis(*row) for row in rows]
+
+
+def _compared(blocks: Blocks, going: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+    """The hypotheses to follow, the answer first, and those that are clearly behind it."""
+    # a reflection is no answer, however well it fits
+    going = sorted(going, key=lambda hypothesis: (hypothesis.kind == "mirror", hypothesis.cost))
+    transforms = torch.stack([hypothesis.transform for hypothesis in going])
+    apart = distance(transforms, transforms[0]) > _APART * blocks.step
+    # what met the answer is no rival
+    going = [going[0]] + [hypothesis for hypothesis, far in zip(going, apart, strict=True) if far]
+    if len(going) == 1:
+        return going, []
+    behind, errors = lead_of(blocks, torch.stack([hypothesis.transform for hypothesis in going]))
+    going = [
+        replace(hypothesis, behind=mean, errors=error)
+        for hypothesis, mean, error in zip(going, behind.tolist(), errors.tolist(), strict=True)
+    ]
+    rivals = going[1:]
+    return (
+        going[:1] + [rival for rival in rivals if rival.errors < _BEATEN],
+        [rival for rival in rivals if rival.errors >= _BEATEN],
+    )

@@ -238,7 +238,7 @@ def _estimate(
         if found.costs[-1] <= DOUBTFUL or settings.coarse == "keypoints" or settings.search == "none":
             break
     assert found is not None
-    affine = found.pair.to_world(found.transform)
+    affine = found.pair.to_world(found.answer.transform)
     reasons = []
     dims = len(affine) - 1
     if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
@@ -251,11 +251,13 @@ def _estimate(
         reasons=reasons,
         covariance=honest_covariance(found.covariance().numpy(), base),
         measures={
-            "agreement": found.evidence.agreement,
+            "agreement": found.agreement,
             "cost": found.costs[-1],
             "coarse_cost": found.costs[0],
-            "overlap": found.overlap,
+            "overlap": found.answer.overlap,
             "step": base,
+            **{f"{r.kind}_behind": r.behind for r in found.rivals},
+            **{f"{r.kind}_errors": r.errors for r in found.rivals},
         },
         keypoints=keypoints,
     )
