@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
+from monai_zsreg.registration.correlate import correlate, seen_region
 from monai_zsreg.registration.descriptors import DESCRIPTORS
 from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
@@ -36,10 +38,10 @@ COARSE = ("search", "keypoints")
 
 # lattice steps along the longest side that a level needs: below, blocks would be larger than what they show
 _SIDE = 24
-# descriptors of two scans of one brain differ by less at the finest level
-DOUBTFUL = 0.085
-# starts of the first level that are followed to its end
-_FOLLOWED = 3
+# descriptors of two scans of one brain differ by less at the finest level, or their slopes agree by more
+_LIKE, _AGREE = 0.085, 0.3
+# steps along the longest side that edges are found on
+_EDGES = {2: 256, 3: 80}
 # lattice steps between two answers that are not the same
 _APART = 3.0
 # standard errors that a rival is behind by where it is given up
@@ -65,18 +67,22 @@ class Effort:
     """How hard to look.
 
     Attributes:
+        source: where candidates come from, a key of `SOURCES`.
         points: samples of the search.
         keep: candidates that the search improves.
         trials: trials for each of them in a round.
         results: candidates that are refined.
+        followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
 
-    points: int
-    keep: int
-    trials: int
-    results: int
+    source: str = "information"
+    points: int = 2500
+    keep: int = 24
+    trials: int = 24
+    results: int = 4
+    followed: int = 3
     catch: tuple[_Stage, ...] = ()
     faint: bool = False
 
@@ -84,14 +90,21 @@ class Effort:
 #: first attempt, and those for pairs that do not look alike after it; the last for images that fade into the background
 EFFORTS = {
     2: (
-        Effort(1000, 16, 16, 4),
-        Effort(4000, 30, 48, 12),
-        Effort(4000, 30, 48, 12, (_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)), faint=True),
+        Effort(points=1000, keep=16, trials=16),
+        Effort("correlation", points=1000, results=10, followed=6),
+        Effort(
+            points=4000,
+            keep=30,
+            trials=48,
+            results=12,
+            catch=(_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)),
+            faint=True,
+        ),
     ),
     3: (
-        Effort(2500, 24, 24, 4),
-        Effort(5000, 64, 48, 12),
-        Effort(5000, 64, 48, 12, faint=True),
+        Effort(),
+        Effort("correlation", results=10, followed=6),
+        Effort(points=5000, keep=64, trials=48, results=12, faint=True),
     ),
 }
 
@@ -143,7 +156,7 @@ class Hypothesis:
     """A transform that is followed down the levels beside others.
 
     Attributes:
-        kind: where it comes from: ``"search"``, ``"header"`` or ``"mirror"``.
+        kind: ``"header"``, what the headers or the user say; ``"second"``, another; ``"mirror"``, a reflection.
         transform: ``(D+1, D+1)``, fixed frame to moving frame.
         cost: mean clipped difference of the descriptors at the last level where it was followed.
         overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
@@ -178,6 +191,36 @@ class Found:
     evidence: Evidence
     agreement: float
 
+    @property
+    def convincing(self) -> bool:
+        """Whether the images look so alike at the answer that there is no need to look further."""
+        return self.costs[-1] <= _LIKE or self.agreement >= _AGREE
+
+    def affine(self) -> Tensor:
+        """The answer, ``(D+1, D+1)``, fixed world to moving world, its last row exact."""
+        affine = self.pair.to_world(self.answer.transform)
+        affine[-1] = torch.eye(len(affine), dtype=torch.float64)[-1]
+        return affine
+
+    def measures(self) -> dict[str, float]:
+        """What the verdict rests on; see `monai_zsreg.registration.confidence.Limits`."""
+        found = {
+            "agreement": self.agreement,
+            "cost": self.costs[-1],
+            "coarse_cost": self.costs[0],
+            "overlap": self.answer.overlap,
+        }
+        mirrored = [rival.errors for rival in self.rivals if rival.kind == "mirror"]
+        if mirrored:
+            found["mirror"] = mirrored[0]
+        second = min(
+            (rival for rival in self.rivals if rival.kind != "mirror"), key=lambda rival: rival.errors, default=None
+        )
+        if second is not None:
+            away = float(distance(second.transform, self.answer.transform)) * self.pair.unit
+            found |= {"second": second.errors, "second_mm": away}
+        return found
+
     def covariance(self) -> Tensor:
         """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows from that of a motion of the fixed frame."""
         pair, dims = self.pair, self.pair.dims
@@ -187,12 +230,10 @@ class Found:
         return change.mT @ self.evidence.covariance @ change
 
 
-def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
+def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None) -> Found:
     """One attempt: candidates, then level by level down to the images' own resolution.
 
-    1. Rotations spread over all directions are scored by normalized mutual information of coarse images
-       (`PoseSearch`); the best are shaken until they no longer improve. Where the user or the headers put the images
-       is a candidate too.
+    1. Candidates come from one of `SOURCES`. Where the user or the headers put the images is one too.
     2. All are refined by Gauss-Newton on local descriptors (`refine`). What ends apart from the best, and the best
        reflection of it, are its rivals: they are followed as long as they are not clearly behind.
 
@@ -200,6 +241,7 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
         pair: the two images.
         settings: options of the method.
         effort: how hard to look.
+        earlier: what an earlier attempt found, ``[K, D+1, D+1]``, fixed world to moving world.
     """
     describe = DESCRIPTORS[settings.features](pair.dims, settings.vgg19_weights).to(pair.fixed.coarse.values.device)
     stages = list(_STAGES[pair.dims])
@@ -219,7 +261,7 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
         # no negative seeds
         blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
         if not going:
-            going = _begin(blocks, pair, settings, effort, stage.iterations)
+            going = _begin(blocks, pair, settings, effort, earlier, stage.iterations)
         else:
             going = _followed(blocks, going, settings.transform, stage.iterations)
         going, lost = _compared(blocks, going)
@@ -234,22 +276,59 @@ def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
     return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement)
 
 
-def _begin(blocks: Blocks, pair: Pair, settings: Settings, effort: Effort, iterations: int) -> list[Hypothesis]:
+def _begin(
+    blocks: Blocks, pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None, iterations: int
+) -> list[Hypothesis]:
     """Hypotheses after the first level, best first."""
     pose = PoseSearch(
         pair, settings.transform != "rigid", effort.points, effort.keep, effort.trials, seed=settings.seed
     )
-    starts = pair.start[None]
-    if settings.search == "local":
+    header = pair.start[None]
+    if settings.search == "none":
+        starts = header
+    elif settings.search == "local":
         starts = pose.around(pair.start, effort.results)
-    elif settings.search == "global":
-        rotations = settings.rotations or {2: 60, 3: 4000}[pair.dims]
-        starts = torch.cat([pose.everywhere(rotations, effort.results), starts])
-    proper = refine(blocks, starts, settings.transform, iterations, results=_FOLLOWED)
-    last = len(starts) - 1
-    kinds = ["header" if int(origin) == last else "search" for origin in proper.origin]
+    else:
+        known = header[:0] if earlier is None else pair.to_frames(earlier)
+        starts = torch.cat([header, known, SOURCES[effort.source](pair, pose, settings, effort)])
+    proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
+    kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
     mirrored = refine(blocks, pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
     return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
+
+
+def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> Tensor:
+    """Rotations spread over all directions, scored by mutual information of coarse images, the best shaken."""
+    return pose.everywhere(settings.rotations or {2: 60, 3: 4000}[pair.dims], effort.results)
+
+
+def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> Tensor:
+    """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
+    step = max(pair.base, pair.extent / _EDGES[pair.dims])
+    levels = (pair.fixed.at(step), pair.moving.at(step))
+    parts = []
+    # near the headers' word rotations may be dense; it is the more likely place
+    for reach in (45.0, None) if pair.dims == 3 else (None,):
+        found = correlate(
+            levels[0].values,
+            levels[1].values,
+            levels[0].grid.affine,
+            levels[1].grid.affine,
+            *(seen_region(level.values) for level in levels),
+            reach=reach,
+            scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.85, 1.0, 1.18),
+            count=effort.results,
+            seed=settings.seed,
+        )
+        parts.append(found.transform)
+    return pair.to_frames(torch.cat(parts))
+
+
+#: candidates of the coarse stage, ``[K, D+1, D+1]``, fixed frame to moving frame. A new source is an entry here.
+SOURCES: dict[str, Callable[[Pair, PoseSearch, Settings, Effort], Tensor]] = {
+    "information": _by_information,
+    "correlation": _by_correlation,
+}
 
 
 def _followed(blocks: Blocks, going: list[Hypothesis], transform: str, iterations: int) -> list[Hypothesis]:

@@ -22,7 +22,7 @@ from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
-from monai_zsreg.registration.engine import DOUBTFUL, EFFORTS, TRANSFORMS, Settings, find
+from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.result import RegistrationResult
@@ -229,36 +229,27 @@ def _estimate(
             fixed_channel=fixed.channel,
             moving_channel=moving.channel,
         )
-    found = None
+    found: Found | None = None
     for effort in EFFORTS[grids[0].dims]:
         one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
-        again = find(Pair(one, two, initial), settings, effort)
+        earlier = None if found is None else found.affine()[None]
+        again = find(Pair(one, two, initial), settings, effort, earlier)
         if found is None or again.costs[-1] < found.costs[-1]:
             found = again
-        if found.costs[-1] <= DOUBTFUL or settings.coarse == "keypoints" or settings.search == "none":
+        if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine = found.pair.to_world(found.answer.transform)
-    reasons = []
+    affine, reasons = found.affine(), []
     dims = len(affine) - 1
     if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
         affine = torch.eye(dims + 1, dtype=torch.float64)
-    affine[dims] = torch.eye(dims + 1, dtype=torch.float64)[dims]
     return Estimate(
         affine=affine.clone(),
         failed=bool(reasons),
         reasons=reasons,
         covariance=honest_covariance(found.covariance().numpy(), base),
-        measures={
-            "agreement": found.agreement,
-            "cost": found.costs[-1],
-            "coarse_cost": found.costs[0],
-            "overlap": found.answer.overlap,
-            "step": base,
-            **{f"{r.kind}_behind": r.behind for r in found.rivals},
-            **{f"{r.kind}_errors": r.errors for r in found.rivals},
-        },
+        measures={"step": base} | found.measures(),
         keypoints=keypoints,
     )
 

@@ -121,7 +121,7 @@ class PoseSearch:
         return self.improve(_turned(transform, flips), results, keep=2 * results)
 
     def improve(self, candidates: Tensor, results: int, spread: float = 1.0, keep: int | None = None) -> Tensor:
-        """The best ``keep`` of candidates ``[K, D+1, D+1]``, shaken ``spread`` times as wide as usual; see `everywhere`."""
+        """The best ``keep`` of candidates ``[K, D+1, D+1]``, shaken ``spread`` times as wide as usual."""
         dims, generator, keep = self.pair.dims, self.generator, keep or self.keep
         kept, values = apart(candidates, self.score(candidates), keep)
         for number, (angle, shift, scale) in enumerate(_ROUNDS):
