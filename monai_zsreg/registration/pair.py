@@ -27,6 +27,7 @@ from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.side import Pair, Side, finest_step, longest_extent
+from monai_zsreg.resample import resample
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Prepared", "check_options", "register", "resolve_device"]
 
@@ -354,8 +355,6 @@ def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:
 
 def _mask_on(mask: ImageLike, image: Image, name: str) -> Tensor:
     """A mask on the grid of its image, ``[1, *spatial]`` bool."""
-    from monai_zsreg.resample import resample
-
     read = load_image(mask, name)
     if read.dims != image.dims:
         raise RegistrationError(name, f"{read.dims}D image", f"a {image.dims}D image, as its image is")
