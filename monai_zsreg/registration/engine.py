@@ -21,7 +21,6 @@ from monai_zsreg.registration.side import Pair
 
 __all__ = [
     "COARSE",
-    "DOUBTFUL",
     "EFFORTS",
     "Effort",
     "SEARCHES",
@@ -38,8 +37,13 @@ COARSE = ("search", "keypoints")
 
 # lattice steps along the longest side that a level needs: below, blocks would be larger than what they show
 _SIDE = 24
-# descriptors of two scans of one brain differ by less at the finest level, or their slopes agree by more
-_LIKE, _AGREE = 0.085, 0.3
+# descriptors of two scans of one brain differ by less at the finest level; by somewhat more where the coarser image
+# shows nothing there, but then their slopes agree
+_LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
+# how far the correlation's best score stands above all others where it is right
+_MARGIN = 0.1
+# distance of candidates that mean the same place, frame units
+_SAME = 0.35
 # steps along the longest side that edges are found on
 _EDGES = {2: 256, 3: 80}
 # lattice steps between two answers that are not the same
@@ -68,6 +72,7 @@ class Effort:
 
     Attributes:
         source: where candidates come from, a key of `SOURCES`.
+        reach: of the correlation, degrees about what the headers say; None for every rotation.
         points: samples of the search.
         keep: candidates that the search improves.
         trials: trials for each of them in a round.
@@ -78,6 +83,7 @@ class Effort:
     """
 
     source: str = "information"
+    reach: float | None = None
     points: int = 2500
     keep: int = 24
     trials: int = 24
@@ -103,6 +109,7 @@ EFFORTS = {
     ),
     3: (
         Effort(),
+        Effort("correlation", reach=45.0, results=10, followed=6),
         Effort("correlation", results=10, followed=6),
         Effort(points=5000, keep=64, trials=48, results=12, faint=True),
     ),
@@ -182,6 +189,8 @@ class Found:
         costs: of the answer at each level, coarse to fine.
         evidence: what the blocks of the finest level say of it.
         agreement: see `Evidence`, at the resolution of the coarser image.
+        margin: how far the correlation's score of the answer stands above the best score apart from it; None where
+            candidates came from elsewhere.
     """
 
     pair: Pair
@@ -190,11 +199,14 @@ class Found:
     costs: list[float]
     evidence: Evidence
     agreement: float
+    margin: float | None = None
 
     @property
     def convincing(self) -> bool:
         """Whether the images look so alike at the answer that there is no need to look further."""
-        return self.costs[-1] <= _LIKE or self.agreement >= _AGREE
+        cost = self.costs[-1]
+        alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
+        return alike or (self.margin is not None and self.margin >= _MARGIN)
 
     def affine(self) -> Tensor:
         """The answer, ``(D+1, D+1)``, fixed world to moving world, its last row exact."""
@@ -210,6 +222,8 @@ class Found:
             "coarse_cost": self.costs[0],
             "overlap": self.answer.overlap,
         }
+        if self.margin is not None:
+            found["margin"] = self.margin
         mirrored = [rival.errors for rival in self.rivals if rival.kind == "mirror"]
         if mirrored:
             found["mirror"] = mirrored[0]
@@ -254,6 +268,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
     ]
     # the level where the coarser image still shows something
     shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))[1]
+    candidates = _candidates(pair, settings, effort, earlier)
     going: list[Hypothesis] = []
     beaten: list[Hypothesis] = []
     costs: list[float] = []
@@ -261,7 +276,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         # no negative seeds
         blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
         if not going:
-            going = _begin(blocks, pair, settings, effort, earlier, stage.iterations)
+            going = _begin(blocks, candidates, settings, effort, stage.iterations)
         else:
             going = _followed(blocks, going, settings.transform, stage.iterations)
         going, lost = _compared(blocks, going)
@@ -273,59 +288,84 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
-    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement)
+    margin = None if candidates.scores is None else _margin(candidates, going[0].transform)
+    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, margin)
 
 
-def _begin(
-    blocks: Blocks, pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None, iterations: int
-) -> list[Hypothesis]:
-    """Hypotheses after the first level, best first."""
+@dataclass
+class _Candidates:
+    """Where to start: first what the headers say, then what an earlier attempt found, then what a source gives.
+
+    Attributes:
+        pose: the search, which also finds reflections.
+        starts: ``[K, D+1, D+1]``, fixed frame to moving frame.
+        scores: of the last ones, ``[J]``; None for sources without.
+    """
+
+    pose: PoseSearch
+    starts: Tensor
+    scores: Tensor | None = None
+
+
+def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None) -> _Candidates:
     pose = PoseSearch(
         pair, settings.transform != "rigid", effort.points, effort.keep, effort.trials, seed=settings.seed
     )
     header = pair.start[None]
     if settings.search == "none":
-        starts = header
-    elif settings.search == "local":
-        starts = pose.around(pair.start, effort.results)
-    else:
-        known = header[:0] if earlier is None else pair.to_frames(earlier)
-        starts = torch.cat([header, known, SOURCES[effort.source](pair, pose, settings, effort)])
+        return _Candidates(pose, header)
+    if settings.search == "local":
+        return _Candidates(pose, pose.around(pair.start, effort.results))
+    known = header[:0] if earlier is None else pair.to_frames(earlier)
+    found, scores = SOURCES[effort.source](pair, pose, settings, effort)
+    return _Candidates(pose, torch.cat([header, known, found]), scores)
+
+
+def _begin(
+    blocks: Blocks, candidates: _Candidates, settings: Settings, effort: Effort, iterations: int
+) -> list[Hypothesis]:
+    """Hypotheses after the first level, best first."""
+    starts = candidates.starts
     proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
     kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
-    mirrored = refine(blocks, pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
+    mirrored = refine(blocks, candidates.pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
     return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
 
 
-def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> Tensor:
+def _margin(candidates: _Candidates, answer: Tensor) -> float:
+    assert candidates.scores is not None
+    there = distance(candidates.starts[-len(candidates.scores) :], answer) < _SAME
+    best = [float(candidates.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
+    return best[0] - best[1]
+
+
+def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Rotations spread over all directions, scored by mutual information of coarse images, the best shaken."""
-    return pose.everywhere(settings.rotations or {2: 60, 3: 4000}[pair.dims], effort.results)
+    return pose.everywhere(settings.rotations or {2: 60, 3: 4000}[pair.dims], effort.results), None
 
 
-def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> Tensor:
+def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
     step = max(pair.base, pair.extent / _EDGES[pair.dims])
-    levels = (pair.fixed.at(step), pair.moving.at(step))
-    parts = []
-    # near the headers' word rotations may be dense; it is the more likely place
-    for reach in (45.0, None) if pair.dims == 3 else (None,):
-        found = correlate(
-            levels[0].values,
-            levels[1].values,
-            levels[0].grid.affine,
-            levels[1].grid.affine,
-            *(seen_region(level.values) for level in levels),
-            reach=reach,
-            scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.85, 1.0, 1.18),
-            count=effort.results,
-            seed=settings.seed,
-        )
-        parts.append(found.transform)
-    return pair.to_frames(torch.cat(parts))
+    fixed, moving = pair.fixed.at(step), pair.moving.at(step)
+    found = correlate(
+        fixed.values,
+        moving.values,
+        fixed.grid.affine,
+        moving.grid.affine,
+        seen_region(fixed.values),
+        seen_region(moving.values),
+        reach=effort.reach,
+        scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.85, 1.0, 1.18),
+        count=effort.results,
+        seed=settings.seed,
+    )
+    return pair.to_frames(found.transform), found.score
 
 
-#: candidates of the coarse stage, ``[K, D+1, D+1]``, fixed frame to moving frame. A new source is an entry here.
-SOURCES: dict[str, Callable[[Pair, PoseSearch, Settings, Effort], Tensor]] = {
+#: candidates of the coarse stage, ``[K, D+1, D+1]``, fixed frame to moving frame, and their scores if they have any. A
+#: new source is an entry here.
+SOURCES: dict[str, Callable[[Pair, PoseSearch, Settings, Effort], tuple[Tensor, Tensor | None]]] = {
     "information": _by_information,
     "correlation": _by_correlation,
 }

@@ -38,6 +38,8 @@ PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 
 # voxels along the longest side that a working spacing may make
 _SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
+# difference of costs that tells nothing
+_TIE = 5e-4
 # sides of an image that are kept: one for each scale that moving images may ask for
 _KEPT = 3
 
@@ -235,7 +237,8 @@ def _estimate(
         one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
         earlier = None if found is None else found.affine()[None]
         again = find(Pair(one, two, initial), settings, effort, earlier)
-        if found is None or again.costs[-1] < found.costs[-1]:
+        # the later attempt had the earlier one's answer too, and more to compare it with
+        if found is None or again.costs[-1] < found.costs[-1] + _TIE:
             found = again
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
