@@ -6,7 +6,6 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
-import itk
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -15,7 +14,7 @@ from monai.data import MetaTensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import compose_parameters
-from monai_zsreg.io import load_image
+from monai_zsreg.io import load_image, read_transform
 from monai_zsreg.registration import RegistrationResult
 
 LAS = torch.tensor([[-2.0, 0, 0, 30], [0, 1.5, 0, -20], [0, 0, 1.0, 5], [0, 0, 0, 1]], dtype=torch.float64)
@@ -64,7 +63,8 @@ def test_what_is_carried_along_lies_on_the_fixed_grid(dims: int, fill: float) ->
     inside = by_scipy(result, np.ones(result.moving.shape[1:]), 1) > 0.999
     for c in range(2):
         expected = by_scipy(result, result.moving.as_tensor()[c].double().numpy(), 1, fill)
-        np.testing.assert_allclose(moved.as_tensor()[c].numpy()[inside], expected[inside], atol=1e-5)
+        # single precision beside a fill value of a thousand
+        np.testing.assert_allclose(moved.as_tensor()[c].numpy()[inside], expected[inside], atol=1e-3)
     beyond = by_scipy(result, np.ones(result.moving.shape[1:]), 1) < 1e-6
     assert beyond.any() and (moved.as_tensor()[:, torch.from_numpy(beyond)] == fill).all()
 
@@ -105,7 +105,7 @@ def test_an_image_on_another_grid_of_the_moving_world():
     coarse_affine[:, 0] *= 2
     coarse = result.apply(MetaTensor(ramp[:, ::2].clone(), affine=coarse_affine))
     full = result.apply(MetaTensor(ramp.clone(), affine=result.moving.affine))
-    inside = result.apply(MetaTensor(torch.ones(1, 10, 16, 18), affine=coarse_affine)) > 0.999
+    inside = result.apply(MetaTensor(torch.ones(1, 10, 16, 18), affine=coarse_affine), fill_value=0.0) > 0.999
     torch.testing.assert_close(coarse[inside].as_tensor(), full[inside].as_tensor(), atol=1e-3, rtol=0)
     assert inside.sum() > 100
 
@@ -157,15 +157,13 @@ def test_parameters_compose_to_the_matrix(dims):
     np.testing.assert_allclose(compose_parameters(result.parameters), result.affine, atol=1e-9)
 
 
-def test_saved_transform_is_read_by_itk(tmp_path):
+@pytest.mark.parametrize(("name", "format"), [("t.tfm", None), ("t.txt", "text"), ("t.mat", "fsl")])
+def test_a_saved_transform_is_the_matrix(tmp_path, name: str, format: str | None) -> None:
     result = result_of()
-    result.save_transform(tmp_path / "t.tfm")
-    assert [path.name for path in tmp_path.iterdir()] == ["t.tfm"]
-    transform = itk.transformread(str(tmp_path / "t.tfm"))[0]
-    flip = np.array([-1.0, -1.0, 1.0])
-    point = np.array([4.0, -7.0, 11.0])
-    got = np.array(transform.TransformPoint((flip * point).tolist())) * flip
-    np.testing.assert_allclose(got, result.apply(point[None])[0], atol=1e-9)
+    result.save_transform(tmp_path / name, format)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = read_transform(tmp_path / name, result.fixed_image, result.moving_image, format)
+    np.testing.assert_allclose(found, result.affine, atol=1e-6)
 
 
 def test_text_does_not_print_voxels():
