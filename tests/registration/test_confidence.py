@@ -77,7 +77,9 @@ def verdict_on(dims: int, features: str | None = "mind", notes: tuple[str, ...] 
     covariance = np.zeros((dims * (dims + 1),) * 2)
     ends = [row * (dims + 1) + dims for row in range(dims)]
     covariance[ends, ends] = changes.pop("error", 0.1) ** 2 / dims
-    estimate = Estimate(affine, covariance=covariance, **{k: changes.pop(k) for k in ("failed", "reasons") if k in changes})
+    estimate = Estimate(
+        affine, covariance=covariance, **{k: changes.pop(k) for k in ("failed", "reasons") if k in changes}
+    )
     estimate.measures = measures | changes
     return judge(estimate, grid, grid, list(notes), features)
 
@@ -160,7 +162,9 @@ def test_the_map_is_what_the_points_say(pair: SimpleNamespace) -> None:
     # on another grid of the fixed world
     coarse = Grid((5, 7), Grid.of(pair.t1).affine @ diagonal(40.0, 40.0))
     world = apply_affine(coarse.affine, torch.tensor([[2.0, 3.0]]).double()).numpy()
-    assert float(result.expected_error(coarse)[0, 2, 3]) == pytest.approx(float(result.uncertainty_at(world)[0]), rel=1e-5)
+    assert float(result.expected_error(coarse)[0, 2, 3]) == pytest.approx(
+        float(result.uncertainty_at(world)[0]), rel=1e-5
+    )
     with pytest.raises(RegistrationError, match="points"):
         result.uncertainty_at(np.zeros(2))
 

@@ -64,9 +64,7 @@ def test_the_last_row_is_exact(pair: SimpleNamespace, transform: str) -> None:
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
 def test_whole_numbers_of_numpy_are_whole_numbers(pair: SimpleNamespace, kind: type) -> None:
-    result = register(
-        pair.fixed, pair.moving, seed=kind(0), fixed_channel=kind(0), moving_channel=kind(0)
-    )
+    result = register(pair.fixed, pair.moving, seed=kind(0), fixed_channel=kind(0), moving_channel=kind(0))
     np.testing.assert_array_equal(result.affine, pair.result.affine)
 
 
@@ -93,7 +91,11 @@ def test_a_result_holds_the_images_and_nothing_of_the_engine(pair: SimpleNamespa
         if isinstance(item, torch.Tensor):
             voxels += item.numel()
             continue
-        queue += [part for part in gc.get_referents(item) if type(part).__module__ != "builtins" or isinstance(part, (dict, list, tuple))]
+        queue += [
+            part
+            for part in gc.get_referents(item)
+            if type(part).__module__ != "builtins" or isinstance(part, (dict, list, tuple))
+        ]
     # no pyramid, no weights: two images, and a few matrices
     assert voxels < pair.fixed.numel() + pair.moving.numel() + 1000
 
@@ -131,7 +133,9 @@ def test_paths_arrays_and_tensors_give_the_same(pair: SimpleNamespace, tmp_path)
     assert error(arrays.affine, expected, pixels) < 0.05
     tensors = register(pair.fixed.as_tensor(), pair.moving.as_tensor())
     np.testing.assert_array_equal(tensors.affine, arrays.affine)
-    images = register(*[Image(getattr(pair, n).as_tensor(), Grid.of(getattr(pair, n)).affine) for n in ("fixed", "moving")])
+    images = register(
+        *[Image(getattr(pair, n).as_tensor(), Grid.of(getattr(pair, n)).affine) for n in ("fixed", "moving")]
+    )
     np.testing.assert_array_equal(images.affine, pair.result.affine)
 
 

@@ -166,7 +166,10 @@ def test_the_covariance_is_that_of_repeated_noise(slices: SimpleNamespace) -> No
     values = slices.t1.as_tensor().double()
     shifts, stated = [], []
     for _ in range(12):
-        noisy = [MetaTensor(values + 60 * torch.from_numpy(rng.normal(size=values.shape)), affine=slices.t1.affine) for _ in "ab"]
+        noisy = [
+            MetaTensor(values + 60 * torch.from_numpy(rng.normal(size=values.shape)), affine=slices.t1.affine)
+            for _ in "ab"
+        ]
         blocks = blocks_of(*noisy, count=64, size=12)
         found = refine(blocks, blocks.pair.start[None], "rigid", iterations=8)
         shifts.append((torch.linalg.inv(blocks.pair.start) @ found.transform[0])[:2, 2] * blocks.pair.unit)

@@ -56,7 +56,9 @@ def test_a_level_is_sampled_linearly_in_its_window() -> None:
     level = Level(values, grid, (torch.tensor(2.0), torch.tensor(4.0)))
     index = torch.tensor([[0.0, 0.0], [3.5, 7.25], [8.0, 11.0]], dtype=torch.float64)
     where = apply_affine(grid.from_world, apply_affine(grid.affine, index))
-    expected = (ramp(grid)[0, 0] + index @ torch.stack([values[1, 0] - values[0, 0], values[0, 1] - values[0, 0]]) - 2) / 4
+    expected = (
+        ramp(grid)[0, 0] + index @ torch.stack([values[1, 0] - values[0, 0], values[0, 1] - values[0, 0]]) - 2
+    ) / 4
     torch.testing.assert_close(level.sample(where), expected)
     # outside, the border goes on
     beyond = apply_affine(grid.from_world, apply_affine(grid.affine, torch.tensor([[-20.0, 0.0]]).double()))
@@ -78,7 +80,9 @@ def test_center_radius_and_size_are_those_of_a_ball(dims: int) -> None:
     radius, spacing = 18.0, 1.5
     values, grid = disc(dims, radius, 40, spacing)
     side = Side(values, grid, spacing, spacing)
-    torch.testing.assert_close(side.center.double(), spacing * 40 * torch.tensor([0.55, 0.45, 0.5]).double()[:dims], atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        side.center.double(), spacing * 40 * torch.tensor([0.55, 0.45, 0.5]).double()[:dims], atol=0.3, rtol=0
+    )
     assert side.radius == pytest.approx(radius * math.sqrt(dims / (dims + 2)), rel=0.03)
     assert side.size == pytest.approx(math.pi * radius**2 if dims == 2 else 4 / 3 * math.pi * radius**3, rel=0.03)
     torch.testing.assert_close(side.weight.values, values)
@@ -115,7 +119,9 @@ def test_a_frame_has_its_origin_in_the_object_and_no_shear() -> None:
     assert frame.to_world[:3, 3].tolist() == [3.0, -2.0, 7.0]
     point = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
     world = apply_affine(frame.to_world, point)
-    torch.testing.assert_close(apply_affine(frame.to_index(grid), point), apply_affine(torch.linalg.inv(grid.affine), world))
+    torch.testing.assert_close(
+        apply_affine(frame.to_index(grid), point), apply_affine(torch.linalg.inv(grid.affine), world)
+    )
     torch.testing.assert_close(apply_affine(frame.to_grid(grid), point), apply_affine(grid.from_world, world))
 
 
