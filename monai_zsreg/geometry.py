@@ -60,6 +60,7 @@ __all__ = [
     "theta_from_index",
     "theta_from_unit",
     "unit_from_world",
+    "without_obliquity",
     "unit_points_to_world",
     "unit_points_without_padding",
     "unit_to_index",
@@ -495,6 +496,18 @@ def plane_of_slice(place: np.ndarray) -> np.ndarray:
     plane = np.eye(3)
     plane[:2] = np.delete(rotation @ place[:3, [0, 1, 3]], axis, axis=0)
     return plane
+
+
+def without_obliquity(affine: np.ndarray) -> np.ndarray:
+    """Index to world ``(4, 4)`` of an image with every axis snapped to the nearest of the world's, the origin kept.
+
+    This is how AFNI's programs see an oblique image.
+    """
+    linear = affine[:3, :3]
+    nearest = np.abs(linear) == np.abs(linear).max(axis=0)
+    snapped = affine.copy()
+    snapped[:3, :3] = np.where(nearest, np.sign(linear) * np.linalg.norm(linear, axis=0), 0.0)
+    return snapped
 
 
 def flip_points(points: np.ndarray) -> np.ndarray:

@@ -54,12 +54,11 @@ _TURNS = {2: 60, 3: 100}
 _TURNS_ALL = {2: 60, 3: 1440}
 # gradients below the root of this share of their mean square do not count as edges
 _FAINT = 0.1
-# least overlap, of the smaller region; a score is multiplied by the fourth root of the overlap
+# least overlap, of the smaller region, and the power of the overlap that a score is multiplied by
 _LEAST = 0.2
-# numbers of a batch, by whether there is a GPU; on the CPU few enough for its cache
-_BATCH = {False: 500_000, True: 100_000_000}
-# most numbers that a transform may have, in 3D without a limit of the rotations and with one, and in 2D
-_LARGEST = 250_000
+_POWER = 0.25
+# complex numbers of a batch, by whether there is a GPU
+_BATCH = {False: 1_500_000, True: 100_000_000}
 # widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
 # (logarithm)
 _ROUNDS = ((8.0, 0.8, 0.05), (5.0, 0.5, 0.03), (3.0, 0.3, 0.02), (2.0, 0.2, 0.01))
@@ -353,24 +352,20 @@ def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales:
         box = tuple(math.ceil(float(n)) for n in boxes.amax(0) - 1e-6)
         # translations with hardly any overlap may wrap around
         size = [_good_size(a + b - max(1, int(0.15 * min(a, b)))) for a, b in zip(shape, box, strict=True)]
-        spectra = _transformed(channels, seen, size)
-        cells = math.prod(size)
-        batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * cells))
+        fixed_part = _transformed(channels, seen, size)
+        cells = len(group) * math.prod(size)
+        batch = max(1, _BATCH[device.type == "cuda"] // (cells + (channels.shape[1] + 2) * math.prod(size)))
         for part in turns.split(batch):
             maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
-            other = _transformed(maps, mask, size).conj()
-            some = max(1, _BATCH[device.type == "cuda"] // (4 * len(part) * cells))
-            for number in range(0, len(group), some):
-                those = slice(number, number + some)
-                score = _normalized(spectra[those], other, seen[those], mask, size)
-                best = score.flatten(2).max(-1)
-                place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
-                shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
-                moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
-                moved[..., :dims, dims] = -shift.double()
-                transform = world[:, None] @ moved @ torch.linalg.inv(still_world[those])
-                found.append(transform.flatten(0, 1))
-                scores.append(best.values.cpu().double().flatten())
+            score = _normalized(fixed_part, _transformed(maps, mask, size), seen, mask, size)
+            best = score.flatten(2).max(-1)
+            place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
+            shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
+            moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
+            moved[..., :dims, dims] = -shift.double()
+            transform = world[:, None] @ moved @ torch.linalg.inv(still_world)
+            found.append(transform.flatten(0, 1))
+            scores.append(best.values.cpu().double().flatten())
     return torch.cat(found), torch.cat(scores)
 
 
@@ -381,28 +376,22 @@ def _transformed(channels: Tensor, seen: Tensor, size: list[int]) -> Tensor:
 
 
 def _normalized(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int]) -> Tensor:
-    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice.
-
-    Args:
-        still: spectra ``[G, C + 2, *half]``.
-        turned: conjugate spectra ``[N, C + 2, *half]``.
-        still_seen: ``[G, *shape]``.
-        turned_seen: ``[N, *box]``.
-        size: of the transforms.
-    """
-    axes = tuple(range(-len(size), 0))
-    kinds = (
-        torch.einsum("gc...,nc...->ng...", still[:, :-2], turned[:, :-2]),
-        still[None, :, -2] * turned[:, None, -2],
-        still[None, :, -1] * turned[:, None, -2],
-        still[None, :, -2] * turned[:, None, -1],
+    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice."""
+    dims = len(size)
+    turned = turned.conj()
+    spectra = torch.stack(
+        [
+            torch.einsum("gc...,nc...->ng...", still[:, :-2], turned[:, :-2]),
+            still[None, :, -2] * turned[:, None, -2],
+            still[None, :, -1] * turned[:, None, -2],
+            still[None, :, -2] * turned[:, None, -1],
+        ]
     )
-    common, overlap, one, two = (torch.fft.irfftn(kind, s=size, dim=axes) for kind in kinds)
+    common, overlap, one, two = torch.fft.irfftn(spectra, s=size, dim=tuple(range(-dims, 0)))
     least = torch.minimum(still_seen.flatten(1).sum(1)[None], turned_seen.flatten(1).sum(1)[:, None]).clamp(min=1)
-    share = overlap.div_(least.view(*least.shape, *[1] * len(size)))
-    squares = one.clamp_(min=1e-3).mul_(two.clamp_(min=1e-3))
-    score = common.mul_(squares.rsqrt_()).mul_(share.clamp(min=1e-3).sqrt_().sqrt_())
-    return score.masked_fill_(share <= _LEAST, -1.0)
+    share = overlap / least.view(*least.shape, *[1] * dims)
+    score = common / (one.clamp(min=1e-3) * two.clamp(min=1e-3)).sqrt() * share.clamp(min=1e-3) ** _POWER
+    return torch.where(share > _LEAST, score, -1.0)
 
 
 def _good_size(least: int) -> int:
@@ -558,7 +547,7 @@ def _improve(
             two = other - (other * weight).sum(-1, keepdim=True)
             common, first, second = ((a * b * weight).sum((1, 2)) for a, b in ((one, two), (one, one), (two, two)))
             share = (total / len(points) / least).clamp(max=1.0)
-            value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3).sqrt().sqrt()
+            value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3) ** _POWER
             results.append(torch.stack([torch.where(share > _LEAST, value, -1.0), share]))
         value, share = torch.cat(results, dim=1).cpu().double()
         return value, share
