@@ -29,6 +29,7 @@ __all__ = [
     "honest_covariance",
     "judge",
     "spread_at",
+    "weakest_direction",
 ]
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
@@ -197,6 +198,48 @@ def row_trace(covariance: np.ndarray) -> np.ndarray:
     """The matrix ``M (D+1, D+1)`` of the expected squared error ``h M h`` at a point ``h = (x, 1)``."""
     dims = _dims(covariance)
     return np.asarray(np.einsum("iaib->ab", covariance.reshape(dims, dims + 1, dims, dims + 1)))
+
+
+def weakest_direction(covariance: np.ndarray, affine: np.ndarray, fixed: Grid, unit: str = "mm") -> str:
+    """The rigid motion that the images determine least, in words, with its standard deviation.
+
+    Rotations are weighed by how far they move a point half way to the ends of the field of view.
+
+    Args:
+        covariance: ``(D(D+1), D(D+1))`` of the first D rows of ``affine``, row after row.
+        affine: ``(D+1, D+1)``, fixed world to moving world.
+        fixed: grid of the fixed image.
+        unit: of lengths.
+    """
+    dims = fixed.dims
+    reach = 0.25 * float(np.mean([n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True)]))
+    about = np.eye(dims + 1)
+    about[:dims, dims] = fixed.center.numpy()
+    # of a motion of the fixed world, its center as origin: I + motion = affine^-1 (affine + change)
+    change = np.kron(np.linalg.inv(affine[:dims, :dims]), about.T)
+    moved = (change @ covariance @ change.T).reshape(dims, dims + 1, dims, dims + 1)
+    planes = [(1, 0)] if dims == 2 else [(2, 1), (0, 2), (1, 0)]
+    rows = np.zeros((len(planes) + dims, dims, dims + 1))
+    for row, (i, j) in zip(rows, planes, strict=False):
+        row[i, j], row[j, i] = 0.5 * reach, -0.5 * reach
+    for axis in range(dims):
+        rows[len(planes) + axis, axis, dims] = 1.0
+    values, vectors = np.linalg.eigh(np.einsum("pab,abcd,qcd->pq", rows, moved, rows))
+    spread, vector = math.sqrt(max(float(values[-1]), 0.0)), vectors[:, -1]
+    turn, shift = vector[: len(planes)], vector[len(planes) :]
+    if np.linalg.norm(turn) > np.linalg.norm(shift):
+        degrees = math.degrees(spread * float(np.linalg.norm(turn)) / reach)
+        return f"rotation{'' if dims == 2 else f' about {_axis(turn)}'}: {degrees:.2g} degrees"
+    return f"shift along {_axis(shift)}: {spread * float(np.linalg.norm(shift)):.2g} {unit}"
+
+
+def _axis(direction: np.ndarray) -> str:
+    """Name of a direction of the world, or its components."""
+    unit = direction / np.linalg.norm(direction)
+    main = int(np.abs(unit).argmax())
+    if abs(unit[main]) < 0.9:
+        return f"({', '.join(f'{v:.2f}' for v in unit)})"
+    return "the " + (("x", "y") if len(unit) == 2 else ("left-right", "front-back", "head-foot"))[main] + " axis"
 
 
 def error_quantile(spread: np.ndarray, level: float, constants: Calibration) -> np.ndarray:
