@@ -147,7 +147,7 @@ class RegistrationResult:
 
     @property
     def weakest_direction(self) -> str:
-        """The motion that the images determine least and its standard deviation, such as "shift along the head-foot axis:
+        """The motion that the images determine least, with its standard deviation: "shift along the head-foot axis:
         0.3 mm"; empty for presets without a covariance."""
         if self.covariance is None:
             return ""
