@@ -31,6 +31,7 @@ from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine, homogeneous
 from monai_zsreg.io.images import Image
 from monai_zsreg.networks.regressors import load_regressor, shipped_weights
+from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
 from monai_zsreg.registration.confidence import row_trace, spread_at
 from monai_zsreg.registration.estimate import Estimate
@@ -180,7 +181,8 @@ def _on_cube(values: Tensor, grid: Grid, spacing: float, side: int) -> tuple[Ten
     from_unit = affine.clone()
     from_unit[:dims, :dims] *= side
     from_unit[:dims, dims] -= 0.5 * spacing
-    return resample(scaled[0], grid, cube, torch.eye(dims + 1, dtype=torch.float64), fill=0.0), from_unit
+    theta = (grid.from_world @ torch.linalg.inv(cube.from_world))[:dims].to(scaled.device)
+    return AffineResampler()(scaled, theta[None], list(cube.shape))[0], from_unit
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,7 +232,9 @@ def build_network(
         RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
     """
     files = tuple(None if file is None else os.fspath(file) for file in (vgg19_weights, regressor_weights))
-    return _build(spatial_dims, transform, files, _stamps(files), seed, str(device), _frozen(PRESETS[preset] | settings))
+    return _build(
+        spatial_dims, transform, files, _stamps(files), seed, str(device), _frozen(PRESETS[preset] | settings)
+    )
 
 
 def _frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -151,7 +151,9 @@ class AffineRegressor(nn.Module):
                     network = cls(dims, weights[0].shape[1] // (2 * dims), transform, hidden, normalize)
                     network.load_state_dict(own)
                 except (RuntimeError, IndexError, RegistrationError) as error:
-                    raise RegistrationError("state", list(state), f"an AffineRegressor's parameters ({error})") from error
+                    raise RegistrationError(
+                        "state", list(state), f"an AffineRegressor's parameters ({error})"
+                    ) from error
                 return network.eval()
         raise RegistrationError("state", list(state), "an AffineRegressor's parameters, layers.0.weight and so on")
 

@@ -281,7 +281,7 @@ class ZeroShotAffineNet(nn.Module):
             update = identity + self.rate * (matrix.nan_to_num() - identity)
             total = torch.where(active.view(-1, 1, 1), compose(total, update), total)
             passes = passes + active.long()
-            moved = (map_points(update, self.corners) - self.corners).norm(dim=2).amax(dim=1)
+            moved = torch.linalg.vector_norm(map_points(update, self.corners) - self.corners, dim=2).amax(dim=1)
             active = active & ((moved > self.tolerance) | (step < self.coarse_passes))
             if not bool(active.any()):
                 break
@@ -394,4 +394,4 @@ def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 
 
 
 def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
