@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods under test, ours and others, each in a process of its own.
+
+Wheels that wrap ITK crash one another in one process; a method that crashes ends its own process alone; and memory is
+that of one method. The clock starts when the method's own images are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from monai_zsreg.benchmark.memory import PeakMemory
+from monai_zsreg.benchmark.volumes import Volume
+from monai_zsreg.errors import RegistrationError
+
+__all__ = ["Method", "Task", "easy_pair", "make_methods", "ours", "prepare_function"]
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is asked for.
+
+    Args:
+        start: where it starts; the preset of ours.
+        transform: ``rigid``, ``similarity`` or ``affine``.
+        threads: number of threads.
+        seed: for methods that draw random numbers.
+        device: where ours runs; None for its own choice.
+        vgg19_weights: file for the presets of ours that need it.
+    """
+
+    start: str = ""
+    transform: str = "affine"
+    threads: int = 2
+    seed: int = 0
+    device: str | None = None
+    vgg19_weights: str | None = None
+
+
+def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.ndarray, Answer]]:
+    """A preset of ``monai_zsreg.register``; answers with the verdict beside the matrix."""
+    import torch
+
+    from monai_zsreg import register
+
+    torch.set_num_threads(task.threads)
+    images = fixed.metatensor(), moving.metatensor()
+    options: dict[str, Any] = {"preset": task.start, "transform": task.transform, "seed": task.seed}
+    given = {"device": task.device, "vgg19_weights": task.vgg19_weights}
+    options |= {name: value for name, value in given.items() if value is not None}
+
+    def run() -> tuple[np.ndarray, Answer]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = register(*images, **options)
+        return np.asarray(result.affine), {"verdict": getattr(result, "quality", result).verdict}
+
+    return run
+
+
+def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
+    """The headers' word."""
+    return lambda: np.eye(fixed.dims + 1)
+
+
+def prepare_function(family: str) -> Callable[[Volume, Volume, Task], Callable[[], Any]]:
+    """A method's ``prepare``, see `monai_zsreg.benchmark.peers`.
+
+    Raises:
+        ImportError: the method is not installed.
+    """
+    if family in ("ours", "none"):
+        return ours if family == "ours" else none
+    prepare = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
+    return prepare  # type: ignore[no-any-return]
+
+
+class Method:
+    """One method at one start, in a process that begins when it is first needed.
+
+    Args:
+        family: ``ours``, ``none`` or a key of `PEERS`.
+        task: start, threads, device, seed.
+        dims: what it can register.
+        limit: seconds after which a registration is given up.
+    """
+
+    def __init__(self, family: str, task: Task, dims: tuple[int, ...] = (2, 3), limit: float = 900.0) -> None:
+        self.family = family
+        self.task = task
+        self.dims = dims
+        self.limit = limit
+        self._process: Any = None
+
+    @property
+    def name(self) -> str:
+        separator = ":" if self.family == "ours" else "/"
+        return f"{self.family}{separator}{self.task.start}" if self.task.start else self.family
+
+    def missing(self) -> str | None:
+        """Why the method cannot run here; None where it can."""
+        answer = self.register(*easy_pair(min(self.dims)))
+        return answer["failure"] if answer.get("cannot_run") else None
+
+    def register(self, fixed: Volume, moving: Volume, transform: str = "affine") -> Answer:
+        """Register in the method's process.
+
+        Returns:
+            ``matrix``, ``seconds``, ``peak_mib`` and whatever the method has to add, or ``failure``.
+        """
+        if self._process is None:
+            context = get_context("spawn")
+            self._pipe, end = context.Pipe()
+            self._process = context.Process(target=_serve, args=(end, self.family), daemon=True)
+            self._process.start()
+            end.close()
+        try:
+            self._pipe.send((fixed, moving, replace(self.task, transform=transform)))
+            if not self._pipe.poll(self.limit):
+                self.close()
+                return {"failure": f"longer than {self.limit:g} s"}
+            answer: Answer = self._pipe.recv()
+            return answer
+        except (EOFError, OSError):
+            self._process.join()
+            status = self._process.exitcode
+            self.close()
+            return {"failure": f"its process ended with status {status}", "cannot_run": status == 1}
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _serve(pipe: Any, family: str) -> None:
+    # what libraries print is not ours
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    warm: set[int] = set()
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            fixed, moving, task = pipe.recv()
+            try:
+                prepare = prepare_function(family)
+                if fixed.dims not in warm:
+                    # so that libraries are loaded and threads exist when the clock starts
+                    with suppress(RuntimeError):
+                        prepare(*easy_pair(fixed.dims), task)()
+                    warm.add(fixed.dims)
+                run = prepare(fixed, moving, task)
+                with PeakMemory() as memory:
+                    begin = time.perf_counter()
+                    found = run()
+                    seconds = time.perf_counter() - begin
+                matrix, more = found if isinstance(found, tuple) else (found, {})
+                answer = {"matrix": np.asarray(matrix), "seconds": seconds, "peak_mib": memory.mib, **more}
+            except Exception as error:  # a failed registration is a result
+                answer = {"failure": f"{type(error).__name__}: {str(error).strip()}"[:300], "cannot_run": _unable(error)}
+            pipe.send(answer)
+
+
+def _unable(error: Exception) -> bool:
+    """True where it is not these images that the method cannot do."""
+    missing = ("device", "preset", "regressor_weights", "transform", "vgg19_weights")
+    return isinstance(error, ImportError) or (isinstance(error, RegistrationError) and error.argument in missing)
+
+
+def easy_pair(dims: int) -> tuple[Volume, Volume]:
+    """A small textured blob, and the same two voxels away."""
+    axes = np.meshgrid(*[np.linspace(-1, 1, 96 if dims == 2 else 48)] * dims, indexing="ij")
+    blob = np.sum([((a - 0.1 * i) * (1.2 + 0.3 * i)) ** 2 for i, a in enumerate(axes)], axis=0)
+    texture = np.random.default_rng(0).normal(0, 0.05, blob.shape)
+    image = (100 * (np.exp(-3 * blob) + texture) * (blob < 1)).astype(np.float32)
+    return Volume(image, np.eye(dims + 1)), Volume(np.roll(image, 2, axis=0), np.eye(dims + 1))
+
+
+def make_methods(specs: Sequence[str], task: Task) -> list[Method]:
+    """Methods by name: ``family`` for all of its usual starts, ``family/start`` for one, ``ours:preset`` for ours.
+
+    Raises:
+        RegistrationError: an unknown name.
+    """
+    from monai_zsreg.benchmark.peers import PEERS
+
+    methods: list[Method] = []
+    for spec in specs:
+        family, _, start = spec.replace(":", "/", 1).partition("/")
+        peer = PEERS.get(family)
+        if family == "none" and not start:
+            methods.append(Method(family, task))
+        elif family == "ours" and start:
+            methods.append(Method(family, replace(task, start=start)))
+        elif peer is not None and (not start or start in peer.starts + peer.extra_starts):
+            starts = (start,) if start else peer.starts
+            methods += [Method(family, replace(task, start=s), peer.dims) for s in starts]
+        else:
+            raise RegistrationError("methods", spec, f"none, ours:<preset>, or of {sorted(PEERS)}")
+    return methods

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SimpleElastix, at the default parameter map; starts as those of elastix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import SimpleITK as sitk
+
+from monai_zsreg.benchmark.methods import Task
+from monai_zsreg.benchmark.peers import matrix_of, sitk_image
+from monai_zsreg.benchmark.volumes import Volume
+
+__all__ = ["prepare"]
+
+if not hasattr(sitk, "ElastixImageFilter"):
+    # one module name, two packages: the one installed last is there
+    raise ImportError("the SimpleITK that is installed is the package SimpleITK, which has no elastix")
+
+
+def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
+    dims = fixed.dims
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(task.threads)
+    settings = sitk.GetDefaultParameterMap("affine" if task.transform == "affine" else "rigid")
+    if task.transform == "similarity":
+        settings["Transform"] = ["SimilarityTransform"]
+    settings["WriteResultImage"] = ["false"]
+    if task.start == "mass":
+        settings["AutomaticTransformInitialization"] = ["true"]
+        settings["AutomaticTransformInitializationMethod"] = ["CenterOfGravity"]
+    method = sitk.ElastixImageFilter()
+    method.SetParameterMap(settings)
+    method.SetFixedImage(sitk_image(fixed))
+    method.SetMovingImage(sitk_image(moving))
+    method.SetNumberOfThreads(task.threads)
+    method.LogToConsoleOff()
+    method.LogToFileOff()
+    kinds = {
+        "affine": lambda: sitk.AffineTransform(dims),
+        "rigid": sitk.Euler2DTransform if dims == 2 else sitk.Euler3DTransform,
+        "similarity": sitk.Similarity2DTransform if dims == 2 else sitk.Similarity3DTransform,
+    }
+
+    def run() -> np.ndarray:
+        method.Execute()
+        found = method.GetTransformParameterMap(0)
+        transform = kinds[task.transform]()
+        transform.SetParameters([float(v) for v in found["TransformParameters"]])
+        transform.SetCenter([float(v) for v in found["CenterOfRotationPoint"]])
+        return matrix_of(transform.TransformPoint, dims)
+
+    return run
