@@ -122,7 +122,12 @@ def brain_cases(row: Row, pairs: Iterable[Pair], count: int, seed: int, slicing:
         queue = queues[index % len(queues)]
         pair, axis, where = queue[index // len(queues) % len(queue)]
         name = pair.name if axis is None else f"{pair.name}:{'ijk'[axis]}{where}"
-        notes = {"fixed_modality": pair.fixed_modality, "moving_modality": pair.moving_modality}
+        group = (
+            "photographs"
+            if row.kind == "natural"
+            else "slabs of heads" if row.protocol == "stack" else f"brains {row.dims}D"
+        )
+        notes = {"group": group, "fixed_modality": pair.fixed_modality, "moving_modality": pair.moving_modality}
         maker = partial(make, pair=pair, axis=axis, where=where)
         cases.append(Case(row, index, pair.subject, name, seed, maker, notes))
     return cases
@@ -150,7 +155,9 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     rng = case.rng("damage")
     if protocol == "skull":
         assert brain is not None
-        bare = [Volume(np.where(brain, image.values, 0.0).astype(np.float32), image.affine) for image in (fixed, moving)]
+        bare = [
+            Volume(np.where(brain, image.values, 0.0).astype(np.float32), image.affine) for image in (fixed, moving)
+        ]
         fixed, moving = (bare[0], moving) if case.index % 2 else (fixed, bare[1])
     if protocol == "cavity":
         moving = damage.blacken_cavity(moving, mask, rng)

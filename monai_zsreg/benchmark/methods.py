@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import sys
 import time
 import warnings
@@ -20,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from monai_zsreg.benchmark.memory import PeakMemory
-from monai_zsreg.benchmark.volumes import Volume
+from monai_zsreg.benchmark.volumes import Volume, foreground
 from monai_zsreg.errors import RegistrationError
 
 __all__ = ["Method", "Task", "easy_pair", "make_methods", "ours", "prepare_function"]
+
+LEVELS = (0.5, 0.9, 0.95)  # of the intervals that are checked
 
 Answer = dict[str, Any]
 
@@ -34,7 +36,7 @@ class Task:
     """What a method is asked for.
 
     Args:
-        start: where it starts; the preset of ours.
+        start: where it starts; for ours the preset, with options after commas (``robust,search=none``).
         transform: ``rigid``, ``similarity`` or ``affine``.
         threads: number of threads.
         seed: for methods that draw random numbers.
@@ -50,25 +52,37 @@ class Task:
     vgg19_weights: str | None = None
 
 
-def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.ndarray, Answer]]:
-    """A preset of ``monai_zsreg.register``; answers with the verdict beside the matrix."""
+def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.ndarray, Callable[[], Answer]]]:
+    """A preset of ``monai_zsreg.register``, with what it says of itself beside the matrix."""
     import torch
 
     from monai_zsreg import register
+    from monai_zsreg.io.images import load_image
 
     torch.set_num_threads(task.threads)
-    images = fixed.metatensor(), moving.metatensor()
-    options: dict[str, Any] = {"preset": task.start, "transform": task.transform, "seed": task.seed}
-    given = {"device": task.device, "vgg19_weights": task.vgg19_weights}
-    options |= {name: value for name, value in given.items() if value is not None}
+    images = [load_image(image.values, affine=image.affine) for image in (fixed, moving)]
+    preset, *more = task.start.split(",")
+    options: dict[str, Any] = dict(item.split("=", 1) for item in more)
+    options |= {"device": task.device, "vgg19_weights": task.vgg19_weights, "seed": task.seed}
 
-    def run() -> tuple[np.ndarray, Answer]:
+    def run() -> tuple[np.ndarray, Callable[[], Answer]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = register(*images, **options)
-        return np.asarray(result.affine), {"verdict": getattr(result, "quality", result).verdict}
+            result = register(*images, preset=preset, transform=task.transform, **options)
+        return result.affine, lambda: _own_word(result, fixed)
 
     return run
+
+
+def _own_word(result: Any, fixed: Volume) -> Answer:
+    """Verdict, and how far off the result may be at one random point of the foreground."""
+    answer: Answer = {"verdict": result.verdict, "score": float(result.score), "reasons": result.reasons}
+    if result.covariance is not None:
+        inside = fixed.points(foreground(fixed.values))
+        point = inside[np.random.default_rng(len(inside)).integers(len(inside))][None]
+        bounds = {str(level): float(result.uncertainty_at(point, level)[0]) for level in LEVELS}
+        answer |= {"point": point[0].tolist(), "spread": float(result.uncertainty_at(point)[0]), "bounds": bounds}
+    return answer
 
 
 def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
@@ -95,14 +109,15 @@ class Method:
         family: ``ours``, ``none`` or a key of `PEERS`.
         task: start, threads, device, seed.
         dims: what it can register.
-        limit: seconds after which a registration is given up.
     """
 
-    def __init__(self, family: str, task: Task, dims: tuple[int, ...] = (2, 3), limit: float = 900.0) -> None:
+    fresh = False  # a new process for each registration, so that its memory is known
+    limit = 900.0  # seconds after which a registration is given up
+
+    def __init__(self, family: str, task: Task, dims: tuple[int, ...] = (2, 3)) -> None:
         self.family = family
         self.task = task
         self.dims = dims
-        self.limit = limit
         self._process: Any = None
 
     @property
@@ -133,6 +148,8 @@ class Method:
                 self.close()
                 return {"failure": f"longer than {self.limit:g} s"}
             answer: Answer = self._pipe.recv()
+            if self.fresh:
+                self.close()
             return answer
         except (EOFError, OSError):
             self._process.join()
@@ -164,15 +181,24 @@ def _serve(pipe: Any, family: str) -> None:
                         prepare(*easy_pair(fixed.dims), task)()
                     warm.add(fixed.dims)
                 run = prepare(fixed, moving, task)
-                with PeakMemory() as memory:
-                    begin = time.perf_counter()
-                    found = run()
-                    seconds = time.perf_counter() - begin
-                matrix, more = found if isinstance(found, tuple) else (found, {})
-                answer = {"matrix": np.asarray(matrix), "seconds": seconds, "peak_mib": memory.mib, **more}
+                before = _largest_mib()
+                begin = time.perf_counter()
+                found = run()
+                seconds = time.perf_counter() - begin
+                peak = _largest_mib() - before
+                matrix, more = found if isinstance(found, tuple) else (found, dict)
+                answer = {"matrix": np.asarray(matrix), "seconds": seconds, "peak_mib": peak, **more()}
             except Exception as error:  # a failed registration is a result
-                answer = {"failure": f"{type(error).__name__}: {str(error).strip()}"[:300], "cannot_run": _unable(error)}
+                answer = {
+                    "failure": f"{type(error).__name__}: {str(error).strip()}"[:300],
+                    "cannot_run": _unable(error),
+                }
             pipe.send(answer)
+
+
+def _largest_mib() -> float:
+    """The largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def _unable(error: Exception) -> bool:

@@ -78,7 +78,18 @@ def same_lattice(one: Volume, two: Volume, tolerance: float = 1e-2) -> bool:
     """True where both have one shape and their voxels lie within ``tolerance`` mm of each other."""
     if one.shape != two.shape:
         return False
-    corners = np.stack(np.meshgrid(*[(0, n - 1, ) for n in one.shape]), -1).reshape(-1, one.dims)
+    corners = np.stack(
+        np.meshgrid(
+            *[
+                (
+                    0,
+                    n - 1,
+                )
+                for n in one.shape
+            ]
+        ),
+        -1,
+    ).reshape(-1, one.dims)
     gap = (one.affine - two.affine)[:-1]
     return bool(np.linalg.norm(corners @ gap[:, :-1].T + gap[:, -1], axis=1).max() <= tolerance)
 
@@ -149,7 +160,9 @@ def photographs() -> list[Pair]:
     """Color channels of the photographs that scikit-image installs: red against blue and green against blue."""
     names = ("astronaut", "chelsea", "coffee", "rocket")
     return [
-        Pair(f"skimage/{name}", one, "blue", Path(name), Path(name), "natural") for name in names for one in ("red", "green")
+        Pair(f"skimage/{name}", one, "blue", Path(name), Path(name), "natural")
+        for name in names
+        for one in ("red", "green")
     ]
 
 
@@ -212,7 +225,9 @@ def read_residuals(path: str | Path) -> Residuals:
         shifts = table[[f"{prefix}d{c}" for c in "xyz"]].astype(float).itertuples(index=False, name=None)
         return dict(zip(table[["subject", "a", "b"]].itertuples(index=False, name=None), shifts, strict=True))
     except (OSError, KeyError, ValueError) as error:
-        raise RegistrationError("residuals", str(path), f"a CSV file with subject, a, b, dx, dy, dz ({error})") from error
+        raise RegistrationError(
+            "residuals", str(path), f"a CSV file with subject, a, b, dx, dy, dz ({error})"
+        ) from error
 
 
 def attach_residuals(pairs: Iterable[Pair], residuals: Residuals) -> list[Pair]:

@@ -198,13 +198,17 @@ def score(
         if sample.reference is not None and truth is not None:
             truth = None if reference is None else truth @ reference
         if truth is not None:
-            gaps = np.linalg.norm(transformed(given - truth + np.diag([0.0] * case.row.dims + [1.0]), sample.points), axis=1)
+            gaps = np.linalg.norm(transformed(given - truth, sample.points), axis=1)
             result |= {name: float(gaps.mean()), f"{name}_max": float(gaps.max())}
     judged = result.get("tre_corrected", result.get("tre"))
     if judged is not None:
         result |= {"tolerance": sample.tolerance, "right": bool(judged < sample.tolerance)}
         # what says of itself that it failed is no success
         result["success"] = result["right"] and not result["failure"] and result.get("verdict") != "FAIL"
+    truth = sample.truth if sample.corrected is None else sample.corrected
+    if "point" in result and truth is not None and sample.reference is None:
+        gap = transformed(given, np.array(result["point"])) - transformed(truth, np.array(result["point"]))
+        result["error_at_point"] = float(np.linalg.norm(gap))
     if sample.labels is not None:
         result["label_dice_before"] = labels_dice(*sample.labels, np.eye(len(given)))
         result["label_dice"] = labels_dice(*sample.labels, given)

@@ -91,22 +91,22 @@ def median_interval(values: np.ndarray, subjects: Sequence[str], resamples: int 
     return float(low), float(high)
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def summarize(results: pd.DataFrame) -> pd.DataFrame:
     """One line for each row and method, in the order of their first results, ours before others.
 
     Figures of a row are over all of its cases that the method ran. ``best`` marks the better start of a method in that
     row: higher success, then lower median.
     """
-    frame = pd.DataFrame(results)
-    lines = [_line(group) for _, group in frame.groupby(["row", "method"], sort=False)]
-    table = pd.DataFrame(lines)
-    order = {row: number for number, row in enumerate(frame["row"].unique())}
+    table = pd.DataFrame([_line(group) for _, group in results.groupby(["row", "method"], sort=False)])
+    order = {row: number for number, row in enumerate(results["row"].unique())}
     table["others"] = table["family"] != "ours"
     table["order"] = table["row"].map(order)
     # presets are methods of their own, not starts of one method
     table["rival"] = np.where(table["others"], table["family"], table["method"])
     columns = table.reindex(columns=["success", "tre_median", "label_dice"])
-    ranked = table.assign(a=-columns["success"], b=columns["tre_median"], c=-columns["label_dice"]).sort_values(list("abc"))
+    ranked = table.assign(a=-columns["success"], b=columns["tre_median"], c=-columns["label_dice"]).sort_values(
+        list("abc")
+    )
     table["best"] = ~ranked.duplicated(["row", "rival"]).reindex(table.index)
     table = table.sort_values(["order", "others", "method"])
     return table.drop(columns=["order", "others", "rival"]).reset_index(drop=True)
@@ -178,7 +178,9 @@ def machine(threads: int) -> list[str]:
     names = [platform.processor() or platform.machine()]
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] or names
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ] or names
     versions = []
     for package in ("monai-zsreg", "monai", "torch", "numpy", *_PACKAGES):
         try:
@@ -221,14 +223,37 @@ def write_summary(path: Path, table: pd.DataFrame, threads: int, notes: Sequence
         cells = {name: known[name] for name in ("row", "method", "n")}
         cells |= {name: known[f"{name}_change"].map("{:+.3f}".format) for name in _CHANGES}
         cells |= {"seconds per image": known["seconds_median"].map(_seconds)}
-        text += ["", "## Change of similarity (the paper's Table 1)", _CHANGE_NOTES, *markdown(pd.DataFrame(cells)), _PAPER_TABLE]
+        text += [
+            "",
+            "## Change of similarity (the paper's Table 1)",
+            _CHANGE_NOTES,
+            *markdown(pd.DataFrame(cells)),
+            _PAPER_TABLE,
+        ]
     if notes:
         text += ["", "## Left out", "", *[f"- {note}" for note in notes]]
     write_lines(path, text)
 
 
+def cost_table(table: pd.DataFrame) -> list[str]:
+    """Seconds, memory and error of `summarize`'s lines, in Markdown."""
+    cells = {name: table[name] for name in ("method", "row")}
+    cells |= {"seconds": table["seconds_median"].map(_seconds), "peak MiB": table["peak_mib"].map("{:.0f}".format)}
+    cells |= {"error (mm)": table["tre_median"].map("{:.2f}".format), "no answer": table["failures"]}
+    note = (
+        "A made-up object of one shape and field of view (240 mm) in two contrasts, moved by the `mild` protocol. Memory: by"
+        " how much the peak resident size of a process of its own grew during the registration, after imports and a warm-up."
+    )
+    return [note, "", *markdown(pd.DataFrame(cells).rename(columns={"row": "size"}))]
+
+
 def _error_cells(x: pd.Series) -> dict[str, str]:
-    cells = {"row": x["row"], "truth": _KINDS[x["kind"]], "method": x["method"], "n (subjects)": f"{x['n']} ({x['subjects']})"}
+    cells = {
+        "row": x["row"],
+        "truth": _KINDS[x["kind"]],
+        "method": x["method"],
+        "n (subjects)": f"{x['n']} ({x['subjects']})",
+    }
     cells["success"] = f"{x['success']:.0f} % [{x['success_low']:.0f}, {x['success_high']:.0f}]"
     for name, title in (("tre_corrected", "corrected"), ("tre", "plain")):
         known = pd.notna(x.get(f"{name}_n"))
@@ -242,7 +267,9 @@ def _error_cells(x: pd.Series) -> dict[str, str]:
     cells["no answer"] = str(x["failures"])
     verdicts = ("PASS", "WARN", "FAIL", "wrong_pass", "right_fail")
     known = pd.notna(x.get("PASS"))
-    cells["verdict"] = "{:.0f} / {:.0f} / {:.0f}; {:.0f}, {:.0f}".format(*[x[name] for name in verdicts]) if known else ""
+    cells["verdict"] = (
+        "{:.0f} / {:.0f} / {:.0f}; {:.0f}, {:.0f}".format(*[x[name] for name in verdicts]) if known else ""
+    )
     return cells | {"seconds": _seconds(x.get("seconds_median"))}
 
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -52,16 +51,6 @@ class Volume:
     def points(self, mask: np.ndarray) -> np.ndarray:
         """World coordinates ``[N, D]`` of the voxels of a mask."""
         return transformed(self.affine, np.argwhere(mask))
-
-    def metatensor(self) -> Any:
-        """As MONAI's readers give it: channel first, a 4x4 affine in 2D too."""
-        import torch
-        from monai.data import MetaTensor
-
-        affine = np.eye(4)
-        affine[: self.dims, : self.dims] = self.affine[:-1, :-1]
-        affine[: self.dims, 3] = self.affine[:-1, -1]
-        return MetaTensor(torch.from_numpy(np.array(self.values, dtype=np.float32))[None], affine=affine)
 
 
 def transformed(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -117,7 +106,12 @@ def foreground(image: np.ndarray) -> np.ndarray:
 
 
 def moved(
-    image: Volume, shape: tuple[int, ...], affine: np.ndarray, pull: np.ndarray, order: int = 3, fill: float | None = None
+    image: Volume,
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    pull: np.ndarray,
+    order: int = 3,
+    fill: float | None = None,
 ) -> Volume:
     """An image on another lattice: the voxel at world y takes the image's value at ``pull(y)``.
 
@@ -161,7 +155,9 @@ def moved(
 
 def _box(mask: np.ndarray) -> np.ndarray:
     """First and last index of a mask along each axis, ``[2, D]``; empty for an empty mask."""
-    ranges = [np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)]
+    ranges = [
+        np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)
+    ]
     return np.array([[r[0] for r in ranges], [r[-1] for r in ranges]]) if len(ranges[0]) else np.empty((0, mask.ndim))
 
 
