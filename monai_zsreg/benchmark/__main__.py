@@ -20,21 +20,25 @@ headers put together. Photographs and retina pairs come with scikit-image.
 
 Written to the output folder: ``results.jsonl`` (one line a case and method, appended at once: the same command again
 goes on where it stopped), ``results.csv``, ``summary.csv``, ``summary.md``, ``figure4.png`` and ``capture.png``; by
-``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``, ``whole-process.md``; by ``calibrate``, which measures
-the uncertainty and the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
+``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``, or ``whole-process.md``; by ``calibrate``, which
+measures the uncertainty and the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from monai_zsreg.errors import RegistrationError
 
@@ -134,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _calibrate(args, task, methods)
         else:
             cases, notes = ([], []) if mode == "table" else _cases(args)
-            methods += make_methods(args.methods, task) if cases else []
-            _run(args, cases, methods, notes)
+            methods += make_methods(args.methods, task)
+            _run(args, methods, cases, notes)
     except RegistrationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -149,86 +153,82 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    """Cases of the selected rows, in turn, and notes on what was left out."""
+    """Cases of the selected rows, in turn so that a run cut short has some of each, and notes on what was left out."""
     from monai_zsreg.benchmark import anatomies, brains, pairs
-    from monai_zsreg.benchmark.cases import interleave
 
     wanted = [tuple(text.split("-")) for text in args.pairs]
     if any(len(names) != 2 for names in wanted):
         raise RegistrationError("pairs", args.pairs, "two modalities with a hyphen between, such as t1-t2")
-    names = {name for p in args.protocols or () for name in (brains.STRESS if p == "stress" else (p,))}
-    rows = [
-        r
-        for r in (*brains.ROWS, *anatomies.ROWS)
-        if r.dims in args.dims and (args.protocols is None or r.protocol in names)
-    ]
+    rows = [row for row in (*brains.ROWS, *anatomies.ROWS) if row.dims in args.dims]
+    if args.protocols is not None:
+        names = {name for p in args.protocols for name in (brains.STRESS if p == "stress" else (p,))}
+        rows = [row for row in rows if row.protocol in names]
     rows = [row for row in rows if args.kinds is None or row.kind in args.kinds]
     if not rows:
         raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions and kinds")
-    if not args.data and args.protocols is None:
-        raise RegistrationError("data", None, "a folder of subjects or a datalist")
     found: list[pairs.Pair] = []
     notes: list[str] = []
     manifest = None
     for source in map(Path, args.data):
-        listed = source / "manifest.csv"
-        if listed.is_file() and "tolerance_mm" in listed.read_text(encoding="utf-8").split("\n", 1)[0]:
+        if anatomies.is_anatomies(source):
             manifest = source
-        elif source.is_dir():
-            some, left_out = pairs.find_pairs(source, wanted)  # type: ignore[arg-type]
-            found, notes = found + some, notes + left_out
-        else:
+        elif source.suffix == ".json":
             found += pairs.read_datalist(source)
+        else:
+            some, left_out = pairs.find_pairs(source, wanted)
+            found, notes = found + some, notes + left_out
     if args.residuals is not None:
         found = pairs.attach_residuals(found, pairs.read_residuals(args.residuals))
     found = [pair for pair in found if not any(fnmatch(pair.subject, pattern) for pattern in args.exclude)]
     slicing = brains.Slicing(args.slices, tuple(args.planes), args.min_side)
-    lists = []
+    lists: list[list[Case]] = []
     for row in rows:
         count = args.cases if args.cases is not None else row.quick if args.quick else row.cases
         if row in anatomies.ROWS:
-            cases = anatomies.anatomy_cases(row, manifest, count, args.seed)
+            lists.append(anatomies.anatomy_cases(row, manifest, count, args.seed))
         else:
-            source_pairs = pairs.photographs() if row.kind == "natural" else found
-            cases = brains.brain_cases(row, source_pairs, count, args.seed, slicing)
-        if not cases and count:
+            some = pairs.photographs() if row.kind == "natural" else found
+            lists.append(brains.brain_cases(row, some, count, args.seed, slicing))
+        if count and not lists[-1]:
             notes.append(f"{row.name}: no pair suits this row")
-        lists.append(cases)
-    if not any(lists):
-        raise RegistrationError("data", args.data, "images that suit at least one row")
-    return interleave(lists), notes
+    if not any(lists) or (not args.data and args.protocols is None):
+        raise RegistrationError("data", args.data, "a folder or datalist with images that suit at least one row")
+    return [case for turn in zip_longest(*lists) for case in turn if case is not None], notes
 
 
 def _usable(methods: list[Method]) -> list[str]:
     """Close and remove methods that cannot run here; why, a note each."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(lambda method: method.missing(), methods))
-    notes = [f"{m.name}: {reason}" for m, reason in zip(methods, reasons, strict=True) if reason]
-    methods[:] = [m for m, reason in zip(methods, reasons, strict=True) if not reason]
+        reasons = dict(zip(methods, pool.map(lambda method: method.missing(), methods), strict=True))
+    for method in [method for method in methods if reasons[method]]:
+        method.close()
+        methods.remove(method)
+    notes = [f"{method.name}: {reason}" for method, reason in reasons.items() if reason]
+    print("".join(f"left out: {note}\n" for note in notes), end="", file=sys.stderr)
     return notes
 
 
-def _run(args: argparse.Namespace, cases: list[Case], methods: list[Method], notes: list[str]) -> None:
+def _end(args: argparse.Namespace) -> float:
+    limit = args.time_limit if args.time_limit is not None else _QUICK_SECONDS if args.quick else math.inf
+    return time.monotonic() + limit
+
+
+def _run(args: argparse.Namespace, methods: list[Method], cases: list[Case], notes: list[str]) -> None:
     import pandas as pd
 
     from monai_zsreg.benchmark import plots, tables
-    from monai_zsreg.benchmark.run import Log, read_results, run_cases
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
-    caps = _caps([*(_QUICK_CAPS if args.quick else _CAPS), *args.cap])
-    if cases:
-        _same_settings(args)
-        notes += _usable(methods)
-    for note in notes:
-        print(f"left out: {note}", file=sys.stderr)
-    limit = args.time_limit if args.time_limit is not None else _QUICK_SECONDS if args.quick else None
-    log = Log(args.output / "results.jsonl", limit)
+    log = args.output / "results.jsonl"
     try:
-        notes += run_cases(cases, methods, log, caps, not args.no_similarity, args.redo)
+        if cases:
+            caps = _caps([*(_QUICK_CAPS if args.quick else _CAPS), *args.cap])
+            _same_settings(args)
+            notes += _usable(methods)
+            notes += run_cases(cases, methods, log, caps, _end(args), not args.no_similarity, args.redo)
     finally:
         # an interrupted run leaves its tables too
-        results = pd.DataFrame(read_results(log.path))
+        results = pd.DataFrame(read_results(log))
         if len(results):
             summary = tables.summarize(results)
             tables.write_csv(args.output / "results.csv", results.drop(columns="matrix"))
@@ -245,16 +245,14 @@ def _same_settings(args: argparse.Namespace) -> None:
     from monai_zsreg.io.files import write_json
 
     names = ("residuals", "pairs", "exclude", "planes", "slices", "min_side", "threads", "device")
-    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | {"data": [str(Path(p).resolve()) for p in args.data]}
     settings["residuals"] = None if args.residuals is None else str(args.residuals.resolve())
-    settings["data"] = [str(Path(source).resolve()) for source in args.data]
     path = args.output / "settings.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     other = {name: before.get(name) for name in settings if before.get(name) != settings[name]}
     if other:
-        raise RegistrationError(
-            "output", str(args.output), f"a folder begun with the same {', '.join(other)} (was {other})"
-        )
+        allowed = f"a folder begun with the same {', '.join(other)} (was {other})"
+        raise RegistrationError("output", str(args.output), allowed)
     write_json(path, settings)
 
 
@@ -273,23 +271,24 @@ def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
 def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
     from monai_zsreg.benchmark import calibrate
     from monai_zsreg.benchmark.methods import make_methods
-    from monai_zsreg.benchmark.run import Log, read_results, run_cases
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
     args.cases = 40 if args.cases is None else args.cases
     cases, notes = _cases(args)
     _same_settings(args)
-    good = [case for case in cases if case.row.kind != "between"]
-    log = Log(args.output / "calibration.jsonl", args.time_limit)
+    cases = [case for case in cases if case.row.kind != "between"]
+    turned = [case for case in cases if case.row.protocol == "so3"]
     methods += make_methods(["ours:robust", *calibrate.NARROW], task)
+    log, end = args.output / "calibration.jsonl", _end(args)
     try:
-        for some, method in (
-            (good, methods[:1]),
-            (calibrate.spoiled_cases(good, args.symmetric), methods[:1]),
-            ([case for case in good if case.row.protocol == "so3"], methods[1:]),
+        for some, users in (
+            (cases, methods[:1]),
+            (calibrate.spoiled_cases(cases, args.symmetric), methods[:1]),
+            (turned, methods[1:]),
         ):
-            notes += run_cases(some, method, log, with_similarity=False, redo=args.redo)
+            notes += run_cases(some, users, log, end=end, with_similarity=False, redo=args.redo)
     finally:
-        records = read_results(log.path)
+        records = read_results(log)
         if records:
             print(calibrate.write_report(records, args.output, args.threads, notes))
 
@@ -299,20 +298,20 @@ def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
 
     from monai_zsreg.benchmark import cost, plots, tables
     from monai_zsreg.benchmark.methods import make_methods
-    from monai_zsreg.benchmark.run import Log, read_results, run_cases
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
     methods += make_methods(args.methods, task)
+    head = ["", *tables.machine(args.threads), ""]
     if args.whole_process is not None:
         with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
             files = args.whole_process or cost.save_phantom(Path(folder))
             if len(files) != 2:
-                raise RegistrationError("whole-process", [str(file) for file in files], "a fixed and a moving image")
-            table, notes = cost.whole_processes(*files, args.bundle, [m.family for m in methods])
-        head = ["# Whole processes, from start to the moved image on disk", "", *tables.machine(args.threads), ""]
-        tables.write_lines(
-            args.output / "whole-process.md", [*head, *tables.markdown(table), "", *[f"- {n}" for n in notes]]
-        )
-        print(args.output / "whole-process.md")
+                raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
+            table, notes = cost.whole_processes(*files, args.bundle, [method.family for method in methods])
+        text = [*head, *tables.markdown(table), "", *[f"- left out: {note}" for note in notes]]
+        path = args.output / "whole-process.md"
+        tables.write_lines(path, ["# Whole processes, from start to the moved image on disk", *text])
+        print(path)
         return
     notes = _usable(methods)
     for method in methods:
@@ -320,22 +319,16 @@ def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
         method.fresh = True
     given = {2: args.sizes_2d, 3: args.sizes_3d}
     sizes = {dims: cost.SIZES[dims] if given[dims] is None else given[dims] for dims in args.dims}
-    log = Log(args.output / "cost.jsonl", args.time_limit)
+    log = args.output / "cost.jsonl"
     try:
-        notes += run_cases(cost.phantom_cases(sizes, args.seed), methods, log, with_similarity=False, redo=args.redo)
+        notes += run_cases(cost.phantom_cases(sizes, args.seed), methods, log, end=_end(args), with_similarity=False)
     finally:
-        results = read_results(log.path)
+        results = read_results(log)
         if results:
             summary = tables.summarize(pd.DataFrame(results))
             tables.write_csv(args.output / "cost.csv", summary)
-            text = [
-                "# Seconds and peak memory against size",
-                "",
-                *tables.machine(args.threads),
-                "",
-                *tables.cost_table(summary),
-            ]
-            tables.write_lines(args.output / "cost.md", [*text, "", *[f"- left out: {note}" for note in notes]])
+            text = [*head, *tables.cost_table(summary), "", *[f"- left out: {note}" for note in notes]]
+            tables.write_lines(args.output / "cost.md", ["# Seconds and peak memory against size", *text])
             plots.plot_cost(summary, args.output / "cost.png")
             print(args.output / "cost.md")
 

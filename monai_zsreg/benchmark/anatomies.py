@@ -21,20 +21,26 @@ from monai_zsreg.benchmark.brains import full_slices
 from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
-from monai_zsreg.errors import RegistrationError
 
-__all__ = ["ROWS", "anatomy_cases", "retina_pair"]
+__all__ = ["ROWS", "anatomy_cases", "is_anatomies", "retina_pair"]
 
 # degrees from and to, mm
 _POSES = {"given": (0, 0, 0), "p10": (10, 10, 10), "p30": (30, 30, 20), "any": (90, 180, 20), "cut": (10, 10, 10)}
-_FUNCTIONAL = "PET|SPECT|ADC"  # what `slices` takes of the manifest's kinds
+_COLUMNS = ("pair", "fixed", "moving", "kind", "truth", "tolerance_mm")
+_SLICED = "T[12].*(?:PET|SPECT|ADC)"  # what `slices` takes of the manifest's kinds
 
 ROWS = (
     *[Row("anatomies", 3, "header", 50, 1, f"anatomies-{pose}-rigid", "rigid") for pose in _POSES],
     *[Row("anatomies", 3, "header", 50, 0, f"anatomies-{pose}-affine") for pose in _POSES],
     *[Row("overlap", 2, "header", 20, 1, f"slices-{pose}", "rigid") for pose in ("given", "p10", "p30", "any")],
-    Row("overlap", 2, "natural", 24, 2, "retina", "similarity"),
+    Row("overlap", 2, "natural", 24, 2, "retina"),
 )
+
+
+def is_anatomies(folder: Path) -> bool:
+    """True for a folder with a manifest of such pairs."""
+    listed = folder / "manifest.csv"
+    return listed.is_file() and set(_COLUMNS) <= set(pd.read_csv(listed, nrows=0))
 
 
 def anatomy_cases(row: Row, folder: Path | None, count: int, seed: int) -> list[Case]:
@@ -42,31 +48,22 @@ def anatomy_cases(row: Row, folder: Path | None, count: int, seed: int) -> list[
 
     Args:
         row: the row.
-        folder: where ``manifest.csv`` lies; None where there is none, which leaves ``retina``.
+        folder: see `is_anatomies`; None where there is none, which leaves ``retina``.
         count: number of cases; at most one for each pair (three slices of each).
         seed: seed of the run.
-
-    Raises:
-        RegistrationError: a manifest without the columns it needs.
     """
     if row.name == "retina":
         return [Case(row, k, f"retina{k}", f"retina{k}", seed, _retina, {"group": "retina"}) for k in range(count)]
     if folder is None:
         return []
     manifest = pd.read_csv(folder / "manifest.csv", dtype=str)
-    missing = {"pair", "fixed", "moving", "kind", "truth", "tolerance_mm"} - set(manifest)
-    if missing:
-        raise RegistrationError("data", str(folder / "manifest.csv"), f"a table with the columns {sorted(missing)}")
-    if row.protocol == "overlap":
-        known = ~manifest["truth"].str.startswith("consensus")
-        manifest = manifest[manifest["kind"].str.contains(_FUNCTIONAL) & known]
-        manifest = manifest[["T" in kind for kind in manifest["kind"]]]
-    pairs = [line for _, line in manifest.iterrows()]
-    units = [(pair, None) for pair in pairs] if row.dims == 3 else [(pair, k) for k in range(3) for pair in pairs]
+    if row.dims == 2:
+        manifest = manifest[manifest["kind"].str.contains(_SLICED)]
+    units = [(pair, where) for where in ((None,) if row.dims == 3 else range(3)) for _, pair in manifest.iterrows()]
     cases = []
     for index, (pair, where) in enumerate(units[:count]):
         name = pair["pair"] if where is None else f"{pair['pair']}:{where}"
-        group = f"anatomies: {pair['pair'].split('_')[0]}" if where is None else "slices"
+        group = f"anatomies: {pair['pair'].split('_')[0]}" if where is None else "slices of PET, SPECT, ADC"
         maker = partial(_make, folder=folder, pair=pair, where=where)
         cases.append(Case(row, index, pair["pair"], name, seed, maker, {"group": group}))
     return cases

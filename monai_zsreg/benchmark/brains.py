@@ -47,17 +47,11 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Slicing:
-    """Which slices of volumes 2D rows use.
+    """Which slices of volumes 2D rows use."""
 
-    Args:
-        slices: slices per volume and plane.
-        planes: ``axial``, ``coronal``, ``sagittal``.
-        min_side: leave out slices whose shorter side has fewer voxels; no perturbation in pixels suits them.
-    """
-
-    slices: int = 5
-    planes: tuple[str, ...] = ("axial",)
-    min_side: int = 128
+    slices: int = 5  # of a volume and plane
+    planes: tuple[str, ...] = ("axial",)  # or coronal, sagittal
+    min_side: int = 128  # no perturbation in pixels suits smaller ones
 
     def spots(self, image: Volume) -> list[tuple[int, int]]:
         """Axis and index of each slice."""
@@ -151,7 +145,7 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     fixed, moving, mask, brain = _source(pair, axis, where)
     limits = limits_of(protocol, dims)
     pad, affine = padding(fixed, mask | foreground(moving.values), limits)
-    drawn = draw(limits, fixed, case.rng("transform"))
+    truth, info = draw(limits, fixed, case.rng("transform"))
     rng = case.rng("damage")
     if protocol == "skull":
         assert brain is not None
@@ -163,7 +157,7 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
         moving = damage.blacken_cavity(moving, mask, rng)
     shape = tuple(int(n) for n in fixed.shape + 2 * pad)
     head_foot = int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0]) if dims == 3 else 0
-    pull = np.linalg.inv(drawn.matrix)
+    pull = np.linalg.inv(truth)
     if protocol in ("thick", "stack"):
         shown = damage.thick_slices(moving, shape, affine, pull, head_foot, 4.0 if protocol == "stack" else 5.0)
     else:
@@ -191,9 +185,9 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
         fixed=one,
         moving=two,
         points=one.points(seen),
-        truth=drawn.matrix,
-        corrected=drawn.matrix @ shift if known else None,
-        info={"rotation_deg": round(drawn.rotation_deg, 4), "shift": round(drawn.shift, 4), **shapes(one, two)},
+        truth=truth,
+        corrected=truth @ shift if known else None,
+        info={**info, **shapes(one, two)},
     )
 
 

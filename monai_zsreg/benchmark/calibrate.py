@@ -29,11 +29,10 @@ from monai_zsreg.benchmark.plots import COLORS, figure, save
 from monai_zsreg.benchmark.tables import machine, markdown, percent, write_lines
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-__all__ = ["FAILURES", "NARROW", "coverage", "fit", "spoiled_cases", "tables_by_kind", "write_report"]
+__all__ = ["FAILURES", "NARROW", "coverage", "fit", "spoiled_cases", "tabulate", "verdict_table", "write_report"]
 
 NARROW = ("ours:robust,search=local", "ours:robust,search=none")
 _ENOUGH = 20  # runs in each half, to fit constants
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # failures
@@ -44,8 +43,7 @@ def _noise(sample: Sample, rng: np.random.Generator) -> Sample:
     """Noise in the shape of the object, smooth or not."""
     values = ndimage.uniform_filter(rng.normal(size=sample.moving.shape), int(rng.integers(1, 6)) | 1)
     image = sample.moving.values
-    seen = image > image.min() + 0.05 * (image.max() - image.min())
-    return _moving(sample, (values / values.std() * 0.3 + 1) * seen)
+    return _moving(sample, (values / values.std() * 0.3 + 1) * (image > image.min() + 0.05 * np.ptp(image)))
 
 
 def _other(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -68,16 +66,16 @@ def _mirrored(sample: Sample, rng: np.random.Generator) -> Sample:
 def _disjoint(sample: Sample, rng: np.random.Generator) -> Sample:
     """The first third of one image and the last third of the other, along the longest side of the object."""
     assert sample.truth is not None
-    index = transformed(np.linalg.inv(sample.fixed.affine), sample.points)
-    low, high = index.min(axis=0), index.max(axis=0)
-    axis = int(np.argmax((high - low) * sample.fixed.spacing))
-    third = (high - low)[axis] / 3
-    fixed = sample.fixed.values.copy()
-    fixed[(slice(None),) * axis + (slice(int(low[axis] + third), None),)] = fixed.min()
+    from_world = np.linalg.inv(sample.fixed.affine)
+    index = transformed(from_world, sample.points)
+    axis = int(np.argmax(np.ptp(index, axis=0) * sample.fixed.spacing))
+    low, high = np.quantile(index[:, axis], [0, 1])
+    fixed, moving = sample.fixed.values.copy(), sample.moving.values.copy()
+    fixed[np.indices(fixed.shape)[axis] > low + (high - low) / 3] = fixed.min()
     # where the moving image's voxels lie in the fixed one
-    back = np.linalg.inv(sample.fixed.affine) @ np.linalg.inv(sample.truth) @ sample.moving.affine
-    where = np.tensordot(back[axis, :-1], np.indices(sample.moving.shape), axes=1) + back[axis, -1]
-    moving = np.where(where < high[axis] - third, sample.moving.values.min(), sample.moving.values)
+    back = from_world @ np.linalg.inv(sample.truth) @ sample.moving.affine
+    where = np.tensordot(back[axis, :-1], np.indices(moving.shape), axes=1) + back[axis, -1]
+    moving[where < high - (high - low) / 3] = moving.min()
     return replace(_moving(sample, moving), fixed=Volume(fixed, sample.fixed.affine))
 
 
@@ -103,20 +101,18 @@ def spoiled_cases(cases: Iterable[Case], symmetric: Sequence[str] = ()) -> list[
     spoiled = []
     for number, case in enumerate(cases):
         kind = list(FAILURES)[number % len(FAILURES)]
-        if case.row.kind == "between" or any(fnmatch(case.subject, p) for p in symmetric if kind == "mirrored"):
-            continue
-        row = Row(kind, case.row.dims, "wrong", 0, 0, f"{kind} {case.row.name}", case.row.transform)
-        maker = partial(_spoil, inner=case)
-        spoiled.append(Case(row, case.index, case.subject, case.images, case.seed, maker, case.notes))
+        if kind != "mirrored" or not any(fnmatch(case.subject, pattern) for pattern in symmetric):
+            row = Row(kind, case.row.dims, "wrong", 0, 0, f"{kind} {case.row.name}", case.row.transform)
+            spoiled.append(replace(case, row=row, make=partial(_spoil, inner=case)))
     return spoiled
 
 
 def _spoil(case: Case, inner: Case) -> Sample:
     sample = inner.build()
-    if sample.truth is None:
+    if sample.truth is None or sample.reference is not None:
         raise ValueError("its truth is not known")
     spoiled = FAILURES[case.row.protocol](sample, case.rng("failure"))
-    return replace(spoiled, truth=None, corrected=None, reference=None)
+    return replace(spoiled, truth=None, corrected=None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,123 +126,117 @@ def fit(runs: pd.DataFrame) -> tuple[float, float]:
     return float(scale * math.sqrt(math.gamma(1 + 2 / shape))), float(shape)
 
 
-def coverage(runs: pd.DataFrame, constants: tuple[float, float] | None = None, levels: Any = LEVELS) -> list[float]:
+def coverage(runs: pd.DataFrame, constants: tuple[float, float] | None = None) -> list[float]:
     """Fraction of the runs whose error stays below the bound of each level, as predicted or with `fit`'s constants."""
     if constants is None:
-        bounds = [runs["bounds"].map(lambda b, q=q: b[str(q)]) for q in levels]
+        bounds = [[bound[str(level)] for bound in runs["bounds"]] for level in LEVELS]
     else:
         factor, shape = constants
         scale = factor * runs["spread"] / math.sqrt(math.gamma(1 + 2 / shape))
-        bounds = [scale * (-math.log1p(-q)) ** (1 / shape) for q in levels]
+        bounds = [scale * (-math.log1p(-level)) ** (1 / shape) for level in LEVELS]
     return [float((runs["error_at_point"] <= bound).mean()) for bound in bounds]
 
 
-def _table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Records with ``wrong`` and what the tables count by."""
-    table = pd.DataFrame(records)
-    for column in ("right", "error_at_point", "spread", "bounds"):
-        table[column] = table.get(column)
-    table["wrong"] = (table["kind"] == "wrong") | (table["right"] == False)  # noqa: E712  (unknown is not wrong)
-    table = table[(table["kind"] == "wrong") | table["right"].notna()].copy()
-    table["failure of"] = np.where(table["kind"] == "wrong", table["row"].str.split().str[0], "registration")
-    table.loc[table["method"].isin(NARROW), "failure of"] = "narrow search"
+def tabulate(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Records as a table with ``wrong``, ``what`` went wrong and ``judged``: the truth is good enough for intervals."""
+    table = pd.DataFrame(records).reindex(columns=[*dict.fromkeys([k for r in records for k in r]), *_OPTIONAL])
+    table = table.loc[:, ~table.columns.duplicated()]
+    made = table["kind"] == "wrong"
+    table = table[made | table["right"].notna()]
+    table["wrong"] = made | table["right"].eq(False)
+    table["what"] = np.where(made, table["row"].str.split().str[0], "registration")
+    table.loc[table["method"].isin(NARROW), "what"] = "narrow search"
+    table["judged"] = ~table["wrong"] & table["error_at_point"].notna() & (table["kind"] != "header")
+    table["score"] = table["score"].astype(float).fillna(-1e9)
     return table
 
 
-def tables_by_kind(records: Sequence[dict[str, Any]]) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """For each kind of data a table of verdicts and one of intervals."""
-    tables = {}
-    for kind, mine in _table(records).groupby("group"):
-        good = mine[~mine["wrong"]]
-        groups = [("right", good), *[(f"wrong: {name}", g) for name, g in mine[mine["wrong"]].groupby("failure of")]]
-        verdicts = pd.DataFrame([_verdicts(name, group, good) for name, group in groups if len(group)])
-        known = good[good["error_at_point"].notna() & (good["kind"] != "header")]
-        lines = []
-        for truth, runs in (
-            ("exact truth", known[known["kind"] != "real"]),
-            ("real pairs", known[known["kind"] == "real"]),
-        ):
-            halves = [runs[runs["subject"].isin(sorted(runs["subject"].unique())[k::2])] for k in (0, 1)]
-            sets: list[tuple[str, pd.DataFrame, tuple[float, float] | None]] = [("as shipped", runs, None)]
-            if min(map(len, halves)) >= _ENOUGH:
-                sets += [
-                    ("fitted on one half", halves[1], fit(halves[0])),
-                    ("the other way round", halves[0], fit(halves[1])),
-                ]
-            lines += [
-                _interval(f"{truth}, {name}", scored, constants) for name, scored, constants in sets if len(scored)
-            ]
-        tables[str(kind)] = verdicts, pd.DataFrame(lines)
-    return tables
+_OPTIONAL = ("right", "score", "verdict", "error_at_point", "spread", "bounds")
 
 
-def _verdicts(name: str, runs: pd.DataFrame, good: pd.DataFrame) -> dict[str, Any]:
-    counts = {verdict: int((runs["verdict"] == verdict).sum()) for verdict in ("PASS", "WARN", "FAIL")}
-    share, low, high = percent(counts["PASS"], len(runs))
-    line = {"runs": name, "n": len(runs), **counts, "PASS, %": f"{share:.1f} [{low:.1f}, {high:.1f}]"}
-    if name != "right" and len(good):
-        both = pd.concat([good, runs])
-        line["ROC area"] = f"{roc_auc_score(~both['wrong'].astype(bool), both['score'].fillna(-1e9)):.4f}"
-    return line | {"seconds": f"{runs['seconds'].median():.2f}"}
+def verdict_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts on right runs and on each kind of failure, of `tabulate`'s runs of one kind of data."""
+    good = runs[~runs["wrong"]]
+    lines = []
+    for name, group in [("right", good), *runs[runs["wrong"]].groupby("what")]:
+        if not len(group):
+            continue
+        counts = {verdict: int((group["verdict"] == verdict).sum()) for verdict in ("PASS", "WARN", "FAIL")}
+        share, low, high = percent(counts["PASS"], len(group))
+        line = {"runs": name, "n": len(group), **counts, "PASS, %": f"{share:.1f} [{low:.1f}, {high:.1f}]"}
+        if name != "right" and len(good):
+            both = pd.concat([good, group])
+            line["ROC area"] = f"{roc_auc_score(~both['wrong'].astype(bool), both['score']):.4f}"
+        lines.append(line | {"seconds": f"{group['seconds'].median():.2f}"})
+    return pd.DataFrame(lines)
 
 
-def _interval(name: str, runs: pd.DataFrame, constants: tuple[float, float] | None) -> dict[str, Any]:
-    line: dict[str, Any] = {"intervals": name, "n": len(runs)}
-    line |= {
-        f"{100 * q:.0f} % holds, %": f"{100 * h:.1f}" for q, h in zip(LEVELS, coverage(runs, constants), strict=True)
-    }
-    return line | {
-        "factor": f"{constants[0]:.2f}" if constants else "1",
-        "shape": f"{constants[1]:.2f}" if constants else "",
-    }
+def _interval_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """How many errors the intervals hold, as shipped and fitted on the other half of the subjects."""
+    lines = []
+    for kind, mine in runs[runs["judged"]].groupby(
+        runs["kind"].eq("real").map({True: "real pairs", False: "exact truth"})
+    ):
+        first = set(sorted(mine["subject"].unique())[::2])
+        halves = mine[mine["subject"].isin(first)], mine[~mine["subject"].isin(first)]
+        sets: list[tuple[str, pd.DataFrame, tuple[float, float] | None]] = [("as shipped", mine, None)]
+        if min(map(len, halves)) >= _ENOUGH:
+            sets.append(("fitted on one half, scored on the other", halves[1], fit(halves[0])))
+            sets.append(("the other way round", halves[0], fit(halves[1])))
+        for name, scored, constants in sets:
+            held = zip(LEVELS, coverage(scored, constants), strict=True)
+            line = {"intervals": f"{kind}, {name}", "n": len(scored)}
+            line |= {f"{100 * level:.0f} % holds, %": f"{100 * part:.1f}" for level, part in held}
+            lines.append(
+                line | ({"factor": f"{constants[0]:.2f}", "shape": f"{constants[1]:.2f}"} if constants else {})
+            )
+    return pd.DataFrame(lines)
 
 
-def plot_reliability(records: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot_reliability(table: pd.DataFrame, path: Path) -> None:
     """Fraction of the errors inside the interval against its level, a diagram for each kind of data."""
-    table = _table(records)
-    known = table[~table["wrong"] & table["error_at_point"].notna() & (table["kind"] != "header")]
-    kinds = list(known.groupby("group"))
+    kinds = list(table[table["judged"]].groupby("group"))
     if not kinds:
         return
     made, axes = figure(math.ceil(len(kinds) / 3), min(3, len(kinds)), 4.5, 4.5)
     for ax, (kind, runs) in zip(axes.ravel(), kinds, strict=False):
         ax.plot([0, 1], [0, 1], color="0.6", lw=0.8)
-        for color, (truth, mine) in zip(COLORS, runs.groupby(runs["kind"] == "real"), strict=False):
-            label = f"{'real pairs' if truth else 'exact truth'} ({len(mine)})"
+        for color, (real, mine) in zip(COLORS, runs.groupby(runs["kind"] == "real"), strict=False):
+            label = f"{'real pairs' if real else 'exact truth'} ({len(mine)})"
             ax.plot(LEVELS, coverage(mine), "o-", color=color, label=label)
-        ax.set(
-            xlabel="level of the interval", ylabel="fraction of the errors inside", title=kind, xlim=(0, 1), ylim=(0, 1)
-        )
+        ax.set(xlabel="level of the interval", ylabel="fraction of the errors inside", title=kind)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, loc="upper left")
     save(made, path)
 
 
-def plot_roc(records: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot_roc(table: pd.DataFrame, path: Path) -> None:
     """Failures found against good runs suspected, a curve for each kind of data."""
     made, axes = figure(1, 1, 6, 5.5)
-    for color, (kind, runs) in zip(COLORS * 3, _table(records).groupby("group"), strict=False):
-        if runs["wrong"].nunique() == 2:
-            wrong, suspicion = runs["wrong"].astype(bool), -runs["score"].fillna(-1e9)
-            suspected, found, _ = roc_curve(wrong, suspicion)
-            area = roc_auc_score(wrong, suspicion)
-            axes[0, 0].plot(
-                suspected, found, color=color, label=f"{kind}: {area:.4f} ({(~wrong).sum()}, {wrong.sum()} failures)"
+    for color, (kind, runs) in zip(COLORS * 3, table.groupby("group"), strict=False):
+        wrong = runs["wrong"].astype(bool)
+        if wrong.nunique() == 2:
+            suspected, found, _ = roc_curve(wrong, -runs["score"])
+            label = (
+                f"{kind}: {roc_auc_score(wrong, -runs['score']):.4f} ({(~wrong).sum()} good, {wrong.sum()} failures)"
             )
-    axes[0, 0].set(xlabel="good runs suspected", ylabel="failures found", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            axes[0, 0].plot(suspected, found, color=color, label=label)
+    axes[0, 0].set(xlabel="good runs suspected", ylabel="failures found")
     axes[0, 0].legend(fontsize=8, loc="lower right")
     save(made, path)
 
 
 def write_report(records: Sequence[dict[str, Any]], folder: Path, threads: int, notes: Sequence[str] = ()) -> Path:
     """``calibration.md``, ``reliability.png`` and ``roc.png``; the path of the first."""
-    plot_reliability(records, folder / "reliability.png")
-    plot_roc(records, folder / "roc.png")
+    table = tabulate(records)
+    _plot_reliability(table, folder / "reliability.png")
+    _plot_roc(table, folder / "roc.png")
     text = ["# Calibration of the uncertainty and of the verdict", "", *machine(threads)]
-    for kind, (verdicts, intervals) in tables_by_kind(records).items():
-        text += ["", f"## {kind}", "", *markdown(verdicts), ""]
-        text += markdown(intervals) if len(intervals) else ["No run whose truth is exact enough for intervals."]
-    if notes:
-        text += ["", "## Left out", "", *[f"- {note}" for note in notes]]
+    for kind, runs in table.groupby("group"):
+        intervals = _interval_table(runs)
+        text += ["", f"## {kind}", "", *markdown(verdict_table(runs)), ""]
+        text += markdown(intervals) if len(intervals) else ["No truth that is exact enough for intervals."]
+    text += ["", "## Left out", "", *[f"- {note}" for note in notes]] if notes else []
     write_lines(folder / "calibration.md", text)
     return folder / "calibration.md"

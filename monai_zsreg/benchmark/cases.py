@@ -8,72 +8,66 @@ for, and an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["SUCCESS", "Case", "Row", "Sample", "interleave"]
+__all__ = ["SUCCESS", "Case", "Row", "Sample", "shapes"]
 
 SUCCESS = 2.0  # mm, pixels in 2D
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of the table.
 
-    Args:
-        protocol: what is done to the images; what ``--protocols`` selects.
-        dims: 2 or 3.
-        kind: ``exact`` (the truth is exact), ``real`` (two scans: the truth is off by the pair's residual), ``natural``
-            (channels of a photograph: exact), ``between`` (two people: no truth, label Dice) or ``header`` (two scans
-            that their headers put together).
-        cases: default number of cases.
-        quick: number of cases in a quick run.
-        detail: more for the name.
-        transform: what the methods look for.
+    Its kind says what the truth is: ``exact``; ``real``, two scans, off by the pair's residual; ``natural``, exact,
+    from one photograph; ``between``, two people, none but labels; ``header``, what the headers say.
     """
 
-    protocol: str
+    protocol: str  # what is done to the images; what ``--protocols`` selects
     dims: int
     kind: str
-    cases: int
-    quick: int
-    detail: str = ""
-    transform: str = "affine"
+    cases: int  # by default
+    quick: int  # in a quick run
+    own_name: str = ""
+    transform: str = "affine"  # what the methods look for
 
     @property
     def name(self) -> str:
-        return self.detail or f"{self.protocol}-{self.dims}d-{self.kind}"
+        return self.own_name or f"{self.protocol}-{self.dims}d-{self.kind}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A case ready to be registered."""
+
+    fixed: Volume
+    moving: Volume
+    points: np.ndarray  # [N, D], fixed world, where the error is measured
+    truth: np.ndarray | None  # (D+1, D+1), fixed world to moving world
+    corrected: np.ndarray | None = None  # composed with the pair's residual; as truth where that is exact
+    tolerance: float = SUCCESS  # largest error of a success, mm (pixels in 2D)
+    info: dict[str, Any] = field(default_factory=dict)  # for the results file
+    labels: tuple[Volume, Volume] | None = None
+    reference: str | None = None  # the case whose answer by the same method the truth is to be composed with
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case before it is made.
-
-    Args:
-        row: the row that it counts in.
-        index: its number in the row.
-        subject: the unit that intervals resample.
-        images: which images and slice, for the name.
-        seed: seed of the run.
-        make: makes the sample.
-        notes: more for the results file.
-    """
+    """A case before it is made."""
 
     row: Row
-    index: int
-    subject: str
-    images: str
+    index: int  # in the row
+    subject: str  # the unit that intervals resample
+    images: str  # which images and slice, for the name
     seed: int
     make: Callable[[Case], Sample] = field(compare=False)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # for the results file; ``group`` is the kind of data
 
     @property
     def name(self) -> str:
@@ -88,40 +82,7 @@ class Case:
         return self.make(self)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A case ready to be registered.
-
-    Args:
-        fixed: the fixed image.
-        moving: the moving image, on its own grid.
-        points: ``[N, D]``, fixed world, where the error is measured.
-        truth: ``(D+1, D+1)``, fixed world to moving world; None where there is none.
-        corrected: the same composed with the pair's residual; equal to ``truth`` where that is exact, None if unknown.
-        tolerance: largest error of a success, mm (pixels in 2D).
-        info: rotation, shift and shapes, for the results file.
-        labels: anatomical labels of both images on their grids, or None.
-        reference: name of the case whose answer by the same method ``truth`` is to be composed with, or None.
-    """
-
-    fixed: Volume
-    moving: Volume
-    points: np.ndarray
-    truth: np.ndarray | None
-    corrected: np.ndarray | None = None
-    tolerance: float = SUCCESS
-    info: dict[str, Any] = field(default_factory=dict)
-    labels: tuple[Volume, Volume] | None = None
-    reference: str | None = None
-
-
 def shapes(fixed: Volume, moving: Volume) -> dict[str, Any]:
     """Shapes and spacings of both images, for the results file."""
-    images = {"fixed": fixed, "moving": moving}
-    spacings = {f"{role}_spacing": [round(float(s), 4) for s in image.spacing] for role, image in images.items()}
-    return {f"{role}_shape": list(image.shape) for role, image in images.items()} | spacings
-
-
-def interleave(rows: Iterable[Sequence[T]]) -> list[T]:
-    """Cases of all rows in turn, so that a run cut short has some of each."""
-    return [case for turn in zip_longest(*rows) for case in turn if case is not None]
+    info: dict[str, Any] = {"fixed_shape": list(fixed.shape), "moving_shape": list(moving.shape)}
+    return info | {"fixed_spacing": fixed.spacing.round(4).tolist(), "moving_spacing": moving.spacing.round(4).tolist()}

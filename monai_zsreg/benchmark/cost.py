@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
 
-__all__ = ["SIZES", "phantom_cases", "phantom_pair", "whole_processes"]
+__all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "whole_processes"]
 
 SIZES = {2: (128, 256, 512, 1024), 3: (64, 96, 128, 192, 240, 320)}
 _FIELD_OF_VIEW = 240.0  # mm
 
-_LINES = """
+# both read the file names ``fixed``, ``moving`` and ``output``, as the peers' own scripts do
+_BARE = "import monai.bundle, shutil; shutil.copy(moving, output)"
+_REGISTER = """
 from monai_zsreg import register
 from monai_zsreg.io.images import write_image
 write_image(output, register(fixed, moving).resampled())
@@ -50,21 +52,28 @@ def phantom_pair(dims: int, size: int, seed: int = 0) -> tuple[Volume, Volume, n
     affine = np.diag([_FIELD_OF_VIEW / size] * dims + [1.0])
     contrasts = ([0.25, 0.5, 0.8, 1.0], [1.0, 0.6, 0.4, 0.7])
     still, other = (np.where(inside, np.interp(level, [0, 0.5, 1.0, 2.0], values), 0) for values in contrasts)
-    drawn = draw(PROTOCOLS["mild", dims], Volume(still, affine), rng)
-    shown = moved(Volume(other, affine), still.shape, affine, np.linalg.inv(drawn.matrix), order=1, fill=0.0).values
+    truth, _ = draw(PROTOCOLS["mild", dims], Volume(still, affine), rng)
+    shown = moved(Volume(other, affine), still.shape, affine, np.linalg.inv(truth), order=1, fill=0.0).values
     noisy = [(image + (image > 0) * rng.normal(0, 0.02, image.shape)).astype(np.float32) for image in (still, shown)]
-    return Volume(noisy[0], affine), Volume(noisy[1], affine), drawn.matrix
+    return Volume(noisy[0], affine), Volume(noisy[1], affine), truth
 
 
-def phantom_cases(sizes: dict[int, Sequence[int]], seed: int) -> list[Case]:
+def save_phantom(folder: Path) -> list[Path]:
+    """The pair of whole processes where none is given, 240 x 240 x 240, written to a folder."""
+    paths = [folder / "fixed.nii.gz", folder / "moving.nii.gz"]
+    for path, image in zip(paths, phantom_pair(3, 240)[:2], strict=True):
+        nib.save(nib.Nifti1Image(image.values, image.affine), path)
+    return paths
+
+
+def phantom_cases(sizes: Mapping[int, Sequence[int]], seed: int) -> list[Case]:
     """One case a size, small sizes three, so that a median can be taken."""
     cases = []
-    for dims, sides in sizes.items():
-        for side in sides:
-            row = Row("cost", dims, "exact", 3, 0, f"{side}^{dims}")
-            repeats = 3 if side**dims <= 2**20 else 1
+    for dims, side in [(dims, side) for dims, sides in sizes.items() for side in sides]:
+        row = Row("cost", dims, "exact", 3, 0, f"{side}^{dims}")
+        for number in range(3 if side**dims <= 2**20 else 1):
             maker = partial(_make, size=side)
-            cases += [Case(row, k, "phantom", "phantom", seed, maker, {"group": "phantoms"}) for k in range(repeats)]
+            cases.append(Case(row, number, "phantom", "phantom", seed, maker, {"group": "phantoms"}))
     return cases
 
 
@@ -73,20 +82,15 @@ def _make(case: Case, size: int) -> Sample:
     return Sample(fixed, moving, fixed.points(foreground(fixed.values)), truth, truth, info=shapes(fixed, moving))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# whole processes
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def whole_processes(
-    fixed: Path, moving: Path, bundle: Path | None, methods: Iterable[str], repeats: int = 3
+    fixed: Path, moving: Path, bundle: Path, methods: Iterable[str], repeats: int = 3
 ) -> tuple[pd.DataFrame, list[str]]:
     """Seconds of whole processes that register one pair, from start to the moved image on disk, in turn.
 
     Args:
         fixed: file of the fixed image.
         moving: file of the moving image.
-        bundle: folder of the bundle; None to leave it out.
+        bundle: folder of the bundle.
         methods: families of peers; those that have a script are run.
         repeats: runs of each; the median counts. One more comes first, for the file cache.
 
@@ -95,20 +99,18 @@ def whole_processes(
     """
     commands, notes = _commands(bundle, methods)
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    with tempfile.TemporaryDirectory(prefix="zsreg-") as root:
-        for turn in range(repeats + 1):
-            for name in list(seconds):
-                output = Path(root) / f"{turn}-{len(seconds)}-{name.split()[0]}"
-                output.mkdir()
-                places = {"FIXED": fixed, "MOVING": moving, "FOLDER": output, "OUTPUT": output / "moved.nii.gz"}
-                command = [str(places.get(part, part)) for part in commands[name]]
+    for turn in range(repeats + 1):
+        for name in list(seconds):
+            with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
+                places = {"FIXED": fixed, "MOVING": moving, "FOLDER": folder, "OUTPUT": Path(folder) / "moved.nii.gz"}
                 begin = time.perf_counter()
+                command = [str(places.get(part, part)) for part in commands[name]]
                 ran = subprocess.run(command, capture_output=True, text=True, check=False)
                 spent = time.perf_counter() - begin
                 # status 3: registered, and not to be trusted
-                if ran.returncode not in (0, 3) or not list(output.rglob("*.nii*")):
-                    last = (ran.stderr.strip() or ran.stdout.strip() or "no output").splitlines()[-1]
-                    notes.append(f"{name}: status {ran.returncode}, {last[-200:]}")
+                if ran.returncode not in (0, 3) or not list(Path(folder).rglob("*.nii*")):
+                    words = [*ran.stdout.split("\n"), *ran.stderr.split("\n")]
+                    notes.append(f"{name}: status {ran.returncode}, {next(filter(None, reversed(words)), '')[:200]}")
                     del seconds[name]
                 elif turn:
                     seconds[name].append(spent)
@@ -116,52 +118,26 @@ def whole_processes(
     return pd.DataFrame(lines, columns=["process", "seconds"]).sort_values("seconds"), notes
 
 
-def _commands(bundle: Path | None, methods: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Command lines with places for files, and what is not there."""
+def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Command lines with places for the files, and notes on what is not there."""
 
     def script(text: str) -> list[str]:
-        return [
-            sys.executable,
-            "-c",
-            f"import sys\nfixed, moving, output = sys.argv[1:]\n{text}",
-            "FIXED",
-            "MOVING",
-            "OUTPUT",
-        ]
+        files = ["FIXED", "MOVING", "OUTPUT"]
+        return [sys.executable, "-c", f"import sys\nfixed, moving, output = sys.argv[1:]\n{text}", *files]
 
-    commands = {"import monai.bundle, for comparison": script(_BARE), "register, in Python": script(_LINES)}
+    commands = {"import monai.bundle, for comparison": script(_BARE), "register, in Python": script(_REGISTER)}
+    commands["zsreg register"] = ["zsreg", "register", "FIXED", "MOVING", "-o", "FOLDER"]
+    run = f"-m monai.bundle run --config_file {bundle}/configs/inference.json --bundle_root {bundle}".split()
+    commands["bundle"] = [sys.executable, *run, "--fixed", "FIXED", "--moving", "MOVING", "--output_dir", "FOLDER"]
     notes = []
-    if shutil.which("zsreg"):
-        commands["zsreg register"] = ["zsreg", "register", "FIXED", "MOVING", "-o", "FOLDER"]
-    else:
-        notes.append("zsreg register: not installed")
-    config = None if bundle is None else bundle / "configs" / "inference.json"
-    if config is not None and config.is_file():
-        run = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config), "--bundle_root", str(bundle)]
-        commands["bundle"] = [*run, "--fixed", "FIXED", "--moving", "MOVING", "--output_dir", "FOLDER"]
-    else:
-        notes.append("bundle: --bundle names no folder with configs/inference.json")
+    if not shutil.which("zsreg"):
+        notes.append(f"zsreg register: {commands.pop('zsreg register')[0]} is not on the path")
     for family in dict.fromkeys(methods):
         try:
             module = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}")
         except ImportError as error:
-            notes.append(f"{family}: {error}")
+            notes += [f"{family}: {error}"] if family not in ("ours", "none") else []
             continue
         if hasattr(module, "WHOLE"):
             commands[family] = script(module.WHOLE)
     return commands, notes
-
-
-_BARE = """
-import monai.bundle
-import shutil
-shutil.copy(moving, output)
-"""
-
-
-def save_phantom(folder: Path) -> tuple[Path, Path]:
-    """The pair of whole processes where none is given: 240 x 240 x 240, written to a folder."""
-    paths = folder / "fixed.nii.gz", folder / "moving.nii.gz"
-    for path, image in zip(paths, phantom_pair(3, 240), strict=False):
-        nib.save(nib.Nifti1Image(image.values, image.affine), path)
-    return paths

@@ -24,32 +24,24 @@ import numpy as np
 from monai_zsreg.benchmark.volumes import Volume, foreground
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["Method", "Task", "easy_pair", "make_methods", "ours", "prepare_function"]
+__all__ = ["LEVELS", "Method", "Task", "easy_pair", "make_methods", "none", "ours", "prepare_function"]
 
 LEVELS = (0.5, 0.9, 0.95)  # of the intervals that are checked
+_TOO_LONG = 900.0  # seconds
 
 Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is asked for.
+    """What a method is asked for."""
 
-    Args:
-        start: where it starts; for ours the preset, with options after commas (``robust,search=none``).
-        transform: ``rigid``, ``similarity`` or ``affine``.
-        threads: number of threads.
-        seed: for methods that draw random numbers.
-        device: where ours runs; None for its own choice.
-        vgg19_weights: file for the presets of ours that need it.
-    """
-
-    start: str = ""
-    transform: str = "affine"
+    start: str = ""  # where it starts; of ours the preset, options after commas (``robust,search=none``)
+    transform: str = "affine"  # or rigid
     threads: int = 2
     seed: int = 0
-    device: str | None = None
-    vgg19_weights: str | None = None
+    device: str | None = None  # where ours runs; None for its own choice
+    vgg19_weights: str | None = None  # for the presets of ours that need them
 
 
 def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.ndarray, Callable[[], Answer]]]:
@@ -96,10 +88,8 @@ def prepare_function(family: str) -> Callable[[Volume, Volume, Task], Callable[[
     Raises:
         ImportError: the method is not installed.
     """
-    if family in ("ours", "none"):
-        return ours if family == "ours" else none
-    prepare = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
-    return prepare  # type: ignore[no-any-return]
+    own: dict[str, Callable[[Volume, Volume, Task], Callable[[], Any]]] = {"ours": ours, "none": none}
+    return own.get(family) or importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
 
 
 class Method:
@@ -112,18 +102,11 @@ class Method:
     """
 
     fresh = False  # a new process for each registration, so that its memory is known
-    limit = 900.0  # seconds after which a registration is given up
 
     def __init__(self, family: str, task: Task, dims: tuple[int, ...] = (2, 3)) -> None:
-        self.family = family
-        self.task = task
-        self.dims = dims
+        self.family, self.task, self.dims = family, task, dims
+        self.name = f"{family}{':' if family == 'ours' else '/'}{task.start}".rstrip("/")
         self._process: Any = None
-
-    @property
-    def name(self) -> str:
-        separator = ":" if self.family == "ours" else "/"
-        return f"{self.family}{separator}{self.task.start}" if self.task.start else self.family
 
     def missing(self) -> str | None:
         """Why the method cannot run here; None where it can."""
@@ -134,7 +117,8 @@ class Method:
         """Register in the method's process.
 
         Returns:
-            ``matrix``, ``seconds``, ``peak_mib`` and whatever the method has to add, or ``failure``.
+            ``matrix``, ``seconds``, ``peak_mib`` and whatever the method has to add; or ``failure``, with
+            ``cannot_run`` where it is not these images that the method cannot do.
         """
         if self._process is None:
             context = get_context("spawn")
@@ -144,18 +128,16 @@ class Method:
             end.close()
         try:
             self._pipe.send((fixed, moving, replace(self.task, transform=transform)))
-            if not self._pipe.poll(self.limit):
-                self.close()
-                return {"failure": f"longer than {self.limit:g} s"}
-            answer: Answer = self._pipe.recv()
-            if self.fresh:
-                self.close()
-            return answer
+            answer: Answer = {"failure": f"longer than {_TOO_LONG:g} s"}
+            if self._pipe.poll(_TOO_LONG):
+                answer = self._pipe.recv()
+                if not self.fresh:
+                    return answer
         except (EOFError, OSError):
             self._process.join()
-            status = self._process.exitcode
-            self.close()
-            return {"failure": f"its process ended with status {status}", "cannot_run": status == 1}
+            answer = {"failure": f"its process ended with status {self._process.exitcode}"}
+        self.close()
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -167,6 +149,7 @@ class Method:
 
 
 def _serve(pipe: Any, family: str) -> None:
+    """Answer tasks until the other end closes."""
     # what libraries print is not ours
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     warm: set[int] = set()
@@ -180,31 +163,25 @@ def _serve(pipe: Any, family: str) -> None:
                     with suppress(RuntimeError):
                         prepare(*easy_pair(fixed.dims), task)()
                     warm.add(fixed.dims)
-                run = prepare(fixed, moving, task)
-                before = _largest_mib()
-                begin = time.perf_counter()
-                found = run()
-                seconds = time.perf_counter() - begin
-                peak = _largest_mib() - before
-                matrix, more = found if isinstance(found, tuple) else (found, dict)
-                answer = {"matrix": np.asarray(matrix), "seconds": seconds, "peak_mib": peak, **more()}
+                answer = _timed(prepare(fixed, moving, task))
             except Exception as error:  # a failed registration is a result
-                answer = {
-                    "failure": f"{type(error).__name__}: {str(error).strip()}"[:300],
-                    "cannot_run": _unable(error),
-                }
+                text = f"{type(error).__name__}: {str(error).strip()}"
+                answer = {"failure": text[:300], "cannot_run": _cannot_run(error)}
             pipe.send(answer)
 
 
-def _largest_mib() -> float:
-    """The largest resident size that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+def _timed(run: Callable[[], Any]) -> Answer:
+    unit = 2**20 if sys.platform == "darwin" else 1024
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    found = run()
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    matrix, more = found if isinstance(found, tuple) else (found, dict)
+    return {"matrix": np.asarray(matrix), "seconds": seconds, "peak_mib": (after - before) / unit, **more()}
 
 
-def _unable(error: Exception) -> bool:
-    """True where it is not these images that the method cannot do."""
-    missing = ("device", "preset", "regressor_weights", "transform", "vgg19_weights")
-    return isinstance(error, ImportError) or (isinstance(error, RegistrationError) and error.argument in missing)
+def _cannot_run(error: Exception) -> bool:
+    absent = ("device", "preset", "regressor_weights", "transform", "vgg19_weights")
+    return isinstance(error, ImportError) or (isinstance(error, RegistrationError) and error.argument in absent)
 
 
 def easy_pair(dims: int) -> tuple[Volume, Volume]:
@@ -228,9 +205,7 @@ def make_methods(specs: Sequence[str], task: Task) -> list[Method]:
     for spec in specs:
         family, _, start = spec.replace(":", "/", 1).partition("/")
         peer = PEERS.get(family)
-        if family == "none" and not start:
-            methods.append(Method(family, task))
-        elif family == "ours" and start:
+        if (family == "ours" and start) or (family == "none" and not start):
             methods.append(Method(family, replace(task, start=start)))
         elif peer is not None and (not start or start in peer.starts + peer.extra_starts):
             starts = (start,) if start else peer.starts

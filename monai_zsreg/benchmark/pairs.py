@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from monai_zsreg.benchmark.volumes import Volume, background_value, read_volume
+from monai_zsreg.benchmark.volumes import Volume, background_value, read_volume, transformed
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["Pair", "attach_residuals", "find_pairs", "photographs", "read_datalist", "read_residuals", "same_lattice"]
+__all__ = ["Pair", "attach_residuals", "find_pairs", "photographs", "read_datalist", "read_residuals"]
 
 _LABELS = {"seg", "mask", "tissue"}
 _SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
@@ -30,71 +30,38 @@ Residuals = dict[tuple[str, str, str], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images on one grid, or two people's images with labels.
-
-    Args:
-        subject: who it is; the unit that intervals resample.
-        fixed_modality: short name, such as ``t1``.
-        moving_modality: likewise.
-        fixed: file of the fixed image.
-        moving: file of the moving image. For a simulated contrast it is the same file.
-        kind: ``real`` (two scans), ``exact`` (a simulated contrast), ``natural`` (channels of a photograph) or
-            ``between`` (two people).
-        mask: file of a brain mask on the same grid.
-        tissue: file of tissue classes on the same grid (1 CSF, 2 gray, 3 white matter), or None.
-        labels: anatomical labels of the fixed and of the moving image, or None.
-        residual: ``fixed(x) ~ moving(x + r)``, mm along the voxel axes; None where nobody measured it.
-    """
+    """Two images on one grid, or two people's images with labels."""
 
     subject: str
     fixed_modality: str
     moving_modality: str
     fixed: Path
-    moving: Path
-    kind: str = "real"
-    mask: Path | None = None
-    tissue: Path | None = None
-    labels: tuple[Path, Path] | None = None
+    moving: Path  # the fixed image's file where one contrast is simulated
+    kind: str = "real"  # as that of a row
+    mask: Path | None = None  # brain
+    tissue: Path | None = None  # 1 CSF, 2 gray, 3 white matter
+    labels: tuple[Path, Path] | None = None  # anatomical, of the fixed and of the moving image
     residual: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
-        """Subject and modalities, as they stand in case names."""
         return f"{self.subject}:{self.fixed_modality}-{self.moving_modality}"
 
     def reversed(self) -> Pair:
         """The pair with the roles of the two images swapped."""
-        return replace(
-            self,
-            fixed_modality=self.moving_modality,
-            moving_modality=self.fixed_modality,
-            fixed=self.moving,
-            moving=self.fixed,
-            residual=None if self.residual is None else tuple(-r for r in self.residual),
-        )
+        back = None if self.residual is None else tuple(-r for r in self.residual)
+        names = {"fixed_modality": self.moving_modality, "moving_modality": self.fixed_modality}
+        return replace(self, fixed=self.moving, moving=self.fixed, residual=back, **names)
 
 
-def same_lattice(one: Volume, two: Volume, tolerance: float = 1e-2) -> bool:
-    """True where both have one shape and their voxels lie within ``tolerance`` mm of each other."""
-    if one.shape != two.shape:
-        return False
-    corners = np.stack(
-        np.meshgrid(
-            *[
-                (
-                    0,
-                    n - 1,
-                )
-                for n in one.shape
-            ]
-        ),
-        -1,
-    ).reshape(-1, one.dims)
-    gap = (one.affine - two.affine)[:-1]
-    return bool(np.linalg.norm(corners @ gap[:, :-1].T + gap[:, -1], axis=1).max() <= tolerance)
+def _one_lattice(one: Volume, two: Volume) -> bool:
+    """True where the voxels of both lie within 0.01 mm of each other."""
+    corners = np.array(list(product(*[(0, n - 1) for n in one.shape])))
+    same = one.shape == two.shape
+    return same and bool(np.abs(transformed(one.affine, corners) - transformed(two.affine, corners)).max() <= 0.01)
 
 
-def find_pairs(root: str | Path, wanted: Sequence[tuple[str, str]]) -> tuple[list[Pair], list[str]]:
+def find_pairs(root: Path, wanted: Sequence[tuple[str, ...]]) -> tuple[list[Pair], list[str]]:
     """Pairs of every folder below ``root`` with images named after their modality (``t1.nii.gz``).
 
     Args:
@@ -109,20 +76,19 @@ def find_pairs(root: str | Path, wanted: Sequence[tuple[str, str]]) -> tuple[lis
     Raises:
         RegistrationError: no such folder.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise RegistrationError("data", str(root), "a folder that exists")
+    if not root.is_dir():
+        raise RegistrationError("data", str(root), "a folder or a datalist that exists")
     pairs, left_out = [], []
     people: dict[Path, list[tuple[str, dict[str, Path]]]] = {}
-    for directory in sorted([folder, *[p for p in folder.rglob("*") if p.is_dir()]]):
+    for directory in sorted([root, *[p for p in root.rglob("*") if p.is_dir()]]):
         files = _images(directory)
-        subject = directory.relative_to(folder).as_posix()
+        subject = directory.relative_to(root).as_posix()
         mask, tissue = files.get("mask"), files.get("tissue")
         for a, b in wanted:
             if a not in files or b not in files:
                 continue
             # headers say which pairs cannot be co-registered voxel by voxel
-            if same_lattice(read_volume(files[a]), read_volume(files[b])):
+            if _one_lattice(read_volume(files[a]), read_volume(files[b])):
                 pairs.append(Pair(subject, a, b, files[a], files[b], mask=mask, tissue=tissue))
             else:
                 left_out.append(f"{subject}: {a} and {b} lie on different grids")
@@ -136,8 +102,8 @@ def find_pairs(root: str | Path, wanted: Sequence[tuple[str, str]]) -> tuple[lis
             labels = (files["seg"], others["seg"])
             # a lesion mask has one or a few labels and says nothing about two people's anatomy
             if len(np.intersect1d(*[read_volume(path).values for path in labels])) >= 8:
-                both = f"{one}|{other}"
-                pairs.append(Pair(both, "t1", "t1", files["t1"], others["t1"], "between", labels=labels))
+                images = files["t1"], others["t1"]
+                pairs.append(Pair(f"{one}|{other}", "t1", "t1", *images, "between", labels=labels))
     return pairs, left_out
 
 
@@ -147,7 +113,7 @@ def _images(directory: Path) -> dict[str, Path]:
     for path in sorted(directory.iterdir()):
         suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), None)
         if suffix is not None and path.is_file():
-            files[path.name[: -len(suffix)].removeprefix(_PREFIX)] = path
+            files[path.name.removesuffix(suffix).removeprefix(_PREFIX)] = path
     return files if files.keys() - _LABELS else {}
 
 
@@ -158,60 +124,50 @@ def _stripped(image: np.ndarray) -> bool:
 
 def photographs() -> list[Pair]:
     """Color channels of the photographs that scikit-image installs: red against blue and green against blue."""
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    return [
-        Pair(f"skimage/{name}", one, "blue", Path(name), Path(name), "natural")
-        for name in names
-        for one in ("red", "green")
-    ]
+    names = [Path(name) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    return [Pair(f"skimage/{p}", one, "blue", p, p, "natural") for p in names for one in ("red", "green")]
 
 
-def read_datalist(path: str | Path) -> list[Pair]:
+def read_datalist(source: Path) -> list[Pair]:
     """Pairs of a JSON file: a list, or a dictionary with lists, of items such as
 
     ``{"fixed": "a/t1.nii.gz", "moving": "a/t2.nii.gz", "subject": "a", "fixed_modality": "t1", "moving_modality": "t2",
-    "mask": "a/mask.nii.gz", "residual": [0.0, 0.1, 0.3]}``; ``mask`` and ``residual`` may be missing. Relative file
-    names start at the folder of the JSON file.
+    "mask": "a/mask.nii.gz", "residual": [0.0, 0.1, 0.3]}``; all but the first two may be missing. Relative file names
+    start at the folder of the JSON file.
 
     Raises:
         RegistrationError: the file is no such list, an image is missing, or the two images lie on different grids.
     """
-    source = Path(path)
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RegistrationError("data", str(path), f"a datalist in JSON ({error})") from error
+        raise RegistrationError("data", str(source), f"a folder, or a datalist in JSON ({error})") from error
     if isinstance(content, dict):
         content = [item for value in content.values() if isinstance(value, list) for item in value]
-    if not isinstance(content, list) or not content:
-        raise RegistrationError("data", str(path), "a list of items with 'fixed' and 'moving'")
-    return [_pair(item, source, index) for index, item in enumerate(content)]
+    if not isinstance(content, list) or not all(
+        isinstance(i, dict) and {"fixed", "moving"} <= i.keys() for i in content
+    ):
+        raise RegistrationError("data", str(source), "a list of items with 'fixed' and 'moving'")
+    pairs = []
+    for index, item in enumerate(content):
+        where = f"{source.name}[{index}]"
+        files = {key: source.parent / item[key] for key in ("fixed", "moving", "mask", "tissue") if item.get(key)}
+        missing = [str(path) for path in files.values() if not path.is_file()]
+        if missing or not _one_lattice(read_volume(files["fixed"]), read_volume(files["moving"])):
+            raise RegistrationError(where, missing or item, "files that exist, on one grid")
+        residual = item.get("residual")
+        dims = read_volume(files["fixed"]).dims
+        if residual is not None and (len(residual) != dims or not np.isfinite(residual).all()):
+            raise RegistrationError(f"{where}['residual']", residual, f"{dims} finite numbers, mm")
+        names = [
+            str(item.get(k, d))
+            for k, d in (("subject", index), ("fixed_modality", "fixed"), ("moving_modality", "moving"))
+        ]
+        pairs.append(Pair(*names, **files, residual=None if residual is None else tuple(map(float, residual))))
+    return pairs
 
 
-def _pair(item: dict, source: Path, index: int) -> Pair:
-    where = f"{source.name}[{index}]"
-    if not isinstance(item, dict) or "fixed" not in item or "moving" not in item:
-        raise RegistrationError(where, item, "a dictionary with 'fixed' and 'moving'")
-    files = {key: source.parent / item[key] for key in ("fixed", "moving", "mask", "tissue") if item.get(key)}
-    for key, path in files.items():
-        if not path.is_file():
-            raise RegistrationError(f"{where}['{key}']", str(path), "a file that exists")
-    fixed = read_volume(files["fixed"])
-    if not same_lattice(fixed, read_volume(files["moving"])):
-        raise RegistrationError(where, item, "two co-registered images on one grid")
-    residual = item.get("residual")
-    if residual is not None and (len(residual) != fixed.dims or not np.isfinite(residual).all()):
-        raise RegistrationError(f"{where}['residual']", residual, f"{fixed.dims} finite numbers, mm")
-    return Pair(
-        subject=str(item.get("subject", index)),
-        fixed_modality=str(item.get("fixed_modality", "fixed")),
-        moving_modality=str(item.get("moving_modality", "moving")),
-        **files,
-        residual=None if residual is None else tuple(float(r) for r in residual),
-    )
-
-
-def read_residuals(path: str | Path) -> Residuals:
+def read_residuals(path: Path) -> Residuals:
     """Residual shifts of pairs, from a CSV file with the columns ``subject, a, b`` and ``dx, dy, dz``.
 
     Columns ``ngf_dx, ngf_dy, ngf_dz`` come first where there are any. ``a(x) ~ b(x + d)``, mm along the voxel axes.
@@ -225,20 +181,19 @@ def read_residuals(path: str | Path) -> Residuals:
         shifts = table[[f"{prefix}d{c}" for c in "xyz"]].astype(float).itertuples(index=False, name=None)
         return dict(zip(table[["subject", "a", "b"]].itertuples(index=False, name=None), shifts, strict=True))
     except (OSError, KeyError, ValueError) as error:
-        raise RegistrationError(
-            "residuals", str(path), f"a CSV file with subject, a, b, dx, dy, dz ({error})"
-        ) from error
+        allowed = f"a CSV file with subject, a, b, dx, dy, dz ({error})"
+        raise RegistrationError("residuals", str(path), allowed) from error
 
 
 def attach_residuals(pairs: Iterable[Pair], residuals: Residuals) -> list[Pair]:
     """The pairs with the residuals that are known for them, in whichever direction they were measured."""
     done = []
     for pair in pairs:
-        forward = residuals.get((pair.subject, pair.fixed_modality, pair.moving_modality))
-        back = residuals.get((pair.subject, pair.moving_modality, pair.fixed_modality))
-        if pair.kind == "real" and forward is not None:
-            pair = replace(pair, residual=forward)
-        elif pair.kind == "real" and back is not None:
-            pair = replace(pair, residual=tuple(-r for r in back))
+        names = (pair.subject, pair.fixed_modality, pair.moving_modality)
+        back = (pair.subject, pair.moving_modality, pair.fixed_modality)
+        if pair.kind == "real" and names in residuals:
+            pair = replace(pair, residual=residuals[names])
+        elif pair.kind == "real" and back in residuals:
+            pair = replace(pair, residual=tuple(-r for r in residuals[back]))
         done.append(pair)
     return done

@@ -15,43 +15,32 @@ from scipy.spatial.transform import Rotation
 
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-__all__ = ["PROTOCOLS", "Limits", "Perturbation", "about", "draw", "limits_of", "padding", "turn"]
+__all__ = ["PROTOCOLS", "Limits", "about", "draw", "limits_of", "padding", "turn", "unit"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a protocol goes.
+    """How far a protocol goes."""
 
-    Args:
-        angle_deg: largest rotation; 180 means uniform over all rotations.
-        shift: largest shift, mm (pixels in 2D).
-        shift_of_side: largest shift as a fraction of each side, instead of ``shift``.
-        per_axis: draw the shift independently along each axis; otherwise a random direction and a uniform length.
-        scale: largest deviation of the scale of each axis from 1.
-        shear: largest shear.
-        fixed_scale: scale all axes by ``1 - fixed_scale`` or ``1 + fixed_scale`` on top.
-    """
-
-    angle_deg: float
-    shift: float = 0.0
-    shift_of_side: float = 0.0
-    per_axis: bool = False
-    scale: float = 0.0
+    angle_deg: float  # 180: uniform over all rotations
+    shift: float = 0.0  # mm, pixels in 2D
+    shift_of_side: float = 0.0  # instead, as a fraction of each side
+    per_axis: bool = False  # draw the shift along each axis; otherwise a random direction and a uniform length
+    scale: float = 0.0  # largest deviation of the scale of each axis from 1
     shear: float = 0.0
-    fixed_scale: float = 0.0
+    fixed_scale: float = 0.0  # on top, all axes larger or smaller by this
 
     def reach(self, volume: Volume) -> np.ndarray:
         """Largest shift along each world axis, mm."""
-        if self.shift_of_side:
-            return self.shift_of_side * (np.abs(volume.affine[:-1, :-1]) @ np.array(volume.shape))
-        return np.full(volume.dims, self.shift)
+        sides = np.abs(volume.affine[:-1, :-1]) @ np.array(volume.shape)
+        return self.shift_of_side * sides if self.shift_of_side else np.full(volume.dims, self.shift)
 
 
 # section 2.8 of the paper gives radians; it names no scale
 _PAPER = Limits(angle_deg=math.degrees(0.3), shift=50.0, per_axis=True, shear=0.03)
 _MILD = Limits(angle_deg=15.0, shift=15.0, scale=0.08, shear=0.05)
 
-PROTOCOLS: dict[tuple[str, int], Limits] = {
+PROTOCOLS = {
     ("paper", 2): _PAPER,
     ("so3", 2): Limits(angle_deg=180.0, shift_of_side=1 / 3, per_axis=True),
     ("so3", 3): Limits(angle_deg=180.0, shift=50.0),
@@ -62,19 +51,8 @@ PROTOCOLS: dict[tuple[str, int], Limits] = {
 
 def limits_of(protocol: str, dims: int) -> Limits:
     """Limits of a protocol; a stress row goes as far as the paper in 2D and as ``mild`` in 3D."""
-    if (protocol, dims) in PROTOCOLS:
-        return PROTOCOLS[protocol, dims]
-    base = _PAPER if dims == 2 else _MILD
-    return replace(base, scale=0.0, fixed_scale=0.2) if protocol == "scale" else base
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """A drawn transform: ``(D+1, D+1)`` from fixed to moving world, its rotation angle, shift of the center in mm."""
-
-    matrix: np.ndarray
-    rotation_deg: float
-    shift: float
+    limits = PROTOCOLS.get((protocol, dims), _PAPER if dims == 2 else _MILD)
+    return replace(limits, scale=0.0, fixed_scale=0.2) if protocol == "scale" else limits
 
 
 def unit(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -97,18 +75,15 @@ def about(center: np.ndarray, linear: np.ndarray, shift: np.ndarray) -> np.ndarr
     return matrix
 
 
-def draw(limits: Limits, volume: Volume, rng: np.random.Generator) -> Perturbation:
-    """Draw a transform about the center of an image before padding."""
+def draw(limits: Limits, volume: Volume, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
+    """Draw a transform about the center of an image: its matrix, and its angle and shift for the results file."""
     dims = volume.dims
-    if dims == 2:
-        angle = rng.uniform(-limits.angle_deg, limits.angle_deg)
-        rotation, angle = turn(angle, 2, rng), abs(angle)
-    elif limits.angle_deg >= 180:
+    if dims == 3 and limits.angle_deg >= 180:
         uniform = Rotation.from_quat(unit(rng, 4))
         rotation, angle = uniform.as_matrix(), math.degrees(uniform.magnitude())
     else:
-        angle = rng.uniform(0, limits.angle_deg)
-        rotation = turn(angle, 3, rng)
+        angle = rng.uniform(0 if dims == 3 else -limits.angle_deg, limits.angle_deg)
+        rotation = turn(angle, dims, rng)
     scale = 1 + rng.uniform(-limits.scale, limits.scale, dims)
     if limits.fixed_scale:
         scale = scale * (1 + limits.fixed_scale * rng.choice([-1.0, 1.0]))
@@ -116,8 +91,8 @@ def draw(limits: Limits, volume: Volume, rng: np.random.Generator) -> Perturbati
     shear[np.triu_indices(dims, 1)] = rng.uniform(-limits.shear, limits.shear, dims * (dims - 1) // 2)
     direction = rng.uniform(-1, 1, dims) if limits.per_axis else unit(rng, dims) * rng.uniform(0, 1)
     shift = direction * limits.reach(volume)
-    matrix = about(volume.center, rotation @ np.diag(scale) @ shear, shift)
-    return Perturbation(matrix, float(angle), float(np.linalg.norm(shift)))
+    info = {"rotation_deg": round(abs(angle), 4), "shift": round(float(np.linalg.norm(shift)), 4)}
+    return about(volume.center, rotation @ np.diag(scale) @ shear, shift), info
 
 
 def padding(volume: Volume, mask: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +106,6 @@ def padding(volume: Volume, mask: np.ndarray, limits: Limits) -> tuple[np.ndarra
     spacing, middle = volume.spacing, (np.array(volume.shape) - 1) / 2
     offsets = (np.argwhere(mask) - middle) * spacing
     half = np.abs(offsets).max(axis=0)
-    # the same thinning in every run: the radius decides the padding
     thinned = offsets[:: max(1, len(offsets) // 200_000)]
     radius = math.sqrt((thinned**2).sum(axis=1).max()) + spacing.max()
     reach = np.minimum(radius, half + 2 * radius * math.sin(math.radians(limits.angle_deg) / 2))

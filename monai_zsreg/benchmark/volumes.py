@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark computes with: one-channel images as numpy arrays, and its own resampling.
-
-The judge does not share the resampling of what it judges.
-"""
+"""One-channel images as numpy arrays, and a resampling that the judge does not share with what it judges."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +19,10 @@ __all__ = ["Volume", "background_value", "foreground", "labels_dice", "moved", "
 
 @dataclass(frozen=True)
 class Volume:
-    """An image with one channel.
+    """An image with one channel."""
 
-    Args:
-        values: ``[*spatial]``, 2D or 3D.
-        affine: ``(D+1, D+1)`` float64, index to world (RAS mm; pixels for slices and photographs).
-    """
-
-    values: np.ndarray
-    affine: np.ndarray
+    values: np.ndarray  # [*spatial], 2D or 3D
+    affine: np.ndarray  # (D+1, D+1), index to world: RAS mm, pixels for slices and photographs
 
     @property
     def dims(self) -> int:
@@ -45,7 +38,6 @@ class Volume:
 
     @property
     def center(self) -> np.ndarray:
-        """World coordinates of the center of the field of view."""
         return transformed(self.affine, (np.array(self.shape) - 1) / 2)
 
     def points(self, mask: np.ndarray) -> np.ndarray:
@@ -63,7 +55,7 @@ def read_volume(path: Path) -> Volume:
     """Read one image; values that are not finite become 0.
 
     Raises:
-        RegistrationError: the file holds more than one channel.
+        RegistrationError: the file cannot be read or holds more than one channel.
     """
     from monai_zsreg.io.images import load_image
 
@@ -120,45 +112,25 @@ def moved(
         shape: of the result.
         affine: of the result.
         pull: ``(D+1, D+1)``, the result's world to the image's.
-        order: of the spline; 0 for labels.
+        order: of the spline; 0 for labels. Overshoot is cut off at the image's own range.
         fill: value where the image has nothing; its background if None.
     """
     back = background_value(image.values) if fill is None else fill
     out = np.full(shape, back, dtype=np.float32)
     index = np.linalg.inv(image.affine) @ pull @ affine
     # compute only where something other than background can land
-    used = _box(image.values != back)
-    if not len(used):
+    used = ndimage.find_objects((image.values != back).astype(np.int8))
+    if not used:
         return Volume(out, affine)
-    low = np.maximum(used[0] - 6, 0)
-    high = np.minimum(used[1] + 7, image.shape)
-    corners = np.stack(np.meshgrid(*zip(low - 1, high, strict=True), indexing="ij"), -1).reshape(-1, image.dims)
+    corners = np.array(list(product(*[(s.start - 1, s.stop) for s in used[0]])))
     landed = transformed(np.linalg.inv(index), corners)
     first = np.clip(np.floor(landed.min(axis=0)).astype(int), 0, shape)
-    last = np.clip(np.ceil(landed.max(axis=0)).astype(int) + 1, 0, shape)
-    if (last <= first).any():
-        return Volume(out, affine)
-    part = image.values[tuple(map(slice, low, high))].astype(np.float32) - back
-    window = ndimage.affine_transform(
-        part,
-        index[:-1, :-1],
-        transformed(index, first) - low,
-        tuple(last - first),
-        np.float32,
-        order=order,
-        mode="constant",
-    )
-    # cubic overshoot is cut off at the image's own range
-    out[tuple(map(slice, first, last))] = np.clip(window, part.min(), part.max()) + back
+    size = np.clip(np.ceil(landed.max(axis=0)).astype(int) + 1, 0, shape) - first
+    if (size > 0).all():
+        values, offset = image.values.astype(np.float32) - back, transformed(index, first)
+        window = ndimage.affine_transform(values, index[:-1, :-1], offset, tuple(size), order=order, mode="constant")
+        out[tuple(map(slice, first, first + size))] = np.clip(window, values.min(), values.max()) + back
     return Volume(out, affine)
-
-
-def _box(mask: np.ndarray) -> np.ndarray:
-    """First and last index of a mask along each axis, ``[2, D]``; empty for an empty mask."""
-    ranges = [
-        np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)
-    ]
-    return np.array([[r[0] for r in ranges], [r[-1] for r in ranges]]) if len(ranges[0]) else np.empty((0, mask.ndim))
 
 
 def labels_dice(fixed: Volume, moving: Volume, matrix: np.ndarray) -> float:

@@ -24,18 +24,11 @@ __all__ = ["PEERS", "Peer", "lattice_of", "matrix_of", "sitk_image"]
 
 @dataclass(frozen=True)
 class Peer:
-    """An entry of the table.
+    """An entry of the table."""
 
-    Args:
-        package: what to install.
-        starts: where it starts when only the method is named; the best start of a row is shown.
-        extra_starts: further starts, which run only when named.
-        dims: what it can register.
-    """
-
-    package: str
-    starts: tuple[str, ...] = ("",)
-    extra_starts: tuple[str, ...] = ()
+    package: str  # what to install
+    starts: tuple[str, ...] = ("",)  # where it starts when only the method is named
+    extra_starts: tuple[str, ...] = ()  # which run only when named
     dims: tuple[int, ...] = (2, 3)
 
 
@@ -43,7 +36,7 @@ PEERS = {
     "elastix": Peer("itk-elastix", ("default", "mass")),
     "simpleelastix": Peer("SimpleITK-SimpleElastix", ("default", "mass")),
     "ants": Peer("antspyx", ("default",), ("identity",)),
-    "greedy": Peer("picsl-greedy SimpleITK", ("default",), ("centers",)),
+    "greedy": Peer("picsl-greedy", ("default",), ("centers",)),
     "simpleitk": Peer("SimpleITK", ("exhaustive",), ("mass",)),
     "sift": Peer("opencv-python-headless", dims=(2,)),
 }

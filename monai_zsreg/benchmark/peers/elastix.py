@@ -31,9 +31,7 @@ itk.imwrite(moved, output)
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     images = [_image(image) for image in (fixed, moving)]
     parameters = itk.ParameterObject.New()
-    settings = parameters.GetDefaultParameterMap("affine" if task.transform == "affine" else "rigid")
-    if task.transform == "similarity":
-        settings["Transform"] = ["SimilarityTransform"]
+    settings = parameters.GetDefaultParameterMap(task.transform)
     # the moved image is not part of what is timed
     settings["WriteResultImage"] = ["false"]
     if task.start == "mass":

@@ -15,8 +15,6 @@ from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["WHOLE", "prepare"]
 
-_DEGREES = {"rigid": 6, "similarity": 7, "affine": 12}
-
 WHOLE = """
 import os, tempfile
 from picsl_greedy import Greedy3D
@@ -30,7 +28,7 @@ greedy.execute(f"-d 3 -rf {fixed} -rm {moving} {output} -r {matrix}")
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     images = {"fixed": sitk_image(fixed), "moving": sitk_image(moving)}
     start = "-ia-image-centers" if task.start == "centers" else "-ia-identity"
-    command = f"-d {fixed.dims} -a -dof {_DEGREES[task.transform]} -m NMI -n 100x50x10 {start} -V 0"
+    command = f"-d {fixed.dims} -a -dof {6 if task.transform == 'rigid' else 12} -m NMI -n 100x50x10 {start} -V 0"
     command += f" -i fixed moving -o found -threads {task.threads} -seed {task.seed + 1}"
 
     def run() -> np.ndarray:

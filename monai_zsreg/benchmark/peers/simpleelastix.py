@@ -22,9 +22,7 @@ if not hasattr(sitk, "ElastixImageFilter"):
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     dims = fixed.dims
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(task.threads)
-    settings = sitk.GetDefaultParameterMap("affine" if task.transform == "affine" else "rigid")
-    if task.transform == "similarity":
-        settings["Transform"] = ["SimilarityTransform"]
+    settings = sitk.GetDefaultParameterMap(task.transform)
     settings["WriteResultImage"] = ["false"]
     if task.start == "mass":
         settings["AutomaticTransformInitialization"] = ["true"]
@@ -36,16 +34,12 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
     method.SetNumberOfThreads(task.threads)
     method.LogToConsoleOff()
     method.LogToFileOff()
-    kinds = {
-        "affine": lambda: sitk.AffineTransform(dims),
-        "rigid": sitk.Euler2DTransform if dims == 2 else sitk.Euler3DTransform,
-        "similarity": sitk.Similarity2DTransform if dims == 2 else sitk.Similarity3DTransform,
-    }
+    rigid = sitk.Euler2DTransform() if dims == 2 else sitk.Euler3DTransform()
+    transform = sitk.AffineTransform(dims) if task.transform == "affine" else rigid
 
     def run() -> np.ndarray:
         method.Execute()
         found = method.GetTransformParameterMap(0)
-        transform = kinds[task.transform]()
         transform.SetParameters([float(v) for v in found["TransformParameters"]])
         transform.SetCenter([float(v) for v in found["CenterOfRotationPoint"]])
         return matrix_of(transform.TransformPoint, dims)

@@ -63,8 +63,7 @@ def _refined(start: Any, dims: int, transform: str) -> Any:
     rigid = sitk.Euler2DTransform(start) if dims == 2 else sitk.Euler3DTransform(start)
     if transform == "rigid":
         return rigid
-    similar = sitk.Similarity2DTransform() if dims == 2 else sitk.Similarity3DTransform()
-    made = sitk.AffineTransform(dims) if transform == "affine" else similar
+    made = sitk.AffineTransform(dims)
     made.SetCenter(rigid.GetCenter())
     made.SetMatrix(rigid.GetMatrix())
     made.SetTranslation(rigid.GetTranslation())
