@@ -36,6 +36,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,15 +49,28 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_METHODS = "ours:robust ours:paper ours:keypoints elastix simpleelastix ants greedy simpleitk sift none".split()
+_METHODS: tuple[str, ...] = (
+    "ours:robust",
+    "ours:paper",
+    "ours:keypoints",
+    "elastix",
+    "simpleelastix",
+    "ants",
+    "greedy",
+    "simpleitk",
+)
+_METHODS += ("sift", "none")
 # a minute or more a volume, against seconds
-_CAPS = (
-    "ants:3=20 elastix:3=40 simpleelastix:3=10 greedy:3=20 simpleitk:3=10 ours:keypoints:3=10 ours:paper:3=10".split()
+_CAPS: tuple[str, ...] = (
+    "ants:3=20",
+    "elastix:3=40",
+    "simpleelastix:3=10",
+    "greedy:3=20",
+    "simpleitk:3=10",
+    "ours:paper:3=10",
 )
-_QUICK = (
-    "ants:3=0 simpleelastix:3=0 greedy:3=0 simpleitk:3=0 simpleitk:2=2 ours:keypoints:3=0 ours:paper:3=0 elastix:3=2"
-)
-_QUICK_CAPS = [*_QUICK.split(), "ants:2=6"]
+_CAPS += ("ours:keypoints:3=10",)
+_QUICK_CAPS = (*(f"{name}:3=0" for name in _METHODS[1:8]), "elastix:3=2", "ants:2=6", "simpleitk:2=2")
 _QUICK_SECONDS = 420.0
 
 
@@ -64,29 +78,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m monai_zsreg.benchmark", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
+    several = partial(parser.add_argument, nargs="+")
     add("data", nargs="*", help="folders or datalists; `calibrate` and such; `cost`; `table` to redo the tables alone")
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
-    add(
-        "--methods",
-        nargs="+",
-        default=_METHODS,
-        help=f"default: {' '.join(_METHODS)}; ours:robust,search=none and such",
-    )
-    add("--protocols", nargs="+", help="paper mild so3 stress natural between anatomies overlap, or one stress by name")
-    add("--kinds", nargs="+", choices=("real", "exact", "natural", "between", "header"), help="default: all")
-    add("--dims", nargs="+", type=int, choices=(2, 3), default=[2, 3])
-    add("--pairs", nargs="+", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
+    several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
+    several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or one stress by name")
+    several("--kinds", choices=("real", "exact", "natural", "between", "header"), help="default: all")
+    several("--dims", type=int, choices=(2, 3), default=[2, 3])
+    several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
+    several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
     add("--cases", type=int, help="cases of every row; each row has a default of its own")
-    add(
-        "--cap",
-        nargs="+",
-        default=[],
-        metavar="METHOD:DIMS=N",
-        help=f"cases of slow methods; default: {' '.join(_CAPS)}",
-    )
-    add("--planes", nargs="+", choices=("axial", "coronal", "sagittal"), default=["axial"])
+    several("--cap", default=[], metavar="METHOD:DIMS=N", help=f"cases of slow methods; default: {' '.join(_CAPS)}")
+    several("--planes", choices=("axial", "coronal", "sagittal"), default=["axial"])
     add("--slices", type=int, default=5, help="slices of a volume (2D)")
     add("--min-side", type=int, default=128, help="leave out smaller slices (2D)")
     add("--seed", type=int, default=0)
@@ -95,24 +99,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vgg19-weights", help="weights file for the presets that need one")
     add("--time-limit", type=float, help="seconds after which no further registration begins")
     add("--no-similarity", action="store_true", help="leave out Dice, SSIM, MI and MSE")
-    add("--redo", nargs="+", default=[], help="methods to run again; `failures` for runs without an answer")
+    several("--redo", default=[], help="methods to run again; `failures` for runs without an answer")
     add("--quick", action="store_true", help="a few cases of the main rows, within ten minutes on two cores")
-    add(
-        "--symmetric",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="calibrate: subjects that a mirror leaves as they are",
-    )
+    several("--symmetric", default=[], metavar="PATTERN", help="calibrate: subjects that a mirror leaves as they are")
     add("--sizes-2d", nargs="*", type=int, help="cost: pixels a side")
     add("--sizes-3d", nargs="*", type=int, help="cost: voxels a side")
-    add(
-        "--whole-process",
-        nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="cost: whole processes; FIXED MOVING, or a phantom",
-    )
+    add("--whole-process", nargs="*", type=Path, metavar="FILE", help="cost: of whole processes; a pair, or a phantom")
     add("--bundle", type=Path, default=Path("bundles/zero_shot_affine_registration"), help="cost: the bundle to run")
     return parser.parse_args(argv)
 
@@ -307,7 +299,7 @@ def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
             files = args.whole_process or cost.save_phantom(Path(folder))
             if len(files) != 2:
                 raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
-            table, notes = cost.whole_processes(*files, args.bundle, [method.family for method in methods])
+            table, notes = cost.whole_processes(files[0], files[1], args.bundle, [method.family for method in methods])
         text = [*head, *tables.markdown(table), "", *[f"- left out: {note}" for note in notes]]
         path = args.output / "whole-process.md"
         tables.write_lines(path, ["# Whole processes, from start to the moved image on disk", *text])

@@ -76,14 +76,14 @@ def _make(case: Case, folder: Path, pair: pd.Series, where: int | None) -> Sampl
         fixed, moving, pixel = _slices(fixed, moving, where)
         tolerance = max(SUCCESS, tolerance / pixel)
     pose = case.row.name.split("-")[1]
-    low, high, shift = _POSES[pose]
+    low, high, reach = _POSES[pose]
     rng = case.rng("motion")
     if pose == "cut":
         longest = int(np.argmax(moving.spacing * moving.shape))
         first = 0 if rng.integers(2) else round(moving.shape[longest] / 3)
         moving = damage.crop(moving, longest, first, first + round(moving.shape[longest] * 2 / 3))
     # a small image would leave the other altogether
-    shift *= min(1.0, float((moving.spacing * moving.shape).max()) / 150)
+    shift = reach * min(1.0, float((moving.spacing * moving.shape).max()) / 150)
     angle = rng.uniform(low, high)
     motion = about(moving.center, turn(angle, moving.dims, rng), shift * unit(rng, moving.dims))
     # errors are measured where both show something, as far as that is known

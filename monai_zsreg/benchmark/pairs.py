@@ -50,8 +50,9 @@ class Pair:
     def reversed(self) -> Pair:
         """The pair with the roles of the two images swapped."""
         back = None if self.residual is None else tuple(-r for r in self.residual)
-        names = {"fixed_modality": self.moving_modality, "moving_modality": self.fixed_modality}
-        return replace(self, fixed=self.moving, moving=self.fixed, residual=back, **names)
+        one, two = self.moving_modality, self.fixed_modality
+        turned = replace(self, fixed_modality=one, moving_modality=two, residual=back)
+        return replace(turned, fixed=self.moving, moving=self.fixed)
 
 
 def _one_lattice(one: Volume, two: Volume) -> bool:
@@ -101,7 +102,7 @@ def find_pairs(root: Path, wanted: Sequence[tuple[str, ...]]) -> tuple[list[Pair
         for (one, files), (other, others) in permutations(group, 2):
             labels = (files["seg"], others["seg"])
             # a lesion mask has one or a few labels and says nothing about two people's anatomy
-            if len(np.intersect1d(*[read_volume(path).values for path in labels])) >= 8:
+            if len(np.intersect1d(read_volume(labels[0]).values, read_volume(labels[1]).values)) >= 8:
                 images = files["t1"], others["t1"]
                 pairs.append(Pair(f"{one}|{other}", "t1", "t1", *images, "between", labels=labels))
     return pairs, left_out
@@ -159,11 +160,10 @@ def read_datalist(source: Path) -> list[Pair]:
         dims = read_volume(files["fixed"]).dims
         if residual is not None and (len(residual) != dims or not np.isfinite(residual).all()):
             raise RegistrationError(f"{where}['residual']", residual, f"{dims} finite numbers, mm")
-        names = [
-            str(item.get(k, d))
-            for k, d in (("subject", index), ("fixed_modality", "fixed"), ("moving_modality", "moving"))
-        ]
-        pairs.append(Pair(*names, **files, residual=None if residual is None else tuple(map(float, residual))))
+        given = None if residual is None else tuple(float(r) for r in residual)
+        modalities = str(item.get("fixed_modality", "fixed")), str(item.get("moving_modality", "moving"))
+        pair = Pair(str(item.get("subject", index)), *modalities, files["fixed"], files["moving"], residual=given)
+        pairs.append(replace(pair, mask=files.get("mask"), tissue=files.get("tissue")))
     return pairs
 
 

@@ -140,7 +140,13 @@ def score(
         reference: the same method's answer to the case that the sample refers to.
     """
     row, dims = case.row, case.row.dims
-    result = {"case": case.name, "row": row.name, "index": case.index, "subject": case.subject, "kind": row.kind}
+    result: Result = {
+        "case": case.name,
+        "row": row.name,
+        "index": case.index,
+        "subject": case.subject,
+        "kind": row.kind,
+    }
     result |= {"dims": dims, "seed": case.seed, "failure": "", **case.notes, **sample.info, **answer}
     if not result["failure"] and (
         np.shape(answer["matrix"]) != (dims + 1,) * 2 or not np.isfinite(answer["matrix"]).all()

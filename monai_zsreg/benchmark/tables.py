@@ -30,8 +30,8 @@ _NOTES = f"""
 Error of a case: mean over the foreground of the fixed image, mm in 3D, pixels in 2D. Success: below 2 (rows of
 anatomies and slices: below the pair's tolerance), and the method does not say itself that it failed, with Wilson's
 95 % interval. The interval of the median resamples subjects. A run without an answer counts with the error of doing
-nothing. Seconds: median, registration alone, images in memory, after a warm-up. Peers run at their defaults and from the
-centers of mass; the better start of each is shown. Methods with a smaller n ran the first n cases of the same list.
+nothing. Seconds: median, registration alone, images in memory, after a warm-up. Peers run at their defaults and from
+the centers of mass; the better start of each is shown. Methods with a smaller n ran the first n cases of the same list.
 Verdicts are ours: PASS / WARN / FAIL; then wrong answers with PASS, and right ones with FAIL.
 
 `exact`: the second contrast is simulated from the first image, and the known transform is the whole truth (`natural`:
@@ -48,8 +48,8 @@ top of `paper` (2D) or `mild` (3D): {"; ".join(f"`{key}`: {text}" for key, text 
 retina that share a part of their fields of view.
 """
 _CHANGE_NOTES = """
-Mean of after minus before. Each image is scaled by its own 0.5 and 99.5 percentiles to [0, 1]; SSIM, MI and MSE are over
-the union of both foregrounds, Dice is that of the foregrounds. MI is in nats, NMI is 2I/(H+H). Across modalities a
+Mean of after minus before. Each image is scaled by its own 0.5 and 99.5 percentiles to [0, 1]; SSIM, MI and MSE are
+over the union of both foregrounds, Dice is that of the foregrounds. MI is in nats, NMI is 2I/(H+H). Across modalities a
 right answer need not lower the MSE or raise the SSIM.
 """
 _PAPER_TABLE = """
@@ -183,9 +183,8 @@ def write_summary(path: Path, table: pd.DataFrame, threads: int, notes: Sequence
     """
     shown = table[table["best"]]
     text = ["# Benchmark of affine registration", "", *machine(threads), "", "## Target registration error", _NOTES]
-    text += markdown(
-        pd.DataFrame([_error_cells(line) for line in shown.to_dict("records") if pd.notna(line["success"])])
-    )
+    judged = shown[shown["success"].notna()].to_dict("records")
+    text += markdown(pd.DataFrame([_error_cells(line) for line in judged]))
     seconds = {"seconds": shown["seconds_median"].map(_seconds)}
     if shown["label_dice"].notna().any():
         cells = {name: shown[name].map("{:.3f}".format) for name in ("label_dice_before", "label_dice")}
@@ -229,8 +228,8 @@ def cost_table(table: pd.DataFrame) -> list[str]:
         "error (mm)": table["tre_median"].map("{:.2f}".format),
     }
     note = (
-        "A made-up object of one shape and field of view (240 mm) in two contrasts, moved by the `mild` protocol. Memory:"
-        " by how much the largest size of a process of its own grew during the registration, after a warm-up."
+        "A made-up object of one shape and field of view (240 mm) in two contrasts, moved by the `mild` protocol."
+        " Memory: by how much the largest size of a process of its own grew during the registration, after a warm-up."
     )
     return [note, "", *markdown(pd.DataFrame(cells | {"no answer": table["failures"]}))]
 

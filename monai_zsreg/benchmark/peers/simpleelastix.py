@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK as _sitk
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import matrix_of, sitk_image
@@ -14,6 +15,8 @@ from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
 
+# the other package's stubs know no elastix
+sitk: Any = _sitk
 if not hasattr(sitk, "ElastixImageFilter"):
     # one module name, two packages: the one installed last is there
     raise ImportError("the SimpleITK that is installed is the package SimpleITK, which has no elastix")
