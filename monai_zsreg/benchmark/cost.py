@@ -22,7 +22,7 @@ from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
 
-__all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "whole_processes"]
+__all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "timed", "whole_processes"]
 
 SIZES = {2: (128, 256, 512, 1024), 3: (64, 96, 128, 192, 240, 320)}
 _FIELD_OF_VIEW = 240.0  # mm
@@ -82,9 +82,7 @@ def _make(case: Case, size: int) -> Sample:
     return Sample(fixed, moving, fixed.points(foreground(fixed.values)), truth, truth, info=shapes(fixed, moving))
 
 
-def whole_processes(
-    fixed: Path, moving: Path, bundle: Path, methods: Iterable[str], repeats: int = 3
-) -> tuple[pd.DataFrame, list[str]]:
+def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[str]) -> tuple[pd.DataFrame, list[str]]:
     """Seconds of whole processes that register one pair, from start to the moved image on disk, in turn.
 
     Args:
@@ -92,30 +90,42 @@ def whole_processes(
         moving: file of the moving image.
         bundle: folder of the bundle.
         methods: families of peers; those that have a script are run.
-        repeats: runs of each; the median counts. One more comes first, for the file cache.
 
     Returns:
         A table of medians in seconds, and notes on what was left out.
     """
     commands, notes = _commands(bundle, methods)
+    table, more = timed(commands, fixed, moving)
+    return table, notes + more
+
+
+def timed(
+    commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3
+) -> tuple[pd.DataFrame, list[str]]:
+    """Median seconds of commands that register a pair, run in turn ``repeats`` times, and once before to warm up.
+
+    ``FIXED``, ``MOVING``, ``FOLDER`` and ``OUTPUT`` (a file in it) stand for the places. A command that fails or
+    writes no image is left out, with a note.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    notes = []
     for turn in range(repeats + 1):
         for name in list(seconds):
             with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
                 places = {"FIXED": fixed, "MOVING": moving, "FOLDER": folder, "OUTPUT": Path(folder) / "moved.nii.gz"}
-                begin = time.perf_counter()
                 command = [str(places.get(part, part)) for part in commands[name]]
+                begin = time.perf_counter()
                 ran = subprocess.run(command, capture_output=True, text=True, check=False)
                 spent = time.perf_counter() - begin
                 # status 3: registered, and not to be trusted
                 if ran.returncode not in (0, 3) or not list(Path(folder).rglob("*.nii*")):
-                    words = [*ran.stdout.split("\n"), *ran.stderr.split("\n")]
-                    notes.append(f"{name}: status {ran.returncode}, {next(filter(None, reversed(words)), '')[:200]}")
+                    words = [line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()] or ["no image"]
+                    notes.append(f"{name}: status {ran.returncode}, {words[-1][:200]}")
                     del seconds[name]
                 elif turn:
                     seconds[name].append(spent)
-    lines = [{"process": name, "seconds": round(float(np.median(s)), 2)} for name, s in seconds.items() if s]
-    return pd.DataFrame(lines, columns=["process", "seconds"]).sort_values("seconds"), notes
+    lines = [{"process": name, "seconds": round(float(np.median(times)), 2)} for name, times in seconds.items()]
+    return pd.DataFrame(lines, columns=["process", "seconds"]).sort_values("seconds", ignore_index=True), notes
 
 
 def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -72,7 +72,8 @@ def run_cases(
     answers = {_key(r): np.array(r["matrix"]) for r in results if not r["failure"]}
     due = [(case, _due(case, methods, caps or {}, have)) for case in cases]
     notes: dict[str, None] = {}
-    with open(log, "ab+") as file, tqdm(total=sum(len(todo) for _, todo in due), unit="run", disable=None) as bar:
+    left = sum(len(todo) for _, todo in due)
+    with open(log, "ab+") as file, tqdm(total=left, unit="run", disable=None) as bar:
         if file.tell() and not log.read_bytes().endswith(b"\n"):
             file.write(b"\n")  # after a half-written line
         for case, todo in due:
@@ -83,7 +84,7 @@ def run_cases(
                 sample = case.build()
             except Exception as error:  # one bad file must not end a run of hours
                 notes[f"{case.name} could not be made: {error!r}"] = None
-                bar.update(len(todo))
+                left -= len(todo)
                 continue
             before = _similarity(sample, np.eye(case.row.dims + 1)) if with_similarity else {}
             for method in todo:
@@ -92,6 +93,7 @@ def run_cases(
                 bar.set_postfix_str(method.name)
                 answer = method.register(sample.fixed, sample.moving, case.row.transform)
                 bar.update()
+                left -= 1
                 if answer.pop("cannot_run", False):
                     notes[f"{method.name} in {case.row.name}: {answer['failure']}"] = None
                     continue
@@ -106,8 +108,8 @@ def run_cases(
                 os.fsync(file.fileno())
                 if not result["failure"]:
                     answers[_key(result)] = np.array(result["matrix"])
-        if bar.n < bar.total:
-            notes[f"{bar.total - bar.n} runs that the time limit left; the same command goes on from here"] = None
+    if left:
+        notes[f"{left} runs that the time limit left; the same command goes on from here"] = None
     return list(notes)
 
 
