@@ -63,7 +63,8 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``.
 
     Attributes:
-        agreement: least agreement of the descriptors' slopes.
+        agreement: least agreement of the descriptors' slopes. It and the cost do not count where the correlation of the
+            coarse stage has one place that stands out from all others.
         cost: largest difference of the descriptors at the finest level.
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
@@ -85,6 +86,9 @@ class Limits:
 
 #: by descriptor and number of dimensions; warn, fail. Those of a descriptor that is not here are unknown.
 LIMITS = {("mind", 2): Limits(cost=(0.088, 0.099)), ("mind", 3): Limits(cost=(0.085, 0.1))}
+
+# what tells how alike the images look, and the margin that speaks for an answer where they do not
+_LIKENESS, _MARGIN = ("agreement", "cost"), 0.1
 
 _TEXTS = {
     "agreement": "the local structures of the two images agree by {percent:.0f} % only",
@@ -139,8 +143,10 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
+    # a place that stands out from all others is right however little the two contrasts have in common
+    vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
-        if name not in measures:
+        if name not in measures or (vouched and name in _LIKENESS):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two
