@@ -27,9 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing, to_affine_nd
-from monai.transforms.utils import create_rotate
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
@@ -38,10 +35,13 @@ __all__ = [
     "AffineParameters",
     "Grid",
     "apply_affine",
+    "checked_affine",
+    "checked_matrix",
     "compose_affine",
     "compose_parameters",
     "decompose_affine",
     "flip_points",
+    "fraction_inside",
     "freesurfer_grid",
     "freesurfer_volume",
     "fsl_from_index",
@@ -53,14 +53,15 @@ __all__ = [
     "itk_lattice",
     "lps_to_ras",
     "moved_header",
+    "nearest_axes",
     "pooled_grid",
     "ras_to_lps",
     "theta_from_index",
     "theta_from_unit",
     "unit_from_world",
     "unit_points_to_world",
-    "unit_to_index",
     "unit_points_without_padding",
+    "unit_to_index",
     "unit_without_padding",
     "world_from_fsl",
     "world_from_index",
@@ -190,7 +191,7 @@ def _index_to_grid(size: Sequence[int], like: Tensor) -> Tensor:
 _FARTHEST = 1e12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The lattice of an image: spatial shape, and the matrix from indices to world coordinates.
 
@@ -203,7 +204,7 @@ class Grid:
     affine: Tensor
 
     @classmethod
-    def of(cls, image: MetaTensor | Tensor, name: str = "image") -> Grid:
+    def of(cls, image: Tensor, name: str = "image") -> Grid:
         """Grid of a channel-first image ``[C, *spatial]`` with 2 or 3 spatial dimensions.
 
         MONAI keeps a 4x4 affine for 2D images too; here it becomes 3x3. A tensor without an affine has the identity.
@@ -215,13 +216,13 @@ class Grid:
         dims = image.ndim - 1
         if dims not in (2, 3):
             raise RegistrationError(name, tuple(image.shape), "a channel-first image with 2 or 3 spatial dimensions")
-        raw = image.affine if isinstance(image, MetaTensor) else torch.eye(dims + 1)
-        affine = torch.as_tensor(to_affine_nd(dims, raw.detach().cpu().double()), dtype=torch.float64)
-        if not bool(torch.isfinite(affine).all()) or abs(float(torch.linalg.det(affine))) < 1e-9:
-            raise RegistrationError(f"{name}.affine", affine.tolist(), "a finite, invertible matrix")
-        if float(affine.abs().max()) > _FARTHEST:
-            raise RegistrationError(f"{name}.affine", affine.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
-        return cls(tuple(int(n) for n in image.shape[1:]), affine)
+        return cls(tuple(int(n) for n in image.shape[1:]), checked_affine(getattr(image, "affine", None), dims, name))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self.shape == other.shape and torch.equal(self.affine, other.affine)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, *self.affine.flatten().tolist()))
 
     @property
     def dims(self) -> int:
@@ -231,7 +232,7 @@ class Grid:
     @cached_property
     def spacing(self) -> tuple[float, ...]:
         """Distance between neighboring voxels along each array axis, mm."""
-        return tuple(float(s) for s in affine_to_spacing(self.affine, self.dims))
+        return tuple(self.affine[: self.dims, : self.dims].norm(dim=0).tolist())
 
     @cached_property
     def center(self) -> Tensor:
@@ -261,6 +262,82 @@ class Grid:
     def index_pull(self, transform: Tensor, moving: Grid) -> Tensor:
         """World pull matrix to an index pull matrix from this (fixed) grid to ``moving``, ``(D+1, D+1)``."""
         return torch.linalg.inv(moving.affine) @ transform @ self.affine
+
+
+def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
+    """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what an image carries.
+
+    Args:
+        affine: matrix of this or of a higher dimension, which loses its further axes; None for the identity.
+        dims: number of spatial dimensions.
+        name: of the image, for messages.
+
+    Raises:
+        RegistrationError: singular, not finite, or so large that single precision cannot compute with it.
+    """
+    if affine is None:
+        return torch.eye(dims + 1, dtype=torch.float64)
+    given = torch.as_tensor(affine).detach().to("cpu", torch.float64)
+    # a MetaTensor's own matrix may be one too
+    given = given.as_tensor() if hasattr(given, "as_tensor") else given
+    if given.ndim != 2 or given.shape[0] != given.shape[1] or len(given) < dims + 1:
+        raise RegistrationError(f"{name}.affine", tuple(given.shape), f"a {dims + 1}x{dims + 1} matrix")
+    keep = [*range(dims), len(given) - 1]
+    matrix = given[keep][:, keep].clone()
+    linear = matrix[:dims, :dims]
+    # relative to the voxel size, which may be in meters or in micrometers
+    lengths = linear.norm(dim=0)
+    usable = bool(torch.isfinite(matrix).all()) and bool((lengths > 0).all())
+    if not usable or abs(float(torch.linalg.det(linear / lengths))) < 1e-6:
+        raise RegistrationError(f"{name}.affine", matrix.tolist(), "a finite, invertible matrix")
+    if float(matrix.abs().max()) > _FARTHEST:
+        raise RegistrationError(f"{name}.affine", matrix.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
+    return matrix
+
+
+def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
+    """A pull matrix from what a user gave.
+
+    Args:
+        matrix: ``(dims+1, dims+1)`` in any array type.
+        dims: number of spatial dimensions.
+        name: of the argument, for messages.
+
+    Returns:
+        ``(dims+1, dims+1)`` float64 on the CPU, its last row exactly ``(0, ..., 0, 1)``.
+
+    Raises:
+        RegistrationError: it is not a finite, invertible affine matrix of this size.
+    """
+    try:
+        found = torch.as_tensor(matrix).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RegistrationError(name, matrix, f"a {dims + 1}x{dims + 1} matrix or a transform file") from error
+    found = found.as_tensor() if hasattr(found, "as_tensor") else found
+    if found.shape != (dims + 1, dims + 1):
+        raise RegistrationError(name, tuple(found.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
+    last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
+    usable = bool(torch.isfinite(found).all()) and torch.allclose(found[dims], last_row)
+    if not usable or float(torch.linalg.det(found)) == 0.0:
+        raise RegistrationError(name, found.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
+    found = found.clone()
+    found[dims] = last_row
+    return found
+
+
+def fraction_inside(grid: Grid, other: Grid, transform: Tensor) -> float:
+    """Fraction of the voxels of ``grid`` that a world transform ``(D+1, D+1)`` takes into the field of view of ``other``."""
+    steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in grid.shape]
+    index = apply_affine(grid.index_pull(transform, other), torch.cartesian_prod(*steps))
+    last = torch.tensor([n - 0.5 for n in other.shape], dtype=torch.float64)
+    return float(((index >= -0.5) & (index <= last)).all(dim=1).double().mean())
+
+
+def nearest_axes(grid: Grid) -> Tensor:
+    """The orthonormal axes nearest to those of a grid, whose header may be sheared, ``(D, D)``, one a column."""
+    linear = grid.affine[: grid.dims, : grid.dims]
+    u, _, vt = torch.linalg.svd(linear / torch.tensor(grid.spacing, dtype=torch.float64))
+    return u @ vt
 
 
 def isotropic_grid(grid: Grid, spacing: float, side: int) -> Grid:
@@ -511,12 +588,24 @@ class AffineParameters:
         """The whole angle of the rotation, degrees, from 0 to 180."""
         if len(self.rotation_deg) == 1:
             return abs(self.rotation_deg[0])
-        rotation = create_rotate(3, [math.radians(a) for a in self.rotation_deg])[:3, :3]
+        rotation = _rotation(self.rotation_deg)
         return math.degrees(math.acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1) / 2))))
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and ``angle_deg``, ready for JSON."""
         return asdict(self) | {"angle_deg": self.angle_deg}
+
+
+def _rotation(degrees: Sequence[float]) -> np.ndarray:
+    """Rotation matrix of one angle (2D) or of three (3D: ``Rx Ry Rz``)."""
+    matrix = np.eye(2 if len(degrees) == 1 else 3)
+    for angle, axes in zip(
+        np.radians(degrees), ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1)), strict=True
+    ):
+        turn = np.eye(len(matrix))
+        turn[np.ix_(axes, axes)] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix = matrix @ turn
+    return matrix
 
 
 def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
@@ -564,8 +653,7 @@ def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | N
 def compose_parameters(parameters: AffineParameters) -> np.ndarray:
     """The matrix ``(D+1, D+1)`` of `AffineParameters`; the inverse of `decompose_affine`."""
     dims = len(parameters.scale)
-    angles = [math.radians(a) for a in parameters.rotation_deg]
-    rotation = np.asarray(create_rotate(dims, angles), dtype=np.float64)[:dims, :dims]
+    rotation = _rotation(parameters.rotation_deg)
     shear = np.eye(dims)
     shear[np.triu_indices(dims, 1)] = parameters.shear
     center = np.asarray(parameters.center)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that the tests share: real images, the VGG-19 weights, devices."""
+"""Fixtures that the tests share: images, the VGG-19 weights, devices.
+
+Images are nilearn's template (see `phantoms`), so that whoever installs the extra ``test`` can run the tests. Real
+images, where there are any, add to it: tests with the fixture ``subject`` run once more for each of them. A variable that
+names data which are not there is an error, so that nothing is skipped unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +17,76 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
+from phantoms import diagonal, template
 
 _ROOT = Path(__file__).resolve().parents[1]
+_DATA = ("ZSREG_TEST_DATA", _ROOT.parent / "shared" / "realdata")
+_VGG19 = ("ZSREG_TEST_VGG19", _ROOT.parent / "shared" / "weights" / "vgg19_first_two_conv.pt")
+_REAL_SUBJECT = "open_ms_mni/patient07"
 
 # the suite is many small problems; more threads than this cost more than they save
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def _from_environment(variable: str, fallback: Path) -> Path:
-    """The path that ``variable`` names or ``fallback``; skips the test where there is nothing at it."""
+def named_path(variable: str, fallback: Path) -> Path | None:
+    """What an environment variable names, or ``fallback``; None where there is neither.
+
+    Raises:
+        pytest.UsageError: the variable names something that is not there.
+    """
     named = os.environ.get(variable)
+    if named and not Path(named).exists():
+        raise pytest.UsageError(f"{variable}={named} does not exist")
     path = Path(named) if named else fallback
-    if not path.exists():
-        pytest.skip(f"{variable} names no real data" if not named else f"{variable}={named} does not exist")
+    return path if path.exists() else None
+
+
+def pytest_configure() -> None:
+    for variable, fallback in (_DATA, _VGG19):
+        named_path(variable, fallback)
+
+
+def _found(variable: str, fallback: Path) -> Path:
+    path = named_path(variable, fallback)
+    if path is None:
+        pytest.skip(f"{variable} names nothing")
     return path
 
 
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """Folder of real images."""
-    return _from_environment("ZSREG_TEST_DATA", _ROOT.parent / "shared" / "realdata")
+    return _found(*_DATA)
 
 
 @pytest.fixture(scope="session")
 def vgg19_weights() -> Path:
     """File with the weights of at least the first two convolution layers of torchvision's VGG-19."""
-    return _from_environment("ZSREG_TEST_VGG19", _ROOT.parent / "shared" / "weights" / "vgg19_first_two_conv.pt")
+    return _found(*_VGG19)
+
+
+def _subjects() -> list[str]:
+    variable, fallback = _DATA
+    folder = Path(os.environ.get(variable) or fallback)
+    return ["template", *([_REAL_SUBJECT] if (folder / _REAL_SUBJECT).is_dir() else [])]
+
+
+@pytest.fixture(scope="session", params=_subjects())
+def subject(request: pytest.FixtureRequest) -> str:
+    """For `load_volume` and `load_slice`: the template, then the real head where there is one."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def load_volume(realdata: Path) -> Callable[..., MetaTensor]:
-    """``load_volume(subject, modality) -> MetaTensor [1, I, J, K]`` with the file's affine."""
+def load_volume() -> Callable[..., MetaTensor]:
+    """``load_volume(subject, modality) -> MetaTensor [1, I, J, K]`` at 1 mm; ``"t1"``, ``"t2"`` or ``"flair"``."""
 
-    def load(subject: str = "open_ms_mni/patient07", modality: str = "t1") -> MetaTensor:
-        path = realdata / subject / f"{modality}.nii.gz"
+    def load(subject: str = "template", modality: str = "t1") -> MetaTensor:
+        if subject == "template":
+            return template(modality).clone()
+        path = _found(*_DATA) / subject / f"{modality}.nii.gz"
         if not path.exists():
-            pytest.skip(f"the real images hold no {subject}/{modality}.nii.gz")
+            pytest.fail(f"the real images hold no {subject}/{modality}.nii.gz")
         return LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.float32)(path)
 
     return load
@@ -61,15 +100,12 @@ def load_slice(load_volume: Callable[..., MetaTensor]) -> Callable[..., MetaTens
     zero, so that slices of two modalities of one subject lie in one frame. ``index`` is the middle unless given.
     """
 
-    def load(
-        subject: str = "open_ms_mni/patient07", modality: str = "t1", axis: int = 2, index: int | None = None
-    ) -> MetaTensor:
+    def load(subject: str = "template", modality: str = "t1", axis: int = 2, index: int | None = None) -> MetaTensor:
         volume = load_volume(subject, modality)
         position = volume.shape[1 + axis] // 2 if index is None else index
         spacing = [float(s) for s in volume.pixdim]
         del spacing[axis]
-        affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
-        return MetaTensor(volume.as_tensor().select(1 + axis, position).clone(), affine=affine)
+        return MetaTensor(volume.as_tensor().select(1 + axis, position).clone(), affine=diagonal(*spacing))
 
     return load
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+
+import monai_zsreg
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "monai_zsreg"
@@ -121,9 +124,15 @@ def test_modules_import_with_the_hard_dependencies_alone(wheel: Path, tmp_path: 
     assert "monai_zsreg.demo" in lines
 
 
-def test_version_is_stated_once(metadata: Message) -> None:
+def test_the_version_is_the_packages(metadata: Message) -> None:
+    stated = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{metadata["Version"]}"' in stated and monai_zsreg.__version__ == metadata["Version"]
+    assert metadata["Version"] not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    # files that other tools read have to repeat it
     assert f"## {metadata['Version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"version: {metadata['Version']}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    (bundle,) = (ROOT / "bundles").glob("*/configs/metadata.json")
+    assert json.loads(bundle.read_text(encoding="utf-8"))["version"] == metadata["Version"]
 
 
 def test_every_module_states_its_license() -> None:

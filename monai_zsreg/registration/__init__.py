@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of pairs of images."""
+"""Registration of a pair: from two images to a transform, its error bars and a verdict."""
 
-from monai_zsreg.registration.pair import register
-from monai_zsreg.registration.presets import DEFAULT_PRESET, PRESETS
+from monai_zsreg.registration.pair import DEFAULT_PRESET, PRESETS, Prepared, check_options, register, resolve_device
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.registration.uncertainty import Uncertainty
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "RegistrationResult", "Uncertainty", "register"]
+__all__ = [
+    "DEFAULT_PRESET",
+    "PRESETS",
+    "Prepared",
+    "RegistrationResult",
+    "check_options",
+    "register",
+    "resolve_device",
+]

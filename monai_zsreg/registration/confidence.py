@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far off a registration may be, and whether to trust it at all. All limits and constants stand here.
+"""How far off a registration may be, and whether to trust it at all. All limits and constants of the verdict stand here.
 
-``python -m monai_zsreg.benchmark calibrate`` measures them: it fits the constants on one half of the subjects and
-scores them on the other.
+The command ``zsreg benchmark calibrate`` measures them: it fits the constants on some of the subjects and scores them on
+the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, fraction_inside
+from monai_zsreg.registration.estimate import Estimate
 
 __all__ = [
     "CALIBRATION",
@@ -21,8 +23,8 @@ __all__ = [
     "PASS",
     "WARN",
     "Calibration",
+    "Judgement",
     "Limits",
-    "Quality",
     "error_quantile",
     "honest_covariance",
     "judge",
@@ -30,6 +32,9 @@ __all__ = [
 ]
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+
+# fraction of one field of view that must lie in the other; below it there is nothing to compare
+_LEAST_OVERLAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -59,29 +64,35 @@ class Limits:
     Attributes:
         agreement: least agreement of the descriptors' slopes.
         cost: largest difference of the descriptors at the finest level.
-        overlap: least part of the foregrounds in the other's field of view.
+        overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
         stretch: largest ratio of the scales along different directions.
         error: largest expected error in the foreground, steps of the finest level.
     """
 
-    agreement: tuple[float, float]
-    cost: tuple[float, float]
+    agreement: tuple[float, float] = (0.25, 0.15)
+    cost: tuple[float, float] = (math.inf, math.inf)
     overlap: tuple[float, float] = (0.5, 0.2)
     scale: tuple[float, float] = (1.4, 2.0)
     stretch: tuple[float, float] = (1.35, 1.8)
     error: tuple[float, float] = (1.0, 3.0)
 
 
-#: by number of dimensions; warn, fail
-LIMITS = {
-    2: Limits(agreement=(0.25, 0.15), cost=(0.088, 0.099)),
-    3: Limits(agreement=(0.25, 0.15), cost=(0.085, 0.1)),
+#: by descriptor and number of dimensions; warn, fail. Those of a descriptor that is not here are unknown.
+LIMITS = {("mind", 2): Limits(cost=(0.088, 0.099)), ("mind", 3): Limits(cost=(0.085, 0.1))}
+
+_TEXTS = {
+    "agreement": "the local structures of the two images agree by {percent:.0f} % only",
+    "cost": "the descriptors of the two images differ by {value:.3f}, as those of unrelated images do",
+    "overlap": "overlap of the foregrounds {percent:.0f} %",
+    "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
+    "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
+    "error": "expected error {value:.1f} voxels of the finest level",
 }
 
 
 @dataclass(frozen=True)
-class Quality:
+class Judgement:
     """The verdict on a registration.
 
     Attributes:
@@ -96,38 +107,90 @@ class Quality:
     measures: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
 
-    def as_dict(self) -> dict:
-        """For a report."""
-        return {
-            "verdict": self.verdict,
-            "reasons": list(self.reasons),
-            "score": self.score,
-            "measures": dict(self.measures),
-        }
+
+def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], features: str | None) -> Judgement:
+    """The verdict.
+
+    Args:
+        estimate: what the method found; its covariance is the honest one.
+        fixed: grid of the fixed image.
+        moving: grid of the moving image.
+        notes: what is doubtful about the images themselves.
+        features: descriptor that the measures were made with; None for methods that do not measure agreement.
+    """
+    measures = estimate.measures | _shape(estimate, fixed)
+    share = max(
+        fraction_inside(fixed, moving, estimate.affine), fraction_inside(moving, fixed, estimate.affine.inverse())
+    )
+    if share < _LEAST_OVERLAP:
+        estimate.reasons.insert(0, f"after registration the fields of view overlap by {100 * share:.0f} % only")
+    if estimate.failed or share < _LEAST_OVERLAP:
+        return Judgement(FAIL, estimate.reasons + notes, measures, -math.inf)
+    doubts = estimate.reasons + notes
+    limits = LIMITS.get((features or "", fixed.dims))
+    if limits is None:
+        told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
+        doubts = [*doubts, f"this method does not know {told}"]
+    verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
+    for name, text in _TEXTS.items():
+        if name not in measures:
+            continue
+        value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
+        # distance to the first limit, in widths between the two
+        distance = (warn - value) / (fail - warn) if math.isfinite(warn) else math.inf
+        if math.isnan(distance):
+            distance = -math.inf
+        score = min(score, distance)
+        if distance < 0:
+            verdict = FAIL if distance < -1 or verdict == FAIL else WARN
+            reasons = [
+                *reasons,
+                text.format(value=value, percent=100 * value, extent=100 * (value - 1), limit=warn),
+            ]
+    return Judgement(verdict, reasons, measures, score)
+
+
+def _shape(estimate: Estimate, fixed: Grid) -> dict[str, float]:
+    """How the transform deforms, and how far off it may be, in steps of the finest level."""
+    dims = fixed.dims
+    stretches = np.linalg.svd(estimate.affine[:dims, :dims].numpy(), compute_uv=False)
+    size = math.exp(float(np.log(stretches).mean()))
+    measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
+    if estimate.covariance is not None:
+        # in the center and half way to the ends of the field of view
+        places = np.vstack([np.zeros(dims), 0.25 * np.eye(dims), -0.25 * np.eye(dims)]) * np.asarray(fixed.shape)
+        places = places @ fixed.affine[:dims, :dims].numpy().T + fixed.center.numpy()
+        spread = spread_at(estimate.covariance, places)
+        measures["error"] = float(np.sqrt(np.square(spread).mean())) / estimate.measures["step"]
+    return measures
 
 
 def honest_covariance(covariance: np.ndarray, step: float) -> np.ndarray:
     """Covariance of a matrix's rows that predicts the error.
 
     Args:
-        covariance: ``(D(D+1), D(D+1))``, as `RobustEstimate` has it.
+        covariance: ``(D(D+1), D(D+1))``, as the blocks themselves show it.
         step: lattice step of the finest level, mm.
     """
     dims = _dims(covariance)
     constants = CALIBRATION[dims]
-    result = constants.inflation**2 * covariance
+    result = constants.inflation**2 * np.asarray(covariance)
     ends = [row * (dims + 1) + dims for row in range(dims)]
     result[ends, ends] += (constants.floor * step) ** 2 / dims
-    return np.asarray(result)
+    return result
 
 
 def spread_at(covariance: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Root mean square of the displacement's error, mm, at points ``[N, D]`` of the fixed world: ``[N]``."""
-    dims = _dims(covariance)
-    blocks = covariance.reshape(dims, dims + 1, dims, dims + 1)
-    trace = np.einsum("iaib->ab", blocks)
+    trace = row_trace(covariance)
     places = np.concatenate([points, np.ones((len(points), 1))], axis=1)
     return np.asarray(np.sqrt(np.clip(np.einsum("na,ab,nb->n", places, trace, places), 0.0, None)))
+
+
+def row_trace(covariance: np.ndarray) -> np.ndarray:
+    """The matrix ``M (D+1, D+1)`` of the expected squared error ``h M h`` at a point ``h = (x, 1)``."""
+    dims = _dims(covariance)
+    return np.asarray(np.einsum("iaib->ab", covariance.reshape(dims, dims + 1, dims, dims + 1)))
 
 
 def error_quantile(spread: np.ndarray, level: float, constants: Calibration) -> np.ndarray:
@@ -146,41 +209,6 @@ def error_quantile(spread: np.ndarray, level: float, constants: Calibration) -> 
     shape = constants.shape
     # a Weibull distribution whose mean square is one
     return np.asarray(spread) * (-math.log1p(-level)) ** (1 / shape) / math.sqrt(math.gamma(1 + 2 / shape))
-
-
-def judge(measures: dict[str, float], dims: int) -> Quality:
-    """The verdict.
-
-    Args:
-        measures: ``agreement``, ``cost``, ``overlap``, ``scale`` (1 or more), ``stretch`` (1 or more) and ``error``
-            (lattice steps); what is missing does not count.
-        dims: 2 or 3.
-    """
-    limits = LIMITS[dims]
-    verdict, reasons, score = PASS, [], math.inf
-    for name, text in _TEXTS.items():
-        if name not in measures:
-            continue
-        value, (warn, fail) = measures[name], getattr(limits, name)
-        # distance to the first limit, in widths between the two
-        distance = (warn - value) / (fail - warn)
-        if not math.isfinite(distance):
-            distance = -math.inf
-        score = min(score, distance)
-        if distance < 0:
-            verdict = FAIL if distance < -1 or verdict == FAIL else WARN
-            reasons.append(text.format(value=value, percent=100 * value, extent=100 * (value - 1), limit=warn))
-    return Quality(verdict, reasons, dict(measures), score)
-
-
-_TEXTS = {
-    "agreement": "the local structures of the two images agree by {percent:.0f} % only",
-    "cost": "the descriptors of the two images differ by {value:.3f}, as those of unrelated images do",
-    "overlap": "overlap of the foregrounds {percent:.0f} %",
-    "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
-    "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
-    "error": "expected error {value:.1f} voxels of the finest level",
-}
 
 
 def _dims(covariance: np.ndarray) -> int:

@@ -1,55 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registering a pair of images: read, check, estimate, report."""
+"""Registering a pair of images: read, prepare both sides, estimate, judge."""
 
 from __future__ import annotations
 
-import math
+import difflib
+import operator
 import os
 import time
 import warnings
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections import OrderedDict
+from dataclasses import fields
+from importlib import import_module
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.geometry import Grid, apply_affine
-from monai_zsreg.networks import IMAGENET, TRANSFORMS, AffineRegressor, Status, ZeroShotAffineNet
-from monai_zsreg.pretrained import load_state_dict, regressor_weights_path
-from monai_zsreg.registration.confidence import FAIL, PASS, WARN, Quality, honest_covariance, judge, spread_at
-from monai_zsreg.registration.estimators import KeypointEstimator, RobustEstimator
-from monai_zsreg.registration.images import ImageLike, channel, read_image, working_spacing
-from monai_zsreg.registration.presets import DEFAULT_PRESET, ROBUST, preset_options
+from monai_zsreg.geometry import Grid, checked_matrix
+from monai_zsreg.io import read_transform
+from monai_zsreg.io.images import Image, ImageLike, load_image
+from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
+from monai_zsreg.registration.engine import DOUBTFUL, EFFORTS, TRANSFORMS, Settings, find
+from monai_zsreg.registration.estimate import Estimate
+from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.registration.robust import COARSE, RobustEngine, RobustEstimate
-from monai_zsreg.registration.uncertainty import BlackeningUncertainty
-from monai_zsreg.resample import by_header, read_matrix
+from monai_zsreg.registration.side import Pair, Side, finest_step, longest_extent
 
-__all__ = [
-    "Method",
-    "build_method",
-    "build_network",
-    "check_options",
-    "make_network",
-    "register",
-    "register_with",
-    "resolve_device",
-]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Prepared", "check_options", "register", "resolve_device"]
 
-#: makes an estimator from the fixed values, the two grids and the options of the pair
-Method = Callable[..., KeypointEstimator | RobustEstimator]
+DEFAULT_PRESET = "robust"
+#: where the other presets live: modules with ``estimate`` and ``check_settings``, imported when one is asked for
+_ELSEWHERE = {"paper": "monai_zsreg.paper", "keypoints": "monai_zsreg.paper"}
+PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 
-# part of one field of view that must lie in the other; below it there is nothing to compare
-_LEAST_OVERLAP = 0.05
+# voxels along the longest side that a working spacing may make
+_SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
+# sides of an image that are kept: one for each scale that moving images may ask for
+_KEPT = 3
+
+
+class Prepared:
+    """An image and what the engine has found out about it, so that a series of pairs finds it out once.
+
+    Args:
+        source: see `register`.
+        channel: channel (or volume of a 4D file) to register on.
+        mask: where to look, above 0: an image on any grid in its world, or an array on its own; None: its foreground.
+        name: of the argument, for messages.
+
+    Raises:
+        RegistrationError: an image, channel or mask that cannot be used.
+
+    Example::
+
+        fixed = Prepared("t1.nii.gz")
+        results = [register(fixed, moving) for moving in ("t2.nii.gz", "flair.nii.gz")]
+    """
+
+    def __init__(self, source: ImageLike, channel: int = 0, mask: ImageLike | None = None, name: str = "fixed") -> None:
+        self.image: Image = load_image(source, name)
+        self.channel = _channel(self.image, channel, name)
+        self.values, self.seen = self.image.channel(self.channel, name), self.image.seen
+        self.mask = None if mask is None else _mask_on(mask, self.image, f"{name}_mask")
+        self._sides: OrderedDict[tuple[Any, ...], Side] = OrderedDict()
+
+    def side(self, base: float, coarse: float, faint: bool, device: torch.device) -> Side:
+        """See `Side`; kept for the next pair that asks for the same."""
+        key = (base, coarse, faint, str(device))
+        if key not in self._sides:
+            mask, seen = (None if m is None else m[0].to(device) for m in (self.mask, self.seen))
+            values = self.values[0].to(device)
+            self._sides[key] = Side(values, self.image.grid, base, coarse, mask, seen, faint)
+        self._sides.move_to_end(key)
+        while len(self._sides) > _KEPT:
+            self._sides.popitem(last=False)
+        return self._sides[key]
 
 
 def register(
-    fixed: ImageLike,
-    moving: ImageLike,
+    fixed: ImageLike | Prepared,
+    moving: ImageLike | Prepared,
     *,
     preset: str = DEFAULT_PRESET,
     transform: str = "affine",
@@ -71,7 +103,8 @@ def register(
     rotations is searched, so it does not matter where the images lie in the world.
 
     Args:
-        fixed: path, ``MetaTensor`` or tensor ``[C, *spatial]``, or numpy array ``[*spatial]``; 2D or 3D.
+        fixed: path, ``MetaTensor`` or tensor ``[C, *spatial]``, or numpy array ``[*spatial]``; 2D or 3D. Or a
+            `Prepared` image, where several moving images are registered to it.
         moving: likewise, of the same dimension.
         preset: ``"robust"``, global search and refinement, which needs no weights; ``"paper"``, Kori and Krishnamurthi
             as written; or ``"keypoints"``, the same mended so that it works across modalities.
@@ -81,7 +114,8 @@ def register(
             once.
         regressor_weights: state dict file of the MLP, for preset ``"paper"``; None for the shipped one (affine).
         seed: of all random draws.
-        spacing: finest voxel size to work at, mm; see `RobustEngine.estimate` and `working_spacing` for the default.
+        spacing: finest voxel size to work at, mm; None for the finest spacing of the images, but no more than 512 (3D:
+            256) voxels along the longest side (presets of the paper: see `monai_zsreg.paper`).
         fixed_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take all.
         moving_channel: likewise.
         fixed_mask: where to look in the fixed image, above 0: an image on any grid in its world, or an array on its
@@ -89,217 +123,182 @@ def register(
         moving_mask: likewise for the moving image.
         initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
-        options: further parameters, in place of the preset's. For ``"robust"``: ``search`` (``"global"``, ``"local"``
-            around the start, ``"none"``), ``coarse`` (``"search"``, or ``"keypoints"``: those of VGG-19 take the place
-            of the search) and those of `RobustEngine`; for the others, those of `ZeroShotAffineNet`.
+        options: further parameters: for ``"robust"`` those of `monai_zsreg.registration.engine.Settings`, such as
+            ``search="local"``; for the others, those of `monai_zsreg.networks.ZeroShotAffineNet`.
 
     Returns:
-        The result; see `RegistrationResult`. One that could not be estimated has ``success`` False and warns.
+        The result; see `RegistrationResult`. One with the verdict FAIL warns.
 
     Raises:
         RegistrationError: input that is wrong; the message names the argument, what it was and what is allowed.
+        torch.OutOfMemoryError: a device with too little memory.
 
     Example::
 
         result = monai_zsreg.register("t1.nii.gz", "flair.nii.gz")
         result.moved        # FLAIR on the T1 grid
         result.affine       # 4x4, fixed world to moving world, RAS mm
+        result.verdict      # "PASS", "WARN" or "FAIL"
     """
-    check_options(transform, seed)
-    if "spatial_dims" in options:
-        raise RegistrationError("spatial_dims", options["spatial_dims"], "nothing: the images decide")
-    fixed_image, moving_image = read_image(fixed, "fixed"), read_image(moving, "moving")
-    _check_dimensions(fixed_image, moving_image)
-    settings = preset_options(preset) | options
-    where = resolve_device(device, fixed_image.device)
-    # before the network, whose weights may have to be downloaded
-    channel(fixed_image, fixed_channel, "fixed")
-    channel(moving_image, moving_channel, "moving")
-    pair_options: dict[str, Any] = {"fixed_mask": fixed_mask, "moving_mask": moving_mask, "initial": initial}
-    check_pair_options(preset, pair_options)
-    method = build_method(
-        preset, fixed_image.ndim - 1, transform, vgg19_weights, regressor_weights, seed, where, **settings
-    )
-    return register_with(
-        method,
-        fixed_image,
-        moving_image,
-        preset=preset,
-        transform=transform,
-        device=where,
-        seed=seed,
-        spacing=spacing,
-        fixed_channel=fixed_channel,
-        moving_channel=moving_channel,
-        **pair_options,
-    )
-
-
-def check_pair_options(preset: str, options: dict[str, Any]) -> None:
-    """
-    Raises:
-        RegistrationError: ``options`` has a mask or a start, and the preset cannot use it.
-    """
-    for name in ("fixed_mask", "moving_mask", "initial"):
-        if preset != ROBUST and options.get(name) is not None:
-            raise RegistrationError(name, "given", f"nothing with preset {preset!r}; preset {ROBUST!r} can use it")
-
-
-def check_options(transform: Any, seed: Any) -> None:
-    """
-    Raises:
-        RegistrationError: ``transform`` is no kind of transform, or ``seed`` no seed.
-    """
-    if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
-
-
-def register_with(
-    method: Method,
-    fixed: MetaTensor,
-    moving: MetaTensor,
-    *,
-    preset: str,
-    transform: str,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    spacing: float | None = None,
-    fixed_channel: int = 0,
-    moving_channel: int = 0,
-    fixed_mask: ImageLike | None = None,
-    moving_mask: ImageLike | None = None,
-    initial: Any = None,
-) -> RegistrationResult:
-    """`register` with a method that is there already.
-
-    Args:
-        method: as `build_method` gives it, for the images' dimension.
-        fixed: ``[C, *spatial]``, as `read_image` gives it.
-        moving: likewise.
-        preset: name of the method, for the result.
-        transform: kind of transform, for the result.
-        device: where the method is.
-        seed: of the blackened pixels of the uncertainty.
-        spacing: see `register`.
-        fixed_channel: see `register`.
-        moving_channel: see `register`.
-        fixed_mask: see `register`.
-        moving_mask: see `register`.
-        initial: see `register`.
-
-    Raises:
-        RegistrationError: images that cannot be registered, or a wrong ``spacing``, mask or start.
-    """
-    _check_dimensions(fixed, moving)
-    fixed_values = channel(fixed, fixed_channel, "fixed").to(device)
-    moving_values = channel(moving, moving_channel, "moving").to(device)
-    fixed_grid, moving_grid = Grid.of(fixed), Grid.of(moving)
-    if spacing is not None:
-        working_spacing(fixed_grid, moving_grid, spacing)
-    options: dict[str, Any] = {"spacing": spacing}
-    for name, mask, image in (("fixed_mask", fixed_mask, fixed), ("moving_mask", moving_mask, moving)):
-        if mask is not None:
-            options[name] = _mask_on(mask, image, name).to(device)[None]
-    if initial is not None:
-        options["initial"] = read_matrix(initial, fixed.ndim - 1, "initial", fixed, moving)[None]
+    seed = check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **options)
+    one = _prepared(fixed, fixed_channel, fixed_mask, "fixed")
+    two = _prepared(moving, moving_channel, moving_mask, "moving")
+    dims = one.image.dims
+    if two.image.dims != dims:
+        raise RegistrationError("moving", f"{two.image.dims}D image", f"a {dims}D image, because fixed is one")
+    where = resolve_device(device, one.image.values.device)
+    _check_spacing(spacing, one.image.grid, two.image.grid)
+    common = {"vgg19_weights": vgg19_weights, "seed": seed, **options}
 
     start = time.perf_counter()
-    estimator = method(fixed_values, fixed_grid, moving_grid, **options)
     try:
-        matrices, estimate = estimator(moving_values[None])
+        if preset == DEFAULT_PRESET:
+            begin = None if initial is None else _matrix(initial, one.image, two.image)
+            settings = Settings(transform, **common)
+            with full_precision(where), torch.inference_mode():
+                estimate = _estimate(one, two, begin, spacing, where, settings)
+        else:
+            for name, value in (("fixed_mask", one.mask), ("moving_mask", two.mask), ("initial", initial)):
+                if value is not None:
+                    allowed = f"nothing with preset {preset!r}; preset {DEFAULT_PRESET!r} can use it"
+                    raise RegistrationError(name, "given", allowed)
+            estimate = import_module(_ELSEWHERE[preset]).estimate(
+                one.image,
+                two.image,
+                preset=preset,
+                transform=transform,
+                device=where,
+                spacing=spacing,
+                fixed_channel=one.channel,
+                moving_channel=two.channel,
+                regressor_weights=regressor_weights,
+                **common,
+            )
     except torch.OutOfMemoryError as error:
-        free = "more free memory on it; a coarser `spacing`, or device='cpu', needs less"
-        raise RegistrationError("device", str(device), free) from error
+        raise torch.OutOfMemoryError(
+            f"{where} has too little free memory for these images; a coarser `spacing`, or device='cpu', needs less"
+        ) from error
     seconds = time.perf_counter() - start
 
-    status = Status(int(estimate.status[0]))
-    notes = [] if status == Status.OK else [status.reason]
-    affine = matrices[0]
-    if not notes:
-        notes = _overlap_notes(affine, fixed_grid, moving_grid)
-    success = not notes
-    covariance = None
-    if success and isinstance(estimate, RobustEstimate):
-        covariance = honest_covariance(estimate.covariance[0].numpy(), float(estimate.step[0]))
-    quality = (
-        _quality(affine, estimate, covariance, fixed_grid) if success else Quality(FAIL, list(notes), {}, -math.inf)
-    )
-    if not success:
-        affine = torch.eye(len(affine), dtype=torch.float64)
-        warnings.warn(f"registration failed: {notes[0]}; the matrix is the identity", RegistrationWarning, stacklevel=3)
-
+    features = options.get("features", "mind") if preset == DEFAULT_PRESET else None
+    notes = [note for side in (one, two) for note in side.image.meta.get("notes", ())]
+    judgement = judge(estimate, one.image.grid, two.image.grid, notes, features)
+    if judgement.verdict == FAIL:
+        warnings.warn(f"registration failed: {'; '.join(judgement.reasons)}", RegistrationWarning, stacklevel=2)
+    given = {"regressor_weights": regressor_weights, "spacing": spacing, "initial": initial, **common}
+    given |= {"fixed_channel": one.channel, "moving_channel": two.channel}
     return RegistrationResult(
-        affine=affine.numpy(),
-        success=success,
-        warnings=notes,
+        affine=estimate.affine.numpy(),
+        verdict=judgement.verdict,
+        reasons=judgement.reasons,
+        measures=judgement.measures,
+        score=judgement.score,
         seconds=seconds,
         preset=preset,
         transform=transform,
-        fixed=fixed,
-        moving=moving,
-        quality=quality,
-        covariance=covariance,
-        keypoints=estimator.world_keypoints(estimate),  # type: ignore[arg-type]
-        _uncertainty=BlackeningUncertainty(estimator.repeat, moving_values, fixed, moving, seed=seed),
+        fixed_image=one.image.to("cpu"),
+        moving_image=two.image.to("cpu"),
+        covariance=estimate.covariance,
+        keypoints=estimate.keypoints,
+        options={name: value for name, value in given.items() if value is not None},
+        device=str(where),
+        masks=(one.mask, two.mask),
     )
 
 
-def _quality(affine: Tensor, estimate: Any, covariance: np.ndarray | None, fixed: Grid) -> Quality:
-    """The verdict on a registration that was not given up."""
-    dims = len(affine) - 1
-    stretches = torch.linalg.svdvals(affine[:dims, :dims])
-    size = float(stretches.log().mean().exp())
-    measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
-    if covariance is None:
-        found = judge(measures, dims)
-        if found.verdict != PASS:
-            return found
-        return Quality(WARN, ["this preset does not measure how well the images agree"], measures, -0.5)
-    center = fixed.center.numpy()
-    # in the middle and half way to the ends of the field of view
-    reach = [[0.0] * dims] + [[sign * 0.25 * (a == b) for b in range(dims)] for a in range(dims) for sign in (-1, 1)]
-    ends = torch.tensor(fixed.shape, dtype=torch.float64) * torch.tensor(reach, dtype=torch.float64)
-    places = center + (ends @ fixed.affine[:dims, :dims].mT).numpy()
-    spread = spread_at(covariance, places)
-    return judge(
-        measures
-        | {
-            "agreement": float(estimate.agreement[0]),
-            "cost": float(estimate.cost[0, -1]),
-            "coarse_cost": float(estimate.cost[0, 0]),
-            "overlap": float(estimate.overlap[0]),
-            "error": float(np.sqrt(np.square(spread).mean())) / float(estimate.step[0]),
-        },
-        dims,
-    )
-
-
-def _mask_on(mask: ImageLike, image: MetaTensor, name: str) -> Tensor:
-    """A mask on the grid of its image, ``[1, *spatial]`` float32."""
-    read = read_image(mask, name)
-    if not isinstance(mask, (str, os.PathLike, MetaTensor)):
-        if read.shape[1:] != image.shape[1:]:
-            raise RegistrationError(name, tuple(read.shape), f"the shape of its image, {tuple(image.shape[1:])}")
-        values = read.as_tensor()[:1].float()
-    else:
-        if read.ndim != image.ndim:
-            raise RegistrationError(name, f"{read.ndim - 1}D image", f"a {image.ndim - 1}D image, as its image is")
-        # a header that only says where it lies
-        plain = MetaTensor((read.as_tensor()[:1] > 0).float().cpu(), affine=read.affine.cpu())
-        grid = MetaTensor(image.as_tensor().cpu(), affine=image.affine.cpu())
-        values = by_header(plain, grid, mode="nearest").as_tensor()
-    if not bool((values > 0).any()):
-        raise RegistrationError(name, "no voxel above 0 within its image", "a mask that shows where to look")
-    return values
-
-
-def _check_dimensions(fixed: MetaTensor, moving: MetaTensor) -> None:
-    if fixed.ndim != moving.ndim:
-        raise RegistrationError(
-            "moving", f"{moving.ndim - 1}D image", f"a {fixed.ndim - 1}D image, because fixed is one"
+def _estimate(
+    fixed: Prepared,
+    moving: Prepared,
+    initial: Tensor | None,
+    spacing: float | None,
+    device: torch.device,
+    settings: Settings,
+) -> Estimate:
+    """The default method: one attempt, and more for pairs that do not look alike at what it finds."""
+    grids = (fixed.image.grid, moving.image.grid)
+    base, coarse = finest_step(*grids, spacing)
+    keypoints: dict[str, Any] = {}
+    if settings.coarse == "keypoints":
+        initial, keypoints = import_module(_ELSEWHERE["keypoints"]).keypoint_start(
+            fixed.image,
+            moving.image,
+            transform=settings.transform,
+            device=device,
+            seed=settings.seed,
+            vgg19_weights=settings.vgg19_weights,
+            fixed_channel=fixed.channel,
+            moving_channel=moving.channel,
         )
+    found = None
+    for effort in EFFORTS[grids[0].dims]:
+        sides = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
+        again = find(Pair(*sides, initial), settings, effort)
+        if found is None or again.costs[-1] < found.costs[-1]:
+            found = again
+        if found.costs[-1] <= DOUBTFUL or settings.coarse == "keypoints" or settings.search == "none":
+            break
+    assert found is not None
+    affine = found.pair.to_world(found.transform)
+    reasons = []
+    dims = len(affine) - 1
+    if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
+        reasons = ["no matrix could be computed from these images; it is what the headers say"]
+        affine = torch.eye(dims + 1, dtype=torch.float64)
+    affine[dims] = torch.eye(dims + 1, dtype=torch.float64)[dims]
+    return Estimate(
+        affine=affine.clone(),
+        failed=bool(reasons),
+        reasons=reasons,
+        covariance=honest_covariance(found.covariance().numpy(), base),
+        measures={
+            "agreement": found.evidence.agreement,
+            "cost": found.costs[-1],
+            "coarse_cost": found.costs[0],
+            "overlap": found.overlap,
+            "step": base,
+        },
+        keypoints=keypoints,
+    )
+
+
+def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **options: Any) -> int:
+    """Check what does not depend on the images, before there are any.
+
+    Returns:
+        ``seed`` as an int.
+
+    Raises:
+        RegistrationError: ``transform`` is no kind of transform, ``seed`` no seed, an option unknown or out of its range.
+    """
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))
+    if transform not in TRANSFORMS:
+        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    number = _whole(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+    file = options.get("vgg19_weights")
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise RegistrationError("vgg19_weights", file, "a path, or None")
+    if preset != DEFAULT_PRESET:
+        import_module(_ELSEWHERE[preset]).check_settings(preset, options)
+        return number
+    known = [item.name for item in fields(Settings)]
+    refuse_unknown(options, known)
+    Settings(transform, **options)
+    return number
+
+
+def refuse_unknown(options: dict[str, Any], known: list[str]) -> None:
+    """
+    Raises:
+        RegistrationError: an option that is not among those known; the message names the nearest.
+    """
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise RegistrationError("options", name, f"one of {', '.join(sorted(known))}{hint}")
 
 
 def resolve_device(device: str | torch.device | None, default: torch.device | str = "cpu") -> torch.device:
@@ -318,186 +317,64 @@ def resolve_device(device: str | torch.device | None, default: torch.device | st
     return found
 
 
-def build_method(
-    preset: str,
-    spatial_dims: int,
-    transform: str = "affine",
-    vgg19_weights: str | os.PathLike | None = None,
-    regressor_weights: str | os.PathLike | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    **settings: Any,
-) -> Method:
-    """What `register_with` runs, with its weights if it has any.
+def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None, name: str) -> Prepared:
+    if not isinstance(source, Prepared):
+        return Prepared(source, channel, mask, name)
+    if mask is not None or _whole(channel) not in (0, source.channel):
+        raise RegistrationError(
+            f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)"
+        )
+    return source
 
-    Args:
-        preset: name of the method.
-        spatial_dims: 2 or 3.
-        transform: kind of transform.
-        vgg19_weights: see `register`.
-        regressor_weights: see `register`.
-        seed: see `register`.
-        device: where to.
-        settings: all parameters of the preset.
 
-    Raises:
-        RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
-    """
-    weights = (vgg19_weights, regressor_weights)
-    if preset != ROBUST:
-        network = build_network(spatial_dims, transform, *weights, seed, device, **settings)
-        return partial(KeypointEstimator, network)
-    coarse = settings.pop("coarse", COARSE[0])
-    if coarse not in COARSE:
-        raise RegistrationError("coarse", coarse, f"one of {COARSE}")
-    start: ZeroShotAffineNet | None = None
-    if coarse == "keypoints":
-        start = build_network(spatial_dims, transform, *weights, seed, device, **preset_options("keypoints"))
-    source = _path(vgg19_weights, "vgg19_weights") or IMAGENET
+def _whole(value: Any) -> int | None:
+    """``value`` as an int if it is a whole number of any type but bool."""
     try:
-        engine = RobustEngine(spatial_dims, transform, seed=seed, vgg19_weights=source, **settings)
-    except TypeError as error:
-        raise RegistrationError("options", sorted(settings), f"parameters of RobustEngine ({error})") from error
-    return partial(RobustEstimator, engine.to(device).eval(), coarse=start)
-
-
-def build_network(
-    spatial_dims: int,
-    transform: str = "affine",
-    vgg19_weights: str | os.PathLike | None = None,
-    regressor_weights: str | os.PathLike | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    **settings: Any,
-) -> ZeroShotAffineNet:
-    """The network of a preset with its weights, in evaluation mode; kept, so that a series of pairs loads it once.
-
-    Args:
-        spatial_dims: 2 or 3.
-        transform: kind of transform.
-        vgg19_weights: see `register`.
-        regressor_weights: see `register`.
-        seed: see `register`.
-        device: where to.
-        settings: further parameters of `ZeroShotAffineNet`.
-
-    Raises:
-        RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
-    """
-    # tuples, because JSON gives lists and a cache needs keys
-    frozen = tuple(
-        sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
-    )
-    weights = _path(vgg19_weights, "vgg19_weights") or IMAGENET
-    regressor = _path(regressor_weights, "regressor_weights")
-    try:
-        hash(frozen)
-    except TypeError as error:
-        raise RegistrationError("options", settings, f"numbers, strings, or lists of numbers ({error})") from error
-    stamps = (_stamp(weights), _stamp(regressor))
-    return _build(spatial_dims, transform, weights, regressor, seed, str(device), frozen, stamps)
-
-
-def _path(file: Any, argument: str) -> str | None:
-    if file is not None and not isinstance(file, (str, os.PathLike)):
-        raise RegistrationError(argument, file, "a path, or None")
-    return None if file is None else os.fspath(file)
-
-
-def _stamp(path: str | None) -> tuple[str, int, int] | None:
-    # changes when another file takes a path's place: a network that is kept must not outlive its weights
-    if path is None or not os.path.isfile(path):
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
         return None
-    state = os.stat(path)
-    return os.path.abspath(path), state.st_mtime_ns, state.st_size
 
 
-@lru_cache(maxsize=8)
-def _build(
-    spatial_dims: int,
-    transform: str,
-    vgg19_weights: str,
-    regressor_weights: str | None,
-    seed: int,
-    device: str,
-    settings: tuple[tuple[str, Any], ...],
-    stamps: tuple[Any, ...],  # a part of the cache's key, not used
-) -> ZeroShotAffineNet:
-    network = make_network(spatial_dims, transform, vgg19_weights, regressor_weights, seed, dict(settings))
-    network.features.load_weights()
-    return network.to(device).eval().requires_grad_(False)
+def _channel(image: Image, index: Any, name: str) -> int:
+    number = _whole(index)
+    count = len(image.values)
+    if number is None or not -count <= number < count:
+        raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {count}")
+    return number
 
 
-def make_network(
-    spatial_dims: int,
-    transform: str,
-    vgg19_weights: str,
-    regressor_weights: str | os.PathLike | None,
-    seed: int,
-    options: dict[str, Any],
-) -> ZeroShotAffineNet:
-    """A new network with the regressor's weights, if it has a regressor; VGG-19's are not downloaded here.
-
-    Args:
-        spatial_dims: see `build_network`.
-        transform: see `build_network`.
-        vgg19_weights: see `VGG19Features`.
-        regressor_weights: see `register`.
-        seed: see `register`.
-        options: further parameters of `ZeroShotAffineNet`.
-
-    Raises:
-        RegistrationError: see `build_network`.
-    """
-    state: dict[str, Tensor] = {}
-    if options.get("estimator", "mlp") == "mlp":
-        if regressor_weights is None and transform != "affine":
-            raise RegistrationError(
-                "transform",
-                transform,
-                '"affine" with the shipped regressor; train one for this transform and name its file as '
-                "regressor_weights, or use an estimator other than the MLP",
-            )
-        path = regressor_weights or regressor_weights_path(spatial_dims)
-        try:
-            trained = AffineRegressor.from_state_dict(load_state_dict(path))
-        except RegistrationError as error:
-            raise RegistrationError("regressor_weights", str(path), error.allowed) from error
-        # names without a prefix, whether the file holds the regressor or the whole network
-        state = trained.state_dict()
-        if (trained.spatial_dims, trained.transform) != (spatial_dims, transform):
-            raise RegistrationError(
-                "regressor_weights",
-                str(path),
-                f"a {spatial_dims}D {transform} regressor; this one is {trained.spatial_dims}D {trained.transform}",
-            )
-        options = {"num_points": trained.num_points, "hidden": trained.hidden} | options
-    try:
-        network = ZeroShotAffineNet(spatial_dims, transform, vgg19_weights=vgg19_weights, seed=seed, **options)
-    except TypeError as error:
-        raise RegistrationError("options", sorted(options), f"parameters of ZeroShotAffineNet ({error})") from error
-    if state:
-        try:
-            network.regressor.load_state_dict(state)
-        except RuntimeError as error:
-            raise RegistrationError(
-                "options", sorted(options), f"what fits the regressor's weights ({error})"
-            ) from error
-    return network
+def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:
+    if wanted is None:
+        return
+    extent, (least, most) = longest_extent(fixed, moving), _SPACING_LIMITS[fixed.dims]
+    number = isinstance(wanted, Real) and not isinstance(wanted, bool)
+    if not number or not extent / most <= wanted <= extent / least:
+        allowed = f"a voxel size from {extent / most:.3g} to {extent / least:.3g} mm for these images"
+        raise RegistrationError("spacing", wanted, allowed)
 
 
-def _overlap_notes(affine: Tensor, fixed: Grid, moving: Grid) -> list[str]:
-    if not bool(torch.isfinite(affine).all()):
-        return ["the estimated matrix is not finite"]
-    share = max(_share_inside(fixed, moving, affine), _share_inside(moving, fixed, torch.linalg.inv(affine)))
-    if share < _LEAST_OVERLAP:
-        return [f"after registration the fields of view overlap by {100 * share:.0f} % only"]
-    return []
+def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:
+    if isinstance(initial, (str, os.PathLike)):
+        initial = read_transform(initial, fixed, moving)
+    return checked_matrix(initial, fixed.dims, "initial")
 
 
-def _share_inside(grid: Grid, other: Grid, transform: Tensor) -> float:
-    """Part of the voxels of ``grid`` that a world transform takes into the field of view of ``other``."""
-    steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in grid.shape]
-    index = apply_affine(grid.index_pull(transform, other), torch.cartesian_prod(*steps))
-    last = torch.tensor([n - 0.5 for n in other.shape], dtype=torch.float64)
-    return float(((index >= -0.5) & (index <= last)).all(dim=1).double().mean())
+def _mask_on(mask: ImageLike, image: Image, name: str) -> Tensor:
+    """A mask on the grid of its image, ``[1, *spatial]`` bool."""
+    from monai_zsreg.resample import resample
+
+    read = load_image(mask, name)
+    if read.dims != image.dims:
+        raise RegistrationError(name, f"{read.dims}D image", f"a {image.dims}D image, as its image is")
+    values = (read.values[:1] > 0).to(torch.uint8)
+    if not isinstance(mask, (str, os.PathLike)) and not hasattr(mask, "affine"):
+        # an array lies on the grid of its image
+        if read.values.shape[1:] != image.values.shape[1:]:
+            allowed = f"the shape of its image, {tuple(image.values.shape[1:])}"
+            raise RegistrationError(name, tuple(read.values.shape), allowed)
+    else:
+        identity = torch.eye(image.dims + 1, dtype=torch.float64)
+        values = resample(values, read.grid, image.grid, identity, mode="nearest", fill=0)
+    if not bool(values.any()):
+        raise RegistrationError(name, "no voxel above 0 within its image", "a mask that shows where to look")
+    return values > 0

@@ -4,73 +4,116 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, decompose_affine
-from monai_zsreg.io.itk_transform import write_itk_transform
-from monai_zsreg.registration.confidence import CALIBRATION, WARN, Quality, error_quantile, spread_at
-from monai_zsreg.registration.images import ImageLike, read_image
-from monai_zsreg.registration.uncertainty import BlackeningUncertainty, quadratic_map
-from monai_zsreg.resample import ApplyAffineRegistration
+from monai_zsreg.io import write_transform
+from monai_zsreg.io.images import Image, ImageLike, load_image
+from monai_zsreg.registration.confidence import CALIBRATION, FAIL, error_quantile, row_trace, spread_at
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
 
 __all__ = ["RegistrationResult"]
 
 
-@dataclass
+@dataclass(eq=False)
 class RegistrationResult:
     """The outcome of `monai_zsreg.register`.
 
     Attributes:
-        affine: ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm (pixels where there is no spacing). The
-            identity where ``success`` is False.
-        success: False where no transform could be estimated; ``warnings`` says why.
-        warnings: what a user should know, in words.
-        seconds: time of the estimate, without reading files and without loading weights.
+        affine: ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm (pixels where there is no spacing): the best
+            matrix that was found, whatever the verdict. Only where nothing could be computed is it the identity, which
+            is what the headers say; then ``reasons`` says so.
+        verdict: ``"PASS"``, ``"WARN"`` or ``"FAIL"``.
+        reasons: what stands behind the verdict, in words.
+        measures: the numbers that it rests on.
+        score: one number for all of them: 0 at the limit between PASS and WARN, larger is better.
+        seconds: time of the estimate, without reading files.
         preset: name of the method.
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
-        fixed: the fixed image ``[C, *spatial]``, whose grid results live on.
-        moving: the moving image ``[C, *spatial]`` as it was.
-        quality: the verdict, with reasons.
-        keypoints: for the presets that have them: ``fixed`` and ``moving`` ``[K, D]`` in world mm, paired by position.
+        fixed_image: the fixed image, whose grid results live on.
+        moving_image: the moving image as it was.
         covariance: ``(D(D+1), D(D+1))`` of the first D rows of ``affine``, row after row; None for presets that do
             not know it.
+        keypoints: for the presets that have them: ``fixed`` and ``moving`` ``[K, D]`` in world mm, paired by position.
+        options: further arguments that `register` was called with.
+        device: where it computed.
+        masks: of the fixed and of the moving image, ``[1, *spatial]`` bool on their grids; None where none was given.
     """
 
     affine: np.ndarray
-    success: bool
-    warnings: list[str]
+    verdict: str
+    reasons: list[str]
+    measures: dict[str, float]
+    score: float
     seconds: float
     preset: str
     transform: str
-    fixed: MetaTensor = field(repr=False)
-    moving: MetaTensor = field(repr=False)
-    quality: Quality = field(default_factory=lambda: Quality(WARN, ["nothing is known about it"]))
-    keypoints: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    fixed_image: Image = field(repr=False)
+    moving_image: Image = field(repr=False)
     covariance: np.ndarray | None = field(default=None, repr=False)
-    _uncertainty: BlackeningUncertainty | None = field(default=None, repr=False)
+    keypoints: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    device: str = "cpu"
+    masks: tuple[Tensor | None, Tensor | None] = field(default=(None, None), repr=False)
+
+    @property
+    def success(self) -> bool:
+        """Whether the verdict is not FAIL."""
+        return self.verdict != FAIL
+
+    @cached_property
+    def fixed(self) -> MetaTensor:
+        """The fixed image as a ``MetaTensor [C, *spatial]``."""
+        return self.fixed_image.to_metatensor()
+
+    @cached_property
+    def moving(self) -> MetaTensor:
+        """The moving image as a ``MetaTensor [C, *spatial]``, as it was."""
+        return self.moving_image.to_metatensor()
 
     @cached_property
     def moved(self) -> MetaTensor:
-        """The moving image, all channels, on the fixed grid, zeros outside; made when first asked for."""
-        return self.apply(self.moving)
+        """The moving image, all channels, on the fixed grid, its background outside; made when first asked for."""
+        return self.resampled().to_metatensor()
+
+    def resampled(self, image: Image | None = None, mode: str = "bilinear", fill_value: float | None = None) -> Image:
+        """`apply` for an `Image` in the moving image's world (None: the moving image itself), without MONAI."""
+        from monai_zsreg.resample import resample
+
+        image = self.moving_image if image is None else image
+        fixed = self.fixed_image
+        values = resample(
+            image.values.to(self.device),
+            image.grid,
+            fixed.grid,
+            torch.as_tensor(self.affine),
+            mode=mode,
+            fill=fill_value,
+        )
+        where = {key: fixed.meta[key] for key in ("place", "unit") if key in fixed.meta}
+        kept = {key: value for key, value in image.meta.items() if key not in ("place", "unit")}
+        return Image(values, fixed.affine, kept | where)
 
     @cached_property
     def uncertainty(self) -> Any:
-        """The paper's uncertainty (section 2.7), see `BlackeningUncertainty`; None where the registration failed.
+        """The paper's uncertainty (section 2.7), see `monai_zsreg.paper.blackening`; None where the verdict is FAIL.
 
         It repeats the estimate ten times, and does so when first asked for.
         """
-        if not self.success or self._uncertainty is None:
+        if not self.success:
             return None
-        return self._uncertainty.run(self.affine)
+        from monai_zsreg.paper import blackening
+
+        return blackening(self)
 
     def uncertainty_at(self, points: Any, level: float | None = None) -> np.ndarray:
         """How far off the displacement may be at points of the fixed world.
@@ -82,7 +125,7 @@ class RegistrationResult:
         Returns:
             ``[N]``, mm: the length that the error stays below with that probability, or its root mean square. For
             presets without a covariance the standard deviation by blackening, which is not calibrated. Infinite where
-            the registration failed.
+            the verdict is FAIL and nothing is known.
 
         Raises:
             RegistrationError: points of another shape, or a level that is no probability.
@@ -91,31 +134,36 @@ class RegistrationResult:
         dims = len(self.affine) - 1
         if places.ndim != 2 or places.shape[1] != dims:
             raise RegistrationError("points", places.shape, f"[N, {dims}]")
-        if not self.success:
-            return np.full(len(places), np.inf)
         if self.covariance is None:
-            return np.asarray(self.uncertainty.at(places))
+            return np.full(len(places), np.inf) if not self.success else np.asarray(self.uncertainty.at(places))
         spread = spread_at(self.covariance, places)
         return spread if level is None else error_quantile(spread, level, CALIBRATION[dims])
 
+    def expected_error(self, grid: Grid | None = None) -> Tensor:
+        """`uncertainty_at` the voxels of a grid, mm, ``[1, *spatial]`` float32.
+
+        Args:
+            grid: in the fixed world; None for the fixed image's own.
+        """
+        own = grid is None
+        grid = self.fixed_image.grid if grid is None else grid
+        if self.covariance is None:
+            if self.success and own:
+                return torch.as_tensor(self.uncertainty.displacement_map()).cpu()
+            return torch.full((1, *grid.shape), float("inf"))
+        trace = torch.as_tensor(row_trace(self.covariance))
+        return quadratic_map(grid.affine.mT @ trace @ grid.affine, grid.shape).clamp_(min=0).sqrt_().float()[None]
+
     def uncertainty_map(self) -> MetaTensor:
         """`uncertainty_at` every voxel of the fixed image, mm: ``[1, *spatial]`` float32."""
-        grid = Grid.of(self.fixed)
-        if not self.success:
-            return MetaTensor(torch.full((1, *grid.shape), float("inf")), affine=self.fixed.affine.cpu())
-        if self.covariance is None:
-            return self.uncertainty.displacement_map()
-        dims = grid.dims
-        trace = np.einsum("iaib->ab", self.covariance.reshape(dims, dims + 1, dims, dims + 1))
-        values = quadratic_map(grid.affine.mT @ torch.as_tensor(trace) @ grid.affine, grid.shape)
-        return MetaTensor(values.clamp(min=0).sqrt().float()[None], affine=self.fixed.affine.cpu())
+        return replace(self.fixed_image, values=self.expected_error()).to_metatensor()
 
     @property
     def parameters(self) -> AffineParameters:
-        """Translation, rotation, scale and shear about the middle of the fixed field of view."""
-        return decompose_affine(self.affine, center=Grid.of(self.fixed).center.tolist())
+        """Translation, rotation, scale and shear about the center of the fixed field of view."""
+        return decompose_affine(self.affine, center=self.fixed_image.grid.center.tolist())
 
-    def apply(self, data: ImageLike, mode: str = "bilinear") -> Any:
+    def apply(self, data: ImageLike, mode: str = "bilinear", fill_value: float | None = None) -> Any:
         """Carry something along.
 
         Args:
@@ -123,6 +171,7 @@ class RegistrationResult:
                 array ``[*spatial]``; array and plain tensor are taken to lie on the moving image's own grid), or points
                 ``[N, D]`` in the *fixed* world, mm.
             mode: ``"bilinear"`` for images, ``"nearest"`` for labels.
+            fill_value: what stands outside of the image; None for its own background.
 
         Returns:
             Images: ``MetaTensor [C, *fixed spatial]``. Points: where they are in the *moving* world, ``[N, D]``
@@ -136,21 +185,41 @@ class RegistrationResult:
             points = torch.as_tensor(data, dtype=torch.float64)
             mapped = apply_affine(torch.as_tensor(self.affine), points)
             return mapped.numpy() if isinstance(data, np.ndarray) else mapped
-        image = read_image(data, "data")
-        if not isinstance(data, (str, os.PathLike, MetaTensor)):
-            if image.shape[1:] != self.moving.shape[1:]:
-                raise RegistrationError(
-                    "data",
-                    tuple(image.shape),
-                    f"a MetaTensor, or the moving image's shape {tuple(self.moving.shape[1:])}",
-                )
-            image = MetaTensor(image.as_tensor(), affine=self.moving.affine)
-        fixed = MetaTensor(self.fixed.as_tensor().to(image.device), meta=self.fixed.meta)
-        # the trace would hold on to the native image; a result is final
-        transform = ApplyAffineRegistration(mode=mode, padding_mode="zeros")
-        transform.tracing = False
-        return transform(image, self.affine, fixed)
+        image = load_image(data, "data")
+        if isinstance(data, np.ndarray) or type(data) is Tensor:
+            if image.values.shape[1:] != self.moving_image.values.shape[1:]:
+                allowed = f"a MetaTensor, or the moving image's shape {tuple(self.moving_image.values.shape[1:])}"
+                raise RegistrationError("data", tuple(image.values.shape), allowed)
+            image = replace(image, affine=self.moving_image.affine)
+        if image.dims != dims:
+            raise RegistrationError("data", f"{image.dims}D image", f"a {dims}D image")
+        return self.resampled(image, mode, fill_value).to_metatensor()
 
-    def save_transform(self, path: str | os.PathLike) -> None:
-        """Write the transform for ITK, ANTs or 3D Slicer (``.tfm``, ``.h5``, ``.mat``), LPS as they expect."""
-        write_itk_transform(path, self.affine)
+    def save_transform(self, path: str | os.PathLike, format: str | None = None) -> None:
+        """Write the transform for ITK, ANTs or 3D Slicer (``.tfm``, ``.h5``, ``.mat``), or in another format.
+
+        Args:
+            path: the file to write.
+            format: see `monai_zsreg.io.write_transform`; None to go by the suffix.
+        """
+        write_transform(path, self.affine, self.fixed_image, self.moving_image, format)
+
+
+def quadratic_map(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``h M h`` with h = (index, 1) at every voxel, without a table of all indices.
+
+    Args:
+        matrix: ``(D+1, D+1)`` float64.
+        shape: of the image.
+    """
+    dims = len(shape)
+    axes = [
+        torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)])
+        for a, n in enumerate(shape)
+    ]
+    axes.append(torch.ones([1] * dims, dtype=torch.float64))
+    total = torch.zeros(tuple(shape), dtype=torch.float64)
+    for i, first in enumerate(axes):
+        for j, second in enumerate(axes):
+            total += matrix[i, j] * first * second
+    return total

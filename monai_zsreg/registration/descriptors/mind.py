@@ -29,7 +29,7 @@ class MINDSSC(nn.Module):
         dilation: distance of the neighbors, lattice steps.
     """
 
-    #: mean squared difference between unrelated places
+    name = "mind"
     worst = 0.15
 
     def __init__(self, spatial_dims: int, dilation: int = 1) -> None:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of an image is foreground, and how bright tissue is: the one definition that the whole package uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+
+__all__ = ["Appearance", "appearance", "background_value", "foreground_mask", "scale_intensity"]
+
+# quantiles between which intensities count as ordinary
+_LOW, _HIGH = 0.005, 0.995
+# a quantile of this many voxels is as good as one of all
+_ENOUGH = 4_000_000
+# fraction of the range that foreground stands out by: air may be cut to zero in one place and noisy in another
+_LEAST, _FAINT = 0.08, 0.005
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """How the intensities of an image are to be read.
+
+    Attributes:
+        background: intensity that counts as nothing, a 0-dimensional tensor.
+        scale: length of the range from there to bright tissue (or dark tissue on a bright background), above 0.
+        foreground: ``[*spatial]`` bool.
+    """
+
+    background: Tensor
+    scale: Tensor
+    foreground: Tensor
+
+
+def appearance(image: Tensor, faint: bool = False) -> Appearance:
+    """Background, range and foreground of one channel.
+
+    The background is the median of the outermost voxels, unless these vary so much that they are no background: then
+    the darkest half per cent takes its place and every voxel is foreground, as in a photograph.
+
+    Args:
+        image: ``[*spatial]``, floating point, finite. Pool it first where noise must not count.
+        faint: whether all that differs at all from a background without noise is foreground.
+    """
+    low, high = quantiles(image)
+    border = torch.cat([image.select(axis, end).flatten() for axis in range(image.ndim) for end in (0, -1)])
+    middle = border.median()
+    noise = 1.4826 * (border - middle).abs().median()
+    if bool(noise > 0.12 * (high - low)):
+        return Appearance(low, (high - low).clamp(min=1e-20), torch.ones_like(image, dtype=torch.bool))
+    least = _FAINT if faint and bool(noise == 0) else _LEAST
+    scale = torch.maximum(high - middle, middle - low).clamp(min=1e-20)
+    return Appearance(middle, scale, (image - middle).abs() > torch.maximum(least * scale, 4 * noise))
+
+
+def quantiles(image: Tensor) -> tuple[Tensor, Tensor]:
+    """The 0.5 and 99.5 percentiles of an image; where these coincide, its minimum and maximum."""
+    flat = image.flatten()
+    ends = torch.tensor([_LOW, _HIGH], dtype=flat.dtype, device=flat.device)
+    low, high = torch.quantile(flat[:: 1 + flat.numel() // _ENOUGH], ends)
+    # less than half a per cent of the voxels show anything
+    return (flat.min(), flat.max()) if bool(low == high) else (low, high)
+
+
+def background_value(image: Tensor) -> float:
+    """The intensity that stands for "outside": of air, or of what the scanner fills up with, such as -1024 in CT.
+
+    Args:
+        image: ``[*spatial]``, any real type; what is not finite does not count.
+    """
+    values = image.detach()
+    values = values if values.is_floating_point() else values.float()
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        if not bool(finite.any()):
+            return 0.0
+        values = torch.where(finite, values, values[finite].median())
+    return float(appearance(values).background)
+
+
+def foreground_mask(image: Tensor) -> Tensor:
+    """Foreground of an image.
+
+    Args:
+        image: ``[C, *spatial]``, any real type.
+
+    Returns:
+        ``[1, *spatial]`` bool: foreground in any channel. All False for a constant image.
+
+    Raises:
+        RegistrationError: a shape or an intensity that cannot be used.
+    """
+    values = plain_image(image)
+    varied = (channel for channel in values if bool(channel.min() < channel.max()))
+    masks = [appearance(channel).foreground for channel in varied]
+    return torch.stack(masks or [torch.zeros_like(values[0], dtype=torch.bool)]).any(dim=0, keepdim=True)
+
+
+def scale_intensity(image: Tensor) -> Tensor:
+    """Scale each channel by its own 0.5 and 99.5 percentiles to [0, 1] and clip; a constant channel becomes 0.
+
+    Args:
+        image: ``[C, *spatial]``, any real type.
+
+    Returns:
+        ``[C, *spatial]`` float32 on the same device.
+
+    Raises:
+        RegistrationError: a shape or an intensity that cannot be used.
+    """
+    values = plain_image(image)
+    scaled = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
+    for channel, out in zip(values, scaled, strict=True):
+        low, high = quantiles(channel)
+        if bool(low < high):
+            out.copy_(((channel - low) / (high - low)).clamp_(0.0, 1.0))
+    return scaled
+
+
+def plain_image(image: Tensor, name: str = "image") -> Tensor:
+    """``image`` as a detached floating tensor ``[C, *spatial]`` without metadata.
+
+    Wide integers and float64 stay exact as float64; all else becomes float32.
+
+    Raises:
+        RegistrationError: not 2 or 3 spatial dimensions, empty, or a value that is not finite.
+    """
+    tensor = torch.as_tensor(image)
+    # a MetaTensor would carry its metadata through every step
+    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach()
+    if tensor.ndim not in (3, 4) or tensor.numel() == 0:
+        raise RegistrationError(name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
+    tensor = tensor.to(torch.float64 if tensor.dtype in (torch.float64, torch.int64, torch.int32) else torch.float32)
+    if not bool(torch.isfinite(tensor).all()):
+        raise RegistrationError(name, "NaN or infinity", "finite intensities")
+    return tensor

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both images of a pair sampled in blocks, and how to look the other image up at them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_zsreg.geometry import apply_affine
+from monai_zsreg.registration.descriptors import Descriptor
+from monai_zsreg.registration.side import Frame, Level, Pair
+
+__all__ = ["Blocks", "square_index"]
+
+# points of a start that the median of the differences is taken of, about
+_MEDIAN_OF = 1000
+
+
+class Blocks:
+    """Cubic blocks of the fixed image and of the moving one, and their descriptors with gradients.
+
+    Tensors have the images first: 0 the fixed image's blocks, looked up in the moving image, 1 the other way round, so
+    that one set of operations does for both.
+
+    Args:
+        pair: the two images.
+        describe: makes descriptors of patches.
+        spacing: distance of lattice points, mm.
+        size: inner points of a block along each axis.
+        count: number of blocks in each image.
+        seed: of the choice of blocks.
+        robustness: a point whose squared difference is this many times the median counts a quarter.
+
+    Attributes:
+        step: distance of lattice points, frame units.
+        features: ``[2, B, C, P]``, P the inner points of a block.
+        gradient: ``[D, 2, B, C, P]``.
+        coordinates: ``[2, D + 1, B * P]`` inner points, own frame, homogeneous.
+        weight: ``[2, B * P]`` of the inner points.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        describe: Descriptor,
+        spacing: float,
+        size: int = 8,
+        count: int = 128,
+        seed: int = 0,
+        robustness: float = 4.0,
+    ) -> None:
+        self.dims = pair.dims
+        self.describe = describe
+        self.size = size
+        self.robustness = robustness
+        self.step = spacing / pair.unit
+        images = (pair.fixed.at(spacing), pair.moving.at(spacing))
+        frames = (pair.fixed_frame, pair.moving_frame)
+        weights = (pair.fixed.weight, pair.moving.weight)
+        self._others = images[::-1]
+        self._other_to_grid = torch.stack([f.to_grid(i.grid) for i, f in zip(images[::-1], frames[::-1], strict=True)])
+
+        chosen = [self._corners(i, f, w, count, seed) for i, f, w in zip(images, frames, weights, strict=True)]
+        # as many in one as in the other; those that fill up do not count
+        most = max(len(part) for part in chosen)
+        self._corner = torch.stack([F.pad(part, (0, 0, 0, most - len(part))) for part in chosen])
+        counts = torch.stack([torch.arange(most, device=part.device) < len(part) for part in chosen])
+
+        own = torch.stack([f.to_grid(i.grid) for i, f in zip(images, frames, strict=True)])
+        margin = describe.margin + 1  # one more for the gradient
+        maps = self._described(images, _placed(self._corner, self._lattice(margin), own), margin)
+        features, slopes = self._sloped(maps)
+        self.features = features.view(2, most, *features.shape[1:])
+        self.gradient = torch.stack([slope.view(self.features.shape) for slope in slopes])
+        self.tensor = _tensor(self.gradient)
+
+        inner = self._lattice(0)
+        own = torch.stack([f.to_grid(w.grid) for w, f in zip(weights, frames, strict=True)])
+        seen = _looked_up(weights, _placed(self._corner, inner, own))
+        self.weight = (seen.view(2, most, -1) * counts[..., None]).flatten(1)
+        self._total = self.weight.sum(1).clamp(min=1e-6)[:, None]
+        places = (self._corner[:, :, None] + inner).flatten(1, 2)
+        self.coordinates = torch.cat([places.mT, torch.ones_like(places[:, None, :, 0])], dim=1)
+        self.products = _products(self.coordinates, 1)
+
+    def compare(self, pull: Tensor, around: int = 0) -> tuple[Tensor, Tensor]:
+        """The other images at the blocks.
+
+        Args:
+            pull: ``[2, K, D+1, D+1]``, own frame to other frame.
+            around: further lattice points on each side of a block.
+
+        Returns:
+            Their descriptors ``[2, K, B, C, *n]`` with ``n = size + 2 around``; and the weight of the inner points
+            ``[2, K, B * P]``, 0 outside the other's field of view.
+        """
+        margin = self.describe.margin + around
+        to_grid = self._other_to_grid[:, None] @ pull
+        where = _placed(self._corner[:, None], self._lattice(margin), to_grid)
+        maps = self._described(self._others, where, margin)
+        maps = maps.view(2, pull.shape[1], -1, *maps.shape[1:])
+        inner = to_grid[..., :-1, :].to(self.coordinates) @ self.coordinates[:, None]
+        return maps, self.weight[:, None] * (inner.abs_().amax(2) <= 1)
+
+    def equations(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gauss-Newton's equations for a change of the own frame's points, summed over all blocks.
+
+        Args:
+            pull: ``[2, K, D+1, D+1]``, own frame to other frame.
+
+        Returns:
+            Normal matrix ``[2, K, D(D+1), D(D+1)]`` and right-hand side ``[2, K, D(D+1)]``; mean clipped difference of
+            the descriptors, ``[2, K]``; fraction of the points that lie in the other's field of view, ``[2, K]``. All
+            float64 on the CPU.
+        """
+        k, dims = pull.shape[1], self.dims
+        features, weight = self.compare(pull)
+        residual = self.features[:, None] - features.flatten(4)
+        square = residual.square().mean(3).flatten(2)
+        worst = self.describe.worst
+        cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / self._total + worst
+        overlap = weight.sum(2) / self._total
+        weight = self.trusted(weight, square)
+        force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in self.gradient], dim=2)
+        moments = (self.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ self.products.mT
+        right = (force * weight[:, :, None]).flatten(1, 2) @ self.coordinates.mT
+        # the unique entries over the whole matrix
+        index = square_index(dims, pull.device)
+        full = self.spread(moments.view(2, k, -1, moments.shape[-1])[..., index, :])
+        parts = (full, right.view(2, k, dims * (dims + 1)), cost, overlap)
+        full, right, cost, overlap = (part.cpu().double() for part in parts)
+        return full, right, cost, overlap
+
+    def other_slopes(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals and slopes of the other images at the blocks.
+
+        Args:
+            pull: ``[2, D+1, D+1]``, own frame to other frame.
+
+        Returns:
+            Residual ``[2, B, C, P]``; slopes ``[D, 2, B, C, P]``; trusted weight ``[2, B * P]``.
+        """
+        maps, weight = self.compare(pull[:, None], 1)
+        features, slopes = self._sloped(maps[:, 0].flatten(0, 1))
+        residual = self.features - features.view(self.features.shape)
+        weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
+        return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
+
+    def trusted(self, weight: Tensor, square: Tensor) -> Tensor:
+        """Less weight for points that disagree more than others: Geman and McClure's function."""
+        # the median over a part of the points is as good; an odd step meets all columns of the blocks
+        thin = (square.shape[2] // _MEDIAN_OF) | 1
+        flat = torch.where(weight[..., ::thin] > 0, square[..., ::thin], torch.nan)
+        median = flat.nanmedian(-1, keepdim=True).values.nan_to_num(1.0).clamp(min=1e-6)
+        return weight / (1 + square / (self.robustness * median)).square_()
+
+    def spread(self, moments: Tensor) -> Tensor:
+        """``[..., D, D, products of coordinates]`` to ``[..., D(D+1), D(D+1)]``."""
+        full = moments[..., square_index(self.dims + 1, moments.device)]  # [..., i, j, e, f]
+        size = self.dims * (self.dims + 1)
+        return full.transpose(-3, -2).reshape(*full.shape[:-4], size, size)
+
+    def _described(self, images: tuple[Level, Level], where: Tensor, margin: int) -> Tensor:
+        return self.describe(_looked_up(images, where).view(-1, *[self.size + 2 * margin] * self.dims))
+
+    def _sloped(self, maps: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Maps ``[Q, C, *n]`` without their outermost points, ``[Q, C, P]``, and their slope along each axis there."""
+
+        def crop(values: Tensor, axes: list[int]) -> Tensor:
+            for axis in axes:
+                values = values.narrow(axis + 2, 1, maps.shape[axis + 2] - 2)
+            return values
+
+        slopes = []
+        for axis in range(self.dims):
+            part = crop(maps, [other for other in range(self.dims) if other != axis])
+            n = maps.shape[axis + 2] - 2
+            change = part.narrow(axis + 2, 2, n) - part.narrow(axis + 2, 0, n)
+            slopes.append(change.flatten(2) * (0.5 / self.step))
+        return crop(maps, list(range(self.dims))).flatten(2), slopes
+
+    def _corners(self, own: Level, frame: Frame, weight: Level, count: int, seed: int) -> Tensor:
+        """First inner points of the blocks, ``[B, D]`` in the own frame.
+
+        The blocks stand side by side over the field of view, shifted by a random part of a step, so that their points
+        fall between the voxels as those of the other image do. Where there are more than needed, a random choice.
+        """
+        dims, device = self.dims, own.values.device
+        generator = torch.Generator().manual_seed(seed)
+        width = self.size * self.step
+        sides = [m * s / frame.unit for m, s in zip(own.grid.shape, own.grid.spacing, strict=True)]
+        cells = [max(1, int(-(-side // width))) for side in sides]
+        axes = [(torch.arange(c) - c / 2) * width for c in cells]
+        middle = apply_affine(torch.linalg.inv(frame.to_world), own.grid.center[None])
+        jitter = torch.rand(dims, generator=generator)
+        corners = torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * self.step
+        corners = (corners + middle.to(own.values.dtype)).to(device)
+        # how much of the block is foreground, from a few points of it
+        probe = torch.cartesian_prod(*[torch.tensor([1 / 4, 3 / 4]) * width] * dims).to(corners)
+        inside = weight.sample(_placed(corners[None], probe, frame.to_grid(weight.grid)[None]).flatten(0, 2))
+        inside = inside.view(len(corners), len(probe)).mean(-1)
+        inside = torch.where(inside > 0.1, inside, torch.zeros_like(inside))
+        wanted = min(count, max(1, int((inside > 0).sum())))
+        # weighted choice without replacement (Efraimidis and Spirakis 2006)
+        draw = torch.rand(len(corners), generator=generator).clamp(min=1e-6).to(device)
+        key = torch.where(inside > 0, draw.log() / inside.clamp(min=1e-6), torch.full_like(inside, -torch.inf))
+        chosen = key.topk(wanted).indices.sort().values
+        return corners[chosen[inside[chosen] > 0]] if bool((inside > 0).any()) else corners[chosen]
+
+    def _lattice(self, around: int) -> Tensor:
+        """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""
+        return _ticks(self.size, around, self.dims, self._corner.dtype, self._corner.device) * self.step
+
+
+@lru_cache(maxsize=64)
+def _ticks(size: int, around: int, dims: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    ticks = torch.arange(-around, size + around, dtype=dtype, device=device)
+    return torch.cartesian_prod(*[ticks] * dims)
+
+
+@lru_cache(maxsize=16)
+def square_index(dims: int, device: torch.device) -> Tensor:
+    """Position of entry (i, j) of a symmetric matrix among its upper triangle's, ``[dims, dims]``."""
+    index = torch.zeros(dims, dims, dtype=torch.long, device=device)
+    rows, columns = torch.triu_indices(dims, dims, device=device)
+    number = torch.arange(len(rows), device=device)
+    index[rows, columns] = number
+    index[columns, rows] = number
+    return index
+
+
+def _products(values: Tensor, axis: int) -> Tensor:
+    """Products of all pairs of entries along an axis, as the upper triangle's rows name them."""
+    parts = values.unbind(axis)
+    return torch.stack([parts[i] * parts[j] for i in range(len(parts)) for j in range(i, len(parts))], dim=axis)
+
+
+def _tensor(gradient: Tensor) -> Tensor:
+    """Products of slopes ``[D, 2, B, C, P]`` along two axes, summed over the channels, ``[2, D(D + 1) / 2, B * P]``."""
+    return _products(gradient, 0).sum(3).flatten(2).transpose(0, 1)
+
+
+def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
+    """Where a matrix takes the points of blocks.
+
+    Args:
+        corners: ``[..., B, D]``.
+        lattice: ``[L, D]``, the same for all blocks.
+        to_grid: ``[..., D+1, D+1]``.
+
+    Returns:
+        ``[..., B, L, D]``, the type of ``corners``.
+    """
+    matrix = to_grid.to(corners)
+    linear = matrix[..., :-1, :-1].mT
+    begin = corners @ linear + matrix[..., None, :-1, -1]
+    lanes = (lattice @ linear).flatten(-2)
+    # begin + lattice as one product: a sum that broadcasts over rows of two or three numbers takes four times as long
+    flat = begin.flatten(0, -3)
+    repeat = _repeat(corners.shape[-1], len(lattice), corners.dtype, corners.device).expand(len(flat), -1, -1)
+    return torch.baddbmm(lanes.view(len(flat), 1, -1), flat, repeat).view(*begin.shape[:-1], *lattice.shape)
+
+
+@lru_cache(maxsize=64)
+def _repeat(dims: int, times: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(dims, dtype=dtype, device=device).repeat(1, times)
+
+
+def _looked_up(images: tuple[Level, Level], where: Tensor) -> Tensor:
+    """Values of each image at its half of the points ``[2, ..., D]``, ``[2, S]``."""
+    return torch.stack([image.sample(part.flatten(0, -2)) for image, part in zip(images, where, strict=True)])

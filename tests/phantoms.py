@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that the tests register, motions of a known size, and how far a matrix is from the truth.
+
+The head is nilearn's MNI152 template, which its wheel ships. Its T2 and FLAIR are simulated from the tissue maps beside
+it, so all contrasts lie exactly on one another. SciPy moves images here, so that the package is not its own judge.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
+
+__all__ = ["diagonal", "error", "moved_by", "padded", "pooled", "simulated", "template", "turn"]
+
+# signal of cerebrospinal fluid, gray and white matter
+_SIGNAL = {"t2": (1.0, 0.6, 0.35), "flair": (0.1, 0.9, 0.7)}
+_BRIGHTEST = 1000.0
+
+
+@lru_cache(maxsize=1)
+def _tissues() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """T1 in [0, 1], shares of the three tissues ``[3, I, J, K]``, index to world; 1 mm."""
+    from nilearn import datasets
+
+    images = [getattr(datasets, f"load_mni152_{name}template")(resolution=1) for name in ("", "gm_", "wm_")]
+    t1, gray, white = (image.get_fdata(dtype=np.float32) for image in images)
+    head = (t1 > 0).astype(np.float32)
+    scale = head / np.maximum(gray + white, 1.0)
+    # what is neither gray nor white is mostly fluid
+    return t1, np.stack([head - (gray + white) * scale, gray * scale, white * scale]), images[0].affine
+
+
+@lru_cache(maxsize=3)
+def template(modality: str = "t1") -> MetaTensor:
+    """The head ``[1, 197, 233, 189]`` at 1 mm: ``"t1"`` as it is, ``"t2"`` and ``"flair"`` simulated."""
+    t1, shares, affine = _tissues()
+    values = t1 if modality == "t1" else simulated(shares, _SIGNAL[modality])
+    return MetaTensor(torch.from_numpy(_BRIGHTEST * values)[None], affine=torch.from_numpy(affine))
+
+
+def simulated(
+    shares: np.ndarray, signal: tuple[float, ...], noise: float = 0.02, bias: float = 0.1, seed: int = 0
+) -> np.ndarray:
+    """A scan of tissue shares ``[T, *spatial]`` with Rician noise and a smooth bias field; nothing but zero outside."""
+    rng = np.random.default_rng(seed)
+    shape = shares.shape[1:]
+    scan = np.tensordot(np.asarray(signal, dtype=np.float32), shares, axes=1)
+    for axis, n in enumerate(shape):
+        field = 1 + bias * rng.choice([-1, 1]) * np.cos(np.linspace(0, np.pi, n, dtype=np.float32) + rng.uniform(0, 1))
+        scan *= field.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    first, second = noise * rng.standard_normal((2, *shape), dtype=np.float32)
+    return np.where(shares.sum(0) > 0.5, np.hypot(scan + first, second), 0).astype(np.float32)
+
+
+def diagonal(*spacing: float) -> torch.Tensor:
+    """An affine with this spacing and its origin at zero."""
+    return torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+
+
+def pooled(image: MetaTensor, *factors: int) -> MetaTensor:
+    """Blocks of voxels averaged; the result lies where the image did."""
+    dims = image.ndim - 1
+    factors = factors * dims if len(factors) == 1 else factors
+    average = F.avg_pool2d if dims == 2 else F.avg_pool3d
+    blocks = diagonal(*factors)
+    blocks[:dims, dims] = (torch.tensor(factors, dtype=torch.float64) - 1) / 2
+    return MetaTensor(average(image.as_tensor()[None].float(), factors)[0], affine=Grid.of(image).affine @ blocks)
+
+
+def padded(image: MetaTensor, width: int) -> MetaTensor:
+    """With ``width`` voxels of zeros on every side, where it was."""
+    dims = image.ndim - 1
+    shift = torch.eye(dims + 1, dtype=torch.float64)
+    shift[:dims, dims] = -width
+    return MetaTensor(F.pad(image.as_tensor(), [width] * (2 * dims)), affine=Grid.of(image).affine @ shift)
+
+
+def turn(
+    image: MetaTensor, degrees: float, shift: tuple[float, ...], scale: float = 1.0, shear: float = 0.02
+) -> np.ndarray:
+    """A motion about the middle of an image; in 3D about an oblique axis."""
+    dims = image.ndim - 1
+    angles = (degrees,) if dims == 2 else (0.3 * degrees, -0.4 * degrees, degrees)
+    shears = (shear,) * (dims * (dims - 1) // 2)
+    center = tuple(Grid.of(image).center.tolist())
+    return compose_parameters(AffineParameters(shift, angles, (scale,) * dims, shears, center))
+
+
+def moved_by(image: MetaTensor, truth: np.ndarray, like: MetaTensor | None = None) -> MetaTensor:
+    """What a scanner sees after the head has moved by ``truth`` (fixed world to moving world).
+
+    Args:
+        image: ``[C, *spatial]``, the head before.
+        truth: ``(D+1, D+1)``.
+        like: whose grid the scan has; that of ``image`` if None.
+    """
+    source, target = Grid.of(image), Grid.of(image if like is None else like)
+    pull = np.linalg.inv(source.affine.numpy()) @ np.linalg.inv(truth) @ target.affine.numpy()
+    moved = [
+        ndimage.affine_transform(channel.numpy(), pull, output_shape=target.shape, order=1)
+        for channel in image.as_tensor().float()
+    ]
+    return MetaTensor(torch.from_numpy(np.stack(moved)), affine=target.affine)
+
+
+def error(matrix: np.ndarray, truth: np.ndarray, fixed: MetaTensor) -> float:
+    """Mean distance between where two matrices take the foreground of an image, mm."""
+    values = fixed.as_tensor()[0].float()
+    points = apply_affine(Grid.of(fixed).affine, (values > 0.05 * values.max()).nonzero()[::7].double()).numpy()
+    gap = np.asarray(matrix) - truth
+    return float(np.linalg.norm(points @ gap[:-1, :-1].T + gap[:-1, -1], axis=1).mean())
