@@ -149,20 +149,22 @@ def _refuse_unknown(argv: Sequence[str]) -> None:
     """
     if not argv or not os.path.normpath(argv[0]).endswith(os.path.join("monai", "bundle", "__main__.py")):
         return
-    words = [word[2:].partition("=") for word in argv[1:] if word.startswith("--") and len(word) > 2]
-    given = [(name.replace("-", "_"), value) for name, _, value in words]
-    files = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word in ("--config_file", "--config-file")), "")
-    files = files or next((value for name, value in given if name == "config_file"), "")
+    given: dict[str, str] = {}
+    for number, word in enumerate(argv):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value if equals else "".join(argv[number + 1 : number + 2])
+    files = given.get("config_file", "")
     if not files:
         return
     paths = ast.literal_eval(files) if files.startswith("[") else files
     known = [*inspect.signature(run_bundle).parameters, *ConfigParser.load_config_files(paths)]
-    for name, _ in given:
+    for name, value in given.items():
         top = name.replace("::", "#").partition("#")[0]
         if top not in known:
             near = get_close_matches(top, known, 1)
             hint = f"; did you mean --{near[0]}?" if near else ""
-            raise RegistrationError(f"--{name}", top, f"an option of the configuration{hint}")
+            raise RegistrationError(f"--{name}", value, f"an option of the configuration{hint}")
 
 
 @contextmanager
@@ -216,7 +218,10 @@ class ReadAhead(DataLoader):
 
 
 class PairInferer(Inferer):
-    """`monai_zsreg.app.run.register_pair`; the preset makes the network that it needs.
+    """`monai_zsreg.app.run.register_pair`.
+
+    The preset makes the network that it needs. Another in its place, such as one exported to TorchScript, serves preset
+    ``"paper"``.
 
     Args:
         settings: of the run.
@@ -232,7 +237,8 @@ class PairInferer(Inferer):
         Raises:
             RegistrationError: an image, an option or weights that cannot be used.
         """
-        return register_pair(inputs, self.settings)
+        stand_in = network is None or isinstance(network, torch.nn.Identity)
+        return register_pair(inputs, self.settings, **({} if stand_in else {"network": network}))
 
 
 class PairEvaluator(SupervisedEvaluator):

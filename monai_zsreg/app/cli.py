@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from monai_zsreg.errors import RegistrationError
 
         wrong = isinstance(error, RegistrationError)
-        # of the machine: disk full, no memory, a package that is not installed
-        if not wrong and not isinstance(error, (OSError, MemoryError, ImportError)) and "OutOfMemory" not in type(error).__name__:
+        missing = isinstance(error, ImportError) and not str(error.name).startswith("monai_zsreg")
+        full = isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+        if not (wrong or missing or full):  # neither the user nor the machine: a mistake of ours
             raise
         print(f"zsreg {args.command}: error: {error}", file=sys.stderr)
         return _WRONG_INPUT if wrong else 1

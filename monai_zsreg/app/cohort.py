@@ -335,7 +335,8 @@ def read_isolated(
 
 def failure(pair: Mapping[str, Any], error: BaseException, settings: Settings) -> dict[str, Any]:
     """Write the report of a pair that could not be read, registered or written, and give it back."""
-    reason = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
+    told = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
+    reason = (told.splitlines() or [""])[0]
     report = {
         "name": pair["name"],
         "verdict": "FAIL",

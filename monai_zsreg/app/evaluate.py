@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _carried(labels: Image, grid: Grid, transform: Tensor) -> Tensor:
 
 
 def measure_pair(
-    pair: Mapping[str, Any], result: RegistrationResult, moved: Image, settings: Settings
+    pair: Mapping[str, Any], result: RegistrationResult, moved: Image, background: float, settings: Settings
 ) -> dict[str, Any]:
     """How alike and how far apart the images are, before (by the headers alone) and after.
 
@@ -118,6 +119,7 @@ def measure_pair(
         pair: as `read_known` gives it.
         result: of the pair.
         moved: the moving image on the fixed grid.
+        background: of the moving image.
         settings: of the run; without ``exact`` large images are measured on a part of their voxels.
 
     Returns:
@@ -136,7 +138,7 @@ def measure_pair(
     here = torch.nan_to_num(fixed.channel(settings.channel("fixed"), "fixed")[thin])
     there = moving.channel(channel, "moving")
     images = {
-        "before": resample(there, moving.grid, grid, still),
+        "before": resample(there, moving.grid, grid, still, fill=background),
         "after": torch.nan_to_num(moved.values[channel][None].float()[thin]),
     }
     pulls = {"before": still, "after": torch.as_tensor(result.affine)}
@@ -155,7 +157,8 @@ def measure_pair(
         if labels is not None:
             values["dice"] = label_dice(labels.values[thin], _carried(pair["labels"], grid, pulls[when]))
         if "truth" in pair:
-            error = foreground_tre(pulls[when], pair["truth"], grid, inside)
+            lattice: Any = SimpleNamespace(ndim=fixed.dims + 1, shape=here.shape, affine=grid.affine)
+            error = foreground_tre(pulls[when], pair["truth"], lattice, inside)
             values |= {"tre": error["mean"], "tre_max": error["max"]}
         if "fixed_landmarks" in pair:
             points = pair["fixed_landmarks"], pair["moving_landmarks"]

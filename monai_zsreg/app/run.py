@@ -6,6 +6,7 @@ The bundle, MONAI Label and the command line go through these functions. A pair 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -23,8 +24,10 @@ import torch
 import monai_zsreg
 from monai_zsreg.app.evaluate import measure_pair, read_known
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.foreground import background_value
 from monai_zsreg.geometry import Grid
-from monai_zsreg.io import Image, load_image, output_folder, remove_leftovers, write_image, write_json
+from monai_zsreg.io import Image, load_image, output_folder, write_image, write_json
+from monai_zsreg.io.files import remove_leftovers
 from monai_zsreg.registration import Prepared, RegistrationResult, register
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "WRONG_INPUT",
     "Settings",
     "describe_pair",
+    "draw_anew",
     "folder_of",
     "read_pair",
     "register_pair",
@@ -178,9 +182,9 @@ def read_pair(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def register_pair(pair: Mapping[str, Any], settings: Settings) -> RegistrationResult:
-    """`monai_zsreg.register` with the pair's images and the settings of the run."""
-    arguments = settings.arguments
+def register_pair(pair: Mapping[str, Any], settings: Settings, **further: Any) -> RegistrationResult:
+    """`monai_zsreg.register` with the pair's images, the settings of the run and further arguments."""
+    arguments = settings.arguments | further
     for name in ("fixed_channel", "fixed_mask"):
         arguments.pop(name, None)  # the prepared image has them
     return register(pair["prepared"], pair["moving"], **arguments)
@@ -206,7 +210,9 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         ``uncertainty_intensity``, unless fewer than two repeats succeeded.
     """
     fixed: Image = pair["fixed"]
-    images: dict[str, Image] = {"moved": result.resampled()}
+    background = background_value(pair["moving"].values[settings.channel("moving")])
+    one = len(pair["moving"].values) == 1
+    images: dict[str, Image] = {"moved": result.resampled(fill_value=background if one else None)}
     if "labels" in pair:
         images["moved_labels"] = result.resampled(pair["labels"], mode="nearest", fill_value=0.0)
     report: dict[str, Any] = {
@@ -227,7 +233,7 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         "parameters": result.parameters.as_dict(),
         "covariance": None if result.covariance is None else result.covariance.tolist(),
         "keypoints": len(result.keypoints.get("fixed", ())),
-        "metrics": measure_pair(pair, result, images["moved"], settings),
+        "metrics": measure_pair(pair, result, images["moved"], background, settings),
         "seconds": result.seconds,
         "versions": _versions(),
         "made_from": pair.get("made_from"),
@@ -353,6 +359,32 @@ def draw_pair(
     else:
         save_spread(result.fixed_image, spread.values, paths["uncertainty"], channels[0])
     return paths
+
+
+def draw_anew(folder: str | os.PathLike) -> str:
+    """Draw the pictures and the page of a pair from its ``report.json`` and the images that it names.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RegistrationError: an image that is no longer there.
+    """
+    place = Path(folder)
+    report = json.loads((place / REPORT).read_text(encoding="utf-8"))
+    if "failure" in report:
+        return f"{place}: nothing to draw, {report['failure']}"
+    fields = ("verdict", "reasons", "measures", "seconds", "preset", "transform", "options", "device")
+    result = RegistrationResult(
+        affine=np.array(report["matrix"]),
+        covariance=None if report["covariance"] is None else np.array(report["covariance"]),
+        score=-math.inf if report["score"] is None else report["score"],
+        fixed_image=load_image(report["input"]["fixed"], "fixed"),
+        moving_image=load_image(report["input"]["moving"], "moving"),
+        **{name: report[name] for name in fields},
+    )
+    settings = Settings(place.parent, options=report["options"])
+    return str(draw_pair(place, result, {"report": report, "images": {}}, settings)["page"])
 
 
 def run_pair(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

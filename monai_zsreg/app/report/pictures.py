@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from monai_zsreg.foreground import foreground_mask, quantiles
+from monai_zsreg.foreground import background_value, foreground_mask, quantiles
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io import Image, atomic_path
 from monai_zsreg.resample import resample
@@ -172,9 +172,10 @@ class Views:
         values = image.values[channel][None]
         coarse = values[(0, *(slice(None, None, max(1, n // 100)) for n in values.shape[1:]))].float()
         low, high = (float(end) for end in quantiles(coarse[torch.isfinite(coarse)]))
+        fill = background_value(coarse)
         pictures = []
         for plane in self.planes:
-            gray = resample(values, image.grid, plane.grid, transform, mode="bilinear", dtype=torch.float32)[0]
+            gray = resample(values, image.grid, plane.grid, transform, fill=fill, dtype=torch.float32)[0]
             scaled = (torch.nan_to_num(gray, nan=low) - low) / max(high - low, 1e-20)
             pictures.append(plane.picture(scaled.clamp(0.0, 1.0)))
         return pictures
@@ -299,7 +300,7 @@ def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: 
     still = torch.eye(fixed.dims + 1, dtype=torch.float64)
     rows: list[list[tuple[Plane, np.ndarray]]] = []
     for plane, gray in zip(views.planes, views.fixed, strict=True):
-        above = plane.picture(resample(spread.values, spread.grid, plane.grid, still)[0])
+        above = plane.picture(resample(spread.values, spread.grid, plane.grid, still, fill=0.0)[0])
         rows.append([(plane, gray), (plane, colored(gray, above, limits, filled(gray > 0.05)))])
     _save_sheet(path, rows, ["fixed", f"standard deviation, mm: blue {limits[0]:.3g}, red {limits[1]:.3g}"])
 
