@@ -54,6 +54,7 @@ __all__ = [
     "lps_to_ras",
     "moved_header",
     "nearest_axes",
+    "plane_of_slice",
     "pooled_grid",
     "ras_to_lps",
     "theta_from_index",
@@ -65,6 +66,7 @@ __all__ = [
     "unit_without_padding",
     "world_from_fsl",
     "world_from_index",
+    "world_from_itk",
     "world_from_unit",
 ]
 
@@ -460,6 +462,39 @@ def itk_lattice(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     affine = grid.affine.numpy()
     spacing = np.asarray(grid.spacing)
     return spacing, flip * affine[:dims, dims], flip[:, None] * affine[:dims, :dims] / spacing
+
+
+def world_from_itk(spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Index to world (RAS), ``(D+1, D+1)``, of an ITK image: the inverse of `itk_lattice`."""
+    dims = len(spacing)
+    matrix = np.eye(dims + 1)
+    matrix[:dims, :dims], matrix[:dims, dims] = np.asarray(direction) * spacing, origin
+    matrix[:2] *= -1.0
+    return matrix
+
+
+def plane_of_slice(place: np.ndarray) -> np.ndarray:
+    """The lattice in its own plane of a slice that lies anywhere in space.
+
+    The world axes of the plane are the two RAS axes nearest to it. An oblique slice is turned onto them by the
+    smallest rotation, so distances stay what they are.
+
+    Args:
+        place: ``(4, 4)``, index ``(i, j, 0)`` to world.
+
+    Returns:
+        ``(3, 3)``, index ``(i, j)`` to the world of the plane.
+    """
+    normal = np.cross(place[:3, 0], place[:3, 1])
+    normal = normal / np.linalg.norm(normal)
+    axis = int(np.abs(normal).argmax())
+    target = np.eye(3)[axis] * np.sign(normal[axis])
+    x, y, z = np.cross(normal, target)
+    turn = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    rotation = np.eye(3) + turn + turn @ turn / (1.0 + normal @ target)
+    plane = np.eye(3)
+    plane[:2] = np.delete(rotation @ place[:3, [0, 1, 3]], axis, axis=0)
+    return plane
 
 
 def flip_points(points: np.ndarray) -> np.ndarray:

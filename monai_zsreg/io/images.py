@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid
+from monai_zsreg.foreground import background_value
+from monai_zsreg.geometry import Grid, checked_affine, plane_of_slice
+from monai_zsreg.io.dicom import read_dicom_folder
 from monai_zsreg.io.files import atomic_path, exists
+from monai_zsreg.io.readers import Stored, from_nibabel, read_file
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -30,10 +33,16 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageLike", "load_image", "read_image", "write_image"]
 
 _SMALLEST_AXIS = 4
-# mm; squares and cubes of lengths must fit single precision
-_FARTHEST = 1e12
+# as ITU-R BT.601 weighs red, green and blue, and with it Pillow and most cameras
+_LUMINANCE = (0.299, 0.587, 0.114)
 # what torch computes with in place of types that it has only by name, or not at all
-_WIDER = {"uint16": np.int32, "uint32": np.int64, "bool": np.uint8, "float128": np.float64}
+_WIDER: dict[str, Any] = {
+    "uint16": np.int32,
+    "uint32": np.int64,
+    "uint64": np.int64,
+    "bool": np.uint8,
+    "float128": float,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +50,18 @@ class Image:
     """An image and where it lies.
 
     Args:
-        values: ``[C, *spatial]``, 2 or 3 spatial dimensions, in the file's own type where torch has it. Values that
-            are not finite were not seen.
+        values: ``[C, *spatial]``, 2 or 3 spatial dimensions, in the file's own type where torch computes with it.
+            Values that are not finite were not seen.
         affine: ``(D+1, D+1)`` float64 on the CPU, index to world (RAS mm).
-        meta: plain values. ``path`` of the file; ``notes``, sentences that a result should repeat; ``dtype``, and
-            ``slope`` and ``intercept`` where there are such, of the file; ``unit``, ``"mm"`` or ``"pixel"``;
-            ``place`` of a slice that was read from a volume, index ``(i, j, 0)`` to world, ``(4, 4)`` nested lists.
+        meta: plain values, where they are known:
+
+            - ``path``: of the file
+            - ``notes``: sentences that a result should repeat, such as an orientation that is not known
+            - ``dtype``, ``slope``, ``intercept``: how the file stores the values
+            - ``unit``: ``"mm"``, or ``"pixel"`` where nothing states a size
+            - ``place``: of a slice in space, index ``(i, j, 0)`` to world, ``(4, 4)`` nested lists
+            - ``color``: True where the channels are red, green and blue
+            - ``channels``: what tells the channels of a DICOM series apart
     """
 
     values: Tensor
@@ -65,14 +80,16 @@ class Image:
 
     @cached_property
     def seen(self) -> Tensor | None:
-        """``[1, *spatial]``, True where all channels are finite; None where that is everywhere."""
+        """``[1, *spatial]``, True where a channel is finite; None where that is everywhere."""
         if not self.values.is_floating_point():
             return None
-        finite = torch.isfinite(self.values).all(dim=0, keepdim=True)
+        finite = torch.isfinite(self.values).any(dim=0, keepdim=True)
         return None if bool(finite.all()) else finite
 
     def channel(self, index: int, name: str = "image") -> Tensor:
-        """One channel as float32 ``[1, *spatial]``; what was not seen has the smallest value that was.
+        """One channel as float32 ``[1, *spatial]``; what was not seen there gets the background's value.
+
+        Channel 0 of a color image is its luminance.
 
         Raises:
             RegistrationError: no such channel, or it is constant or nowhere finite.
@@ -80,12 +97,16 @@ class Image:
         count = len(self.values)
         if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= index < count:
             raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {count}")
-        values = self.values[int(index)][None].float()
+        if self.meta.get("color") and index == 0 and count == 3:
+            weights = torch.tensor(_LUMINANCE, device=self.values.device)
+            values = torch.tensordot(weights, self.values.float(), dims=1)[None]
+        else:
+            values = self.values[int(index)][None].float()
         finite = torch.isfinite(values)
+        if not bool(finite.any()):
+            raise RegistrationError(name, "nothing but NaN or infinite intensities", "finite intensities")
         if not bool(finite.all()):
-            if not bool(finite.any()):
-                raise RegistrationError(name, "nothing but NaN or infinite intensities", "finite intensities")
-            values = torch.where(finite, values, values[finite].min())
+            values = torch.where(finite, values, background_value(values[0]))
         if float(values.min()) == float(values.max()):
             raise RegistrationError(name, f"the constant {float(values.min()):g}", "an image that is not constant")
         return values
@@ -107,16 +128,16 @@ class Image:
         return MetaTensor(self.values, affine=affine, meta=meta | {"space": "RAS"})
 
 
-ImageLike = str | os.PathLike | np.ndarray | Tensor | Image
+ImageLike = str | os.PathLike | np.ndarray | Tensor | SpatialImage | Image
 
 
 def load_image(source: ImageLike, name: str = "image", affine: Any = None) -> Image:
     """Read or wrap an image, and check that it can be registered or moved.
 
     Args:
-        source: a path (a folder is a DICOM series), a channel-first tensor or ``MetaTensor`` ``[C, *spatial]``, a
-            numpy array ``[*spatial]``, or an `Image`, which is given back. A file with a single slice is an image in
-            2D.
+        source: a path (a folder is a DICOM series, ``folder#3`` series 3 of several), a channel-first tensor or
+            ``MetaTensor`` ``[C, *spatial]``, a numpy array ``[*spatial]``, an image of nibabel, or an `Image`, which is
+            given back. A volume with a single slice is an image in 2D.
         name: of the argument, for messages.
         affine: ``(D+1, D+1)`` or ``(4, 4)``, index to world (RAS mm), of an array or a tensor without metadata; the
             identity if None.
@@ -130,19 +151,17 @@ def load_image(source: ImageLike, name: str = "image", affine: Any = None) -> Im
     if isinstance(source, Image):
         return source
     if isinstance(source, (str, os.PathLike)):
-        image = _from_file(Path(source), name)
-    elif isinstance(source, Tensor):
-        image = _from_tensor(source, name, affine)
-    elif isinstance(source, np.ndarray):
-        if source.ndim not in (2, 3):
-            allowed = "an array [*spatial] in 2D or 3D; use a tensor [C, *spatial] for channels"
-            raise RegistrationError(name, source.shape, allowed)
-        image = _image(source[None], affine, {"unit": "pixel" if affine is None else "mm"}, name)
-    else:
+        return _from_file(Path(source), name)
+    if isinstance(source, Tensor):
+        return _from_tensor(source, affine, name)
+    if isinstance(source, SpatialImage):
+        return _from_stored(from_nibabel(source), name)
+    if not isinstance(source, np.ndarray):
         raise RegistrationError(name, type(source).__name__, "a path, a numpy array, a tensor or an Image")
-    if min(image.grid.shape) < _SMALLEST_AXIS:
-        raise RegistrationError(name, tuple(image.values.shape), f"at least {_SMALLEST_AXIS} voxels along every axis")
-    return image
+    if source.ndim not in (2, 3):
+        allowed = "an array [*spatial] in 2D or 3D; use a tensor [C, *spatial] for channels"
+        raise RegistrationError(name, source.shape, allowed)
+    return _from_stored(Stored(source[None], affine, {"unit": "pixel" if affine is None else "mm"}), name)
 
 
 def read_image(source: ImageLike, name: str = "image", affine: Any = None) -> MetaTensor:
@@ -156,32 +175,40 @@ def write_image(path: str | os.PathLike, image: Image, like: Image | None = None
     Args:
         path: ends in ``.nii`` or ``.nii.gz``.
         image: what to write.
-        like: the image whose type and slope the file gets, rounded and clipped to what the type holds; ``image``
-            itself if None. What has no such file behind it is written as it is.
-        labels: the values are whole numbers; written in the smallest integer type that holds them where ``like`` is
-            not of an integer type.
+        like: the image whose type and slope the file gets, rounded and clipped to what these hold; None for
+            ``image`` itself. What did not come from a file gets the type of its values.
+        labels: the values are whole numbers, for which the file gets an integer type in any case, the smallest that
+            holds them unless ``like`` has one.
 
     Raises:
-        RegistrationError: another suffix, or a folder that cannot be written to.
+        RegistrationError: another suffix, or a path that cannot be written to.
     """
     if not str(path).lower().endswith((".nii", ".nii.gz")):
         raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
-    array = image.values.detach().cpu().numpy()
     meta = (image if like is None else like).meta
-    dtype = np.dtype(meta.get("dtype", array.dtype)).newbyteorder("=")
-    if labels and dtype.kind not in "iu":
-        dtype = _smallest(array)
     slope, intercept = meta.get("slope", 1.0), meta.get("intercept", 0.0)
-    if dtype.kind in "iu" and array.dtype.kind == "f":
-        limits = np.iinfo(dtype)
-        stored = np.nan_to_num((array.astype(np.float64) - intercept) / slope, nan=0.0)
-        array = np.clip(np.rint(stored), limits.min, limits.max)
-    # channels last, and in 2D behind a third axis, as NIfTI has it
-    array = array[0] if len(array) == 1 else np.moveaxis(array if array.ndim == 4 else array[..., None], 0, -1)
-    placed = image.to_metatensor().affine.numpy() if "place" not in image.meta else np.array(image.meta["place"])
-    nifti = nib.Nifti1Image(array.astype(dtype), placed, dtype=dtype)
-    nifti.set_qform(placed, code="scanner")
-    nifti.set_sform(placed, code="scanner")
+    array: Any = image.values.detach().cpu().numpy()
+    dtype = _stored_type(image.values, meta, labels)
+    if dtype.kind in "iu":
+        array = _rounded(array, dtype, slope, intercept)
+    array = array.astype(dtype)
+    if meta.get("color") and len(array) == 3 and dtype == np.uint8:
+        colors = np.empty(array.shape[1:], dtype=[(name, np.uint8) for name in "RGB"])
+        colors["R"], colors["G"], colors["B"] = array
+        array = colors
+    else:
+        # channels last, and in 2D behind a third axis, as NIfTI has it
+        deep = array if array.ndim == 4 or len(array) == 1 and "place" not in image.meta else array[..., None]
+        array = deep[0] if len(array) == 1 else np.moveaxis(deep, 0, -1)
+    place = np.eye(4)
+    place[np.ix_([*range(image.dims), 3], [*range(image.dims), 3])] = image.affine.numpy()
+    place = np.array(image.meta.get("place", place))
+    nifti: Any = nib.Nifti1Image(array, place, dtype=array.dtype)
+    nifti.set_sform(place, code="scanner")
+    # a quaternion states no shear, and its spacing is kept
+    nifti.set_qform(place, code="scanner", strip_shears=True)
+    if not np.allclose(nifti.get_qform(), place, atol=1e-3):
+        nifti.header["qform_code"] = 0
     nifti.header.set_xyzt_units("mm")
     if dtype.kind in "iu":
         nifti.header.set_slope_inter(slope, intercept)
@@ -189,107 +216,92 @@ def write_image(path: str | os.PathLike, image: Image, like: Image | None = None
         nib.save(nifti, partial)
 
 
-def _smallest(array: np.ndarray) -> np.dtype:
-    low, high = array.min(), array.max()
-    fits = (d for d in (np.uint8, np.int16, np.int32) if np.iinfo(d).min <= low and high <= np.iinfo(d).max)
-    return np.dtype(next(fits, np.int64)) if (array == np.rint(array)).all() else np.dtype(np.float32)
+def _stored_type(values: Tensor, meta: dict[str, Any], labels: bool) -> np.dtype:
+    dtype = np.dtype(meta.get("dtype", str(values.dtype).removeprefix("torch.")))
+    if labels and dtype.kind not in "iu":
+        whole = not values.is_floating_point() or bool((values == values.round()).all())
+        low, high = (int(values.min()), int(values.max())) if whole else (0, 0)
+        fitting = (t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+        return np.dtype(next(fitting, np.int64) if whole else np.float32)
+    if dtype == np.bool_:
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32) if dtype == np.float16 else dtype  # NIfTI has neither
 
 
-# ----------------------------------------------------------------------------------------------------------- arrays
+def _rounded(array: np.ndarray, dtype: np.dtype, slope: float, intercept: float) -> np.ndarray:
+    """Values as the whole numbers that a file stores for them; the nearest for those out of range."""
+    limits = np.iinfo(dtype)
+    if array.dtype.kind in "iu" and (slope, intercept) == (1.0, 0.0):
+        return np.clip(array, max(limits.min, np.iinfo(array.dtype).min), min(limits.max, np.iinfo(array.dtype).max))
+    stored = np.nan_to_num((array.astype(np.float64) - intercept) / slope, nan=0.0)
+    # the largest double that an int64 holds is 1024 below its largest number
+    highest = min(limits.max, np.nextafter(float(limits.max), 0) if limits.bits == 64 else limits.max)
+    return np.clip(np.rint(stored), limits.min, highest)
 
 
-def _image(array: np.ndarray, affine: Any, meta: dict[str, Any], name: str) -> Image:
-    """An image of an array ``[C, *spatial]`` with an affine of any size."""
-    if array.dtype.kind not in "biuf":
-        raise RegistrationError(f"{name}.dtype", str(array.dtype), "real numbers")
-    wider = _WIDER.get(array.dtype.name)
-    if array.dtype.name == "uint64":
-        wider = np.int64 if array.size and array.max() <= np.iinfo(np.int64).max else np.float64
-    # in this machine's byte order, and in memory of its own
-    native = np.array(array, dtype=wider or array.dtype.newbyteorder("="), order="C")
-    return _checked(torch.from_numpy(native), affine, {"dtype": array.dtype.name, "notes": []} | meta, name)
+# ------------------------------------------------------------------------------------------------- files and arrays
 
 
-def _from_tensor(tensor: Tensor, name: str, affine: Any) -> Image:
-    meta: dict[str, Any] = {"unit": "pixel" if affine is None else "mm"}
+def _from_file(path: Path, name: str) -> Image:
+    folder, _, choice = str(path).rpartition("#")
+    try:
+        if exists(path):
+            stored = read_dicom_folder(path, None) if path.is_dir() else read_file(path)
+        elif folder and exists(folder):
+            stored = read_dicom_folder(Path(folder), choice)
+        else:
+            raise RegistrationError(name, str(path), "an existing file")
+    except (RegistrationError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # the libraries raise whatever they raise
+        allowed = f"an image that can be read ({type(error).__name__}: {error})"
+        raise RegistrationError(name, str(path), allowed) from error
+    stored.meta["path"] = str(path)
+    return _from_stored(stored, name)
+
+
+def _from_tensor(tensor: Tensor, affine: Any, name: str) -> Image:
+    meta: dict[str, Any] = {"unit": "pixel" if affine is None else "mm", "notes": []}
     if hasattr(tensor, "as_tensor"):  # a MetaTensor, and MONAI is imported
         known: Any = tensor.meta  # type: ignore[attr-defined]
         if str(known.get("space", "RAS")) == "LPS":
             raise RegistrationError(name, "an affine in LPS", "an affine in RAS, as LoadImage gives it")
-        meta = {key: known[key] for key in ("notes", "dtype", "slope", "intercept", "place") if key in known}
-        meta |= {"unit": str(known.get("unit", "mm"))}
+        # not the type: the values may have been scaled since they were read
+        meta |= {"unit": "mm"} | {key: known[key] for key in ("notes", "place", "unit", "color") if key in known}
         if isinstance(known.get("filename_or_obj"), (str, os.PathLike)):
             meta["path"] = str(known["filename_or_obj"])
         tensor, affine = tensor.as_tensor(), tensor.affine  # type: ignore[attr-defined]
-    if tensor.is_complex():
-        raise RegistrationError(f"{name}.dtype", str(tensor.dtype), "real numbers")
-    return _checked(tensor, affine, {"notes": []} | meta, name)
+    return _checked(tensor, affine, meta, name)
+
+
+def _from_stored(stored: Stored, name: str) -> Image:
+    """An image of what a file holds, in a type that torch computes with."""
+    array = stored.channels
+    if array.dtype.kind not in "biuf":
+        raise RegistrationError(f"{name}.dtype", str(array.dtype), "real numbers")
+    wider = _WIDER.get(array.dtype.name, array.dtype.newbyteorder("="))
+    if array.dtype.name == "uint64" and array.size and array.max() > np.iinfo(np.int64).max:
+        wider = np.float64
+    # in this machine's byte order, and in memory of its own
+    values = torch.from_numpy(np.array(array, dtype=wider, order="C"))
+    return _checked(values, stored.affine, {"dtype": array.dtype.name, "notes": []} | stored.meta, name)
 
 
 def _checked(values: Tensor, affine: Any, meta: dict[str, Any], name: str) -> Image:
-    dims = values.ndim - 1
-    if dims not in (2, 3):
-        raise RegistrationError(name, tuple(values.shape), "a channel-first image with 2 or 3 spatial dimensions")
-    if min(values.shape) == 0:
-        raise RegistrationError(name, tuple(values.shape), "an image with at least one voxel")
-    try:
-        given = torch.as_tensor(np.eye(dims + 1) if affine is None else affine).detach().cpu().double()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RegistrationError(f"{name}.affine", affine, f"a {dims + 1}x{dims + 1} matrix") from error
-    if given.shape not in ((dims + 1, dims + 1), (4, 4)):
-        raise RegistrationError(f"{name}.affine", tuple(given.shape), f"a {dims + 1}x{dims + 1} matrix")
-    matrix = torch.eye(dims + 1, dtype=torch.float64)
-    matrix[:dims, :dims], matrix[:dims, dims] = given[:dims, :dims], given[:dims, -1]
-    columns = matrix[:dims, :dims] / matrix[:dims, :dims].norm(dim=0).clamp_min(1e-300)
-    if not bool(torch.isfinite(matrix).all()) or abs(float(torch.linalg.det(columns))) < 1e-9:
-        raise RegistrationError(f"{name}.affine", matrix.tolist(), "a finite, invertible matrix")
-    if float(matrix.abs().max()) > _FARTHEST:
-        raise RegistrationError(f"{name}.affine", matrix.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
+    """The image, in 2D where it is a single slice."""
+    shape = tuple(values.shape)
+    if values.ndim not in (3, 4):
+        raise RegistrationError(name, shape, "a channel-first image with 2 or 3 spatial dimensions")
+    if min(shape) == 0:
+        raise RegistrationError(name, shape, "an image with at least one voxel")
+    if values.is_complex():
+        raise RegistrationError(f"{name}.dtype", str(values.dtype), "real numbers")
+    matrix = checked_affine(affine, values.ndim - 1, name)
+    if shape[1:].count(1) == 1 and len(shape) == 4:
+        axis = shape[1:].index(1)
+        place = matrix[:, [*(a for a in range(3) if a != axis), axis, 3]].numpy()
+        values, matrix = values.squeeze(axis + 1), torch.as_tensor(plane_of_slice(place))
+        meta = meta | {"place": place.tolist()}
+    if min(values.shape[1:]) < _SMALLEST_AXIS:
+        raise RegistrationError(name, shape, f"at least {_SMALLEST_AXIS} voxels along every axis")
     return Image(values, matrix, meta)
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def _from_file(path: Path, name: str) -> Image:
-    if not exists(path):
-        raise RegistrationError(name, str(path), "an existing file")
-    try:
-        array, affine, meta = _read_itk(path) if path.is_dir() else _read_nibabel(path)
-    except ImageFileError:
-        try:
-            array, affine, meta = _read_itk(path)
-        except Exception as error:  # ITK raises whatever its readers raise
-            raise _unreadable(path, name, error) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # likewise
-        raise _unreadable(path, name, error) from error
-    return _image(array, affine, {"path": str(path), "unit": "mm"} | meta, name)
-
-
-def _unreadable(path: Path, name: str, error: Exception) -> RegistrationError:
-    return RegistrationError(name, str(path), f"an image that can be read ({type(error).__name__}: {error})")
-
-
-def _read_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    file: Any = nib.load(path)
-    array = np.asanyarray(file.dataobj)
-    meta: dict[str, Any] = {"dtype": file.get_data_dtype().name}
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    channels = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-    header = file.header
-    if "qform_code" in header and int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
-        meta["notes"] = [f"{path.name} does not state its orientation (qform and sform codes are 0)"]
-    return channels, file.affine, meta
-
-
-def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    from monai.transforms import LoadImage
-
-    image: Any = LoadImage(reader="ITKReader", image_only=True, ensure_channel_first=True, dtype=None)(path)
-    array = image.as_tensor().numpy()
-    return (array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array), image.affine.numpy(), {}

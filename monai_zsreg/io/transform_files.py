@@ -50,6 +50,7 @@ from monai_zsreg.geometry import (
     world_from_index,
 )
 from monai_zsreg.io.files import atomic_path, exists, write_json
+from monai_zsreg.io.images import Image, load_image
 from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
 
 __all__ = ["TRANSFORM_FORMATS", "read_transform", "write_transform"]
@@ -236,6 +237,8 @@ def _volume(image: Any, name: str, format: str) -> _Volume:
 def _lattice(image: Any, name: str) -> _Volume:
     if isinstance(image, Grid):
         return _Volume(image, image.spacing, "unknown")
+    if isinstance(image, Image):
+        return _Volume(image.grid, image.grid.spacing, str(image.meta.get("path", "unknown")))
     if isinstance(image, MetaTensor):
         if image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS) == SpaceKeys.LPS:
             raise RegistrationError(name, "an affine in LPS", "an affine in RAS, as LoadImage gives it")
@@ -250,10 +253,7 @@ def _lattice(image: Any, name: str) -> _Volume:
     try:
         header: Any = nib.load(image)
     except Exception:  # not one of nibabel's formats, or broken: the general reader knows or says why
-        # here, because the registration package imports this one
-        from monai_zsreg.registration.images import read_image
-
-        grid = Grid.of(read_image(image, name), name)
+        grid = load_image(image, name).grid
         return _Volume(grid, grid.spacing, os.fspath(image))
     return _of_nibabel(header, name)
 
