@@ -92,10 +92,13 @@ class Plane:
 def planes_of(image: Image, channel: int = 0) -> list[Plane]:
     """The planes to show: in 3D an axial, a coronal and a sagittal one through the middle of what the image shows."""
     grid = image.grid
-    world = _world_axes(grid)
+    flat = grid.dims == 2 and "place" in image.meta  # a slice in space
+    lines = torch.tensor(image.meta["place"], dtype=torch.float64)[:3, :2] if flat else grid.affine[:-1, :-1]
+    world = _world_axes(lines)
     known = image.meta.get("unit") != "pixel" and not image.meta.get("notes")
     if grid.dims == 2:
-        return [_plane(grid, world, (0, 1), None, "", known and "place" not in image.meta)]
+        (normal,) = {0, 1, 2} - set(world)
+        return [_plane(grid, lines, world, None, _NAMES[normal] if flat and known else "", known)]
     step = [max(1, n // 64) for n in grid.shape]
     coarse = torch.nan_to_num(image.values[channel, :: step[0], :: step[1], :: step[2]].float())
     low, high = quantiles(coarse)
@@ -105,36 +108,34 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
         axis = world.index(normal)
         profile = weights.sum(dim=[a for a in range(3) if a != axis])
         middle = float((profile * torch.arange(len(profile))).sum() / profile.sum()) * step[axis]
-        kept = [a for a in range(3) if a != normal]
-        planes.append(_plane(grid, world, (kept[0], kept[1]), (axis, round(middle)), _NAMES[normal], known))
+        planes.append(_plane(grid, lines, world, (axis, round(middle)), _NAMES[normal], known))
     return planes
 
 
-def _world_axes(grid: Grid) -> list[int]:
+def _world_axes(lines: Tensor) -> list[int]:
     """For each array axis the world axis that it runs along, each of them once."""
-    size = (grid.affine[:-1, :-1] / torch.tensor(grid.spacing)).abs()
-    found = [-1] * grid.dims
-    for flat in size.flatten().argsort(descending=True).tolist():
-        world, axis = divmod(flat, grid.dims)
+    size = (lines / lines.norm(dim=0)).abs()
+    found = [-1] * lines.shape[1]
+    for place in size.flatten().argsort(descending=True).tolist():
+        world, axis = divmod(place, lines.shape[1])
         if found[axis] < 0 and world not in found:
             found[axis] = world
     return found
 
 
 def _plane(
-    grid: Grid, world: list[int], shown: tuple[int, int], cut: tuple[int, int] | None, name: str, known: bool
+    grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool
 ) -> Plane:
     shape, start, step = list(grid.shape), [0] * grid.dims, [1] * grid.dims
+    shown = [axis for axis in range(grid.dims) if cut is None or axis != cut[0]]
     if cut is not None:
         shape[cut[0]], start[cut[0]] = 1, min(cut[1], shape[cut[0]] - 1)
     ends, letters = [], []
-    for direction in shown:
-        axis = world.index(direction)
+    for axis in sorted(shown, key=lambda axis: world[axis]):
         step[axis] = -(-shape[axis] // _LARGEST)
         shape[axis] = -(-shape[axis] // step[axis])
-        forward = bool(grid.affine[direction, axis] > 0)
-        ends.append((axis, forward))
-        letters += [_LETTERS[0][direction], _LETTERS[1][direction]]
+        ends.append((axis, bool(lines[world[axis], axis] > 0)))
+        letters += [_LETTERS[0][world[axis]], _LETTERS[1][world[axis]]]
     affine = grid.affine.clone()
     affine[:-1, -1] += affine[:-1, :-1] @ torch.tensor(start, dtype=torch.float64)
     affine[:-1, :-1] *= torch.tensor(step, dtype=torch.float64)
