@@ -9,16 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import DtypeLike, KeysCollection
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, LazyTransform, MapTransform
-from monai.utils import GridSampleMode, GridSamplePadMode, ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.io.transform_files import read_transform
-from monai_zsreg.resample import AFFINE_KEY, ApplyAffineRegistration, evaluate_pending, read_matrix
-from monai_zsreg.transforms.array import RegisterAffine, SaveAffine
+from monai_zsreg.geometry import checked_matrix
+from monai_zsreg.io import read_transform
+from monai_zsreg.registration import DEFAULT_PRESET
+from monai_zsreg.transforms.array import (
+    AFFINE_KEY,
+    ApplyAffineRegistration,
+    RegisterAffine,
+    SaveAffine,
+    as_image,
+    evaluate_pending,
+)
 
 __all__ = [
     "ApplyAffineRegistrationD",
@@ -68,11 +76,10 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         vgg19_weights: see `RegisterAffine`.
         seed: see `RegisterAffine`.
         on_failure: see `RegisterAffine`.
-        dtype: floating point type to resample in.
         allow_missing_keys: whether images of ``keys``, and followers, may be missing. A follower whose leader is
             missing is an error all the same, because it would stay unaligned.
         lazy: whether to execute lazily by default.
-        preset_options: further arguments of `monai_zsreg.register`.
+        options: further arguments of `monai_zsreg.register`.
 
     Raises:
         RegistrationError: a wrong argument.
@@ -84,24 +91,23 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         self,
         keys: KeysCollection,
         fixed_key: Hashable,
-        preset: str = "robust",
+        preset: str = DEFAULT_PRESET,
         transform: str = "affine",
-        mode: str | int | Sequence[str | int] = GridSampleMode.BILINEAR,
-        padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
-        fill_value: float | Sequence[float] = 0.0,
+        mode: str | int | Sequence[str | int] = "bilinear",
+        padding_mode: str | Sequence[str] = "zeros",
+        fill_value: float | None | Sequence[float | None] = None,
         followers: Mapping[Hashable, Hashable] | None = None,
-        follower_mode: str | int | Sequence[str | int] = GridSampleMode.NEAREST,
-        follower_padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
-        follower_fill_value: float | Sequence[float] = 0.0,
+        follower_mode: str | int | Sequence[str | int] = "nearest",
+        follower_padding_mode: str | Sequence[str] = "zeros",
+        follower_fill_value: float | None | Sequence[float | None] = None,
         affine_prefix: str = "affine_",
         device: str | torch.device | None = None,
         vgg19_weights: str | os.PathLike | None = None,
         seed: int = 0,
         on_failure: str = "raise",
-        dtype: DtypeLike = np.float64,
         allow_missing_keys: bool = False,
         lazy: bool = False,
-        **preset_options: Any,
+        **options: Any,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         LazyTransform.__init__(self, lazy=lazy)
@@ -127,11 +133,10 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
             vgg19_weights=vgg19_weights,
             seed=seed,
             on_failure=on_failure,
-            dtype=dtype,
             lazy=lazy,
-            **preset_options,
+            **options,
         )
-        self.applier = ApplyAffineRegistration(dtype=dtype, lazy=lazy)
+        self.applier = ApplyAffineRegistration(lazy=lazy)
 
     @LazyTransform.lazy.setter  # type: ignore[attr-defined]
     def lazy(self, val: bool) -> None:
@@ -159,17 +164,18 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
             if self.followers[follower] not in d:
                 leader = self.followers[follower]
                 raise RegistrationError("data", list(d), f"the key {leader!r} too, because {follower!r} follows it")
+        lazy = self.lazy if lazy is None else lazy
         fixed: Any = None
         for key, options in self.key_iterator(d, self.key_options):
-            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
-            d[key] = self.registrar(d[key], fixed, **options, lazy=self.lazy if lazy is None else lazy)
+            if fixed is None:
+                fixed = _fixed_image(d, self.fixed_key)
+                prepared = self.registrar.prepare(fixed)
+            d[key] = self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
             d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
         for follower, options in zip(self.followers, self.follower_options, strict=True):
             if follower in followers:
                 matrix = d[f"{self.affine_prefix}{self.followers[follower]}"]
-                d[follower] = self.applier(
-                    d[follower], matrix, fixed, **options, lazy=self.lazy if lazy is None else lazy
-                )
+                d[follower] = self.applier(d[follower], matrix, fixed, **options, lazy=lazy)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -204,7 +210,6 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         mode: interpolation, one for all ``keys`` or one each.
         padding_mode: one for all ``keys`` or one each.
         fill_value: value outside the moving image, one for all ``keys`` or one each.
-        dtype: floating point type to resample in.
         allow_missing_keys: whether ``keys`` may be missing.
         lazy: whether to execute lazily by default.
 
@@ -220,10 +225,9 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         fixed_key: Hashable,
         affine_keys: KeysCollection | None = None,
         affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike | None = None,
-        mode: str | int | Sequence[str | int] = GridSampleMode.BILINEAR,
-        padding_mode: str | Sequence[str] = GridSamplePadMode.ZEROS,
-        fill_value: float | Sequence[float] = 0.0,
-        dtype: DtypeLike = np.float64,
+        mode: str | int | Sequence[str | int] = "bilinear",
+        padding_mode: str | Sequence[str] = "zeros",
+        fill_value: float | None | Sequence[float | None] = None,
         allow_missing_keys: bool = False,
         lazy: bool = False,
     ) -> None:
@@ -238,7 +242,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
             self.affine_keys = _one_each("affine_keys", affine_keys, len(self.keys))
         self.affine = None if affine is None else _any_matrix(affine)
         self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
-        self.applier = ApplyAffineRegistration(dtype=dtype, lazy=lazy)
+        self.applier = ApplyAffineRegistration(lazy=lazy)
 
     @LazyTransform.lazy.setter  # type: ignore[attr-defined]
     def lazy(self, val: bool) -> None:
@@ -316,19 +320,18 @@ class SaveAffined(MapTransform):
         return d
 
 
-def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> Any:
+def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
     if fixed_key not in data:
         raise RegistrationError("fixed_key", fixed_key, f"a key of the data, which has {list(data)}")
-    fixed = data[fixed_key]
-    # once for all keys; what is no image is left for the array transform to refuse
-    return evaluate_pending(fixed) if isinstance(fixed, MetaTensor) else fixed
+    # once for all keys
+    return evaluate_pending(as_image(data[fixed_key], "fixed"))
 
 
 def _any_matrix(affine: Any) -> list[list[float]]:
     """A matrix of 2D or 3D, where no image says yet which, as numbers: a tensor pickles differently every time."""
     if isinstance(affine, (str, os.PathLike)):
         affine = read_transform(affine)
-    return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
+    return checked_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3, "affine").tolist()
 
 
 def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:

@@ -83,7 +83,9 @@ def test_each_key_in_its_own_way(known_pair, itk_resample) -> None:
     moved = apply_known(fill_value=[-5.0, 0.0])(item)
     ones = known_pair.moving[:1] * 0 + 1
     outside = (
-        ApplyAffineRegistrationd("x", "fixed", affine=known_pair.affine)({"x": ones, "fixed": known_pair.fixed})["x"]
+        ApplyAffineRegistrationd("x", "fixed", affine=known_pair.affine, fill_value=0)(
+            {"x": ones, "fixed": known_pair.fixed}
+        )["x"]
         == 0
     )
     assert (moved["moving"][:1][outside] == -5).all()
