@@ -76,10 +76,12 @@ def check(request: Mapping[str, Any]) -> None:
         if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < float(limit) < math.inf:
             raise RegistrationError("success_mm", limit, "a number above 0")
         found = _all_entries(request)
-        # of many pairs each has its own result, good or bad
-        for argument in ("fixed", "moving", "labels") if request["datalist"] is None else ():
-            if argument in found[0] and not os.path.exists(found[0][argument]):
-                raise RegistrationError(argument, found[0][argument], "an existing file")
+        files = {key: request[key] for key in ("vgg19_weights", "regressor_weights")}
+        if request["datalist"] is None:  # of many pairs each has its own result, good or bad
+            files |= {key: path for key, path in found[0].items() if key != "name"}
+        for argument, path in files.items():
+            if path is not None and not os.path.exists(cohort.text(path, argument)):
+                raise RegistrationError(argument, path, "an existing file")
     # the verdict is told anyway
     warnings.simplefilter("ignore", RegistrationWarning)
 

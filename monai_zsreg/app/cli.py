@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="zsreg", description="Affine registration of images of any modality, without training.")
-    parser.add_argument("--version", action=_Version, help="show the version and end")
+    parser.add_argument("--version", action=_Version, default=argparse.SUPPRESS, help="show the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, text: str, run: Any) -> Any:
