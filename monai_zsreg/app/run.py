@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -278,13 +278,9 @@ def _blackening(result: RegistrationResult, settings: Settings, images: dict[str
 
 
 def _versions() -> dict[str, str]:
-    found = {"monai_zsreg": monai_zsreg.__version__}
-    for name in ("monai", "torch", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a checkout on the path
-            found[name] = "unknown"
-    return found | {"python": platform.python_version()}
+    # MONAI need not be imported to be asked
+    found = {"monai_zsreg": monai_zsreg.__version__, "monai": version("monai"), "torch": torch.__version__}
+    return found | {"numpy": np.__version__, "python": platform.python_version()}
 
 
 def _plain(value: Any) -> Any:
