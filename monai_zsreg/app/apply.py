@@ -14,7 +14,16 @@ import torch
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import apply_affine
-from monai_zsreg.io import Image, Landmarks, atomic_path, load_image, read_landmarks, read_transform, write_image, write_transform
+from monai_zsreg.io import (
+    Image,
+    Landmarks,
+    atomic_path,
+    load_image,
+    read_landmarks,
+    read_transform,
+    write_image,
+    write_transform,
+)
 from monai_zsreg.resample import resample
 
 __all__ = ["apply_files", "compose_transforms", "move_points"]
@@ -97,7 +106,9 @@ def apply_files(
     Raises:
         RegistrationError: a file that cannot be used; nothing is written then.
     """
-    one, two = (None if path is None else load_image(path, name) for path, name in ((fixed, "fixed"), (moving, "moving")))
+    one, two = (
+        None if path is None else load_image(path, name) for path, name in ((fixed, "fixed"), (moving, "moving"))
+    )
     matrix = compose_transforms(transform, one, two, via, invert, format)
     landmarks = move_points(read_landmarks(points), matrix) if points else None
     moved = None

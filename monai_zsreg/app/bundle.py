@@ -108,7 +108,10 @@ def settings(request: Mapping[str, Any]) -> Settings:
         page=flags["page"],
         exact=flags["evaluation"],
         regressor_weights=None if weights is None else cohort.text(weights, "regressor_weights"),
-        **{key: request[key] for key in ("preset", "transform", "device", "vgg19_weights", "seed", "demonstration_dims")},
+        **{
+            key: request[key]
+            for key in ("preset", "transform", "device", "vgg19_weights", "seed", "demonstration_dims")
+        },
     )
 
 
@@ -254,7 +257,9 @@ class PairEvaluator(SupervisedEvaluator):
 
     def __init__(self, *args: Any, isolate: bool = False, **kwargs: Any) -> None:
         self.isolate = isolate
-        super().__init__(*args, prepare_batch=lambda batch, *args, **kwargs: (batch, None), **kwargs)
+        # the images stay where they are: the registration moves what it needs to the device
+        kwargs["prepare_batch"] = lambda batch, *args, **kwargs: (batch, None)
+        super().__init__(*args, **kwargs)
         # whoever runs it tells what went wrong
         self.logger.setLevel("CRITICAL")
 

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, text: str, run: Any) -> Any:
         epilog = _EXAMPLES.get(name)
         form = argparse.RawDescriptionHelpFormatter
-        made = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=form, allow_abbrev=False)
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=form, allow_abbrev=False
+        )
         made.set_defaults(run=run)
         return made
 
@@ -161,8 +163,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Version(argparse.Action):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, nargs=0, **kwargs)
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
         from monai_zsreg import __version__

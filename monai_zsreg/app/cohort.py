@@ -250,8 +250,12 @@ def fingerprint(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """What a result depends on: a pair whose report holds the same need not be registered again."""
     files = {key: path for key, path in entry.items() if key != "name"}
     named = {key: value for key, value in settings.arguments.items() if key != "device"}
-    files |= {key: value for key, value in named.items() if isinstance(value, (str, os.PathLike)) and os.path.exists(value)}
-    plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in sorted(named.items())}
+    files |= {
+        key: value for key, value in named.items() if isinstance(value, (str, os.PathLike)) and os.path.exists(value)
+    }
+    plain = {
+        key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in sorted(named.items())
+    }
     states = {}
     for key, path in sorted(files.items()):
         with suppress(OSError):
@@ -384,7 +388,10 @@ class WriteBehind:
 
 
 def run_cohort(
-    entries: Sequence[Mapping[str, Any]], settings: Settings, done: Callable[[dict[str, Any]], None], isolate: bool = True
+    entries: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    done: Callable[[dict[str, Any]], None],
+    isolate: bool = True,
 ) -> None:
     """Register pairs one after the other; the next one is read and the last one written meanwhile.
 

@@ -150,7 +150,7 @@ def measure_pair(
         "every": step,
     }
     for when in _WHEN:
-        masks = {}
+        masks: dict[str, Any] = {}
         if moving_mask is not None:
             masks = {"fixed_mask": inside, "moving_mask": _carried(moving_mask, grid, pulls[when])}
         values = dict(similarity(here, images[when], **masks))

@@ -119,9 +119,7 @@ def folder_of(output_dir: str | os.PathLike, name: str) -> Path:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def read_pair(
-    entry: Mapping[str, Any], settings: Settings, last: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The images of a pair on their native grids, and what is known about them.
 
     Args:
@@ -155,7 +153,9 @@ def read_pair(
             flush=True,
         )
         pair |= demo_pair(folder, settings.demonstration_dims)
-    pair["files"] = {key: str(path) for key, path in pair.items() if isinstance(path, (str, os.PathLike)) and key != "name"}
+    pair["files"] = {
+        key: str(path) for key, path in pair.items() if isinstance(path, (str, os.PathLike)) and key != "name"
+    }
     written = (*_IMAGES.values(), *_PICTURES.values(), _TRANSFORM, REPORT)
     targets = {(folder / name).resolve() for name in written}
     for key, path in pair["files"].items():

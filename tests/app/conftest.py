@@ -31,4 +31,6 @@ def images(tmp_path_factory: pytest.TempPathFactory, load_slice: Callable[..., M
     noise = np.random.default_rng(0).random(values.shape).astype(np.float32)
     nib.save(nib.Nifti1Image(noise, header), folder / "noise.nii.gz")
     (folder / "text.nii.gz").write_text("no image")
-    return SimpleNamespace(folder=folder, shift=SHIFT, **{name: folder / f"{name}.nii.gz" for name in ("t1", "t2", "noise", "text")})
+    return SimpleNamespace(
+        folder=folder, shift=SHIFT, **{name: folder / f"{name}.nii.gz" for name in ("t1", "t2", "noise", "text")}
+    )

@@ -38,7 +38,9 @@ def imported(words: list[str], *names: str) -> list[str]:
     """The status of the command in a process of its own, and which of some modules it has imported."""
     code = _IMPORTED.format(words=words, names=names)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()
 

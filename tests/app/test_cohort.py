@@ -181,7 +181,12 @@ def test_nothing_in_a_list_is_evaluated(images: SimpleNamespace, tmp_path: Path)
     entries = [{"fixed": str(images.t1), "moving": name, "name": f"${number}"} for number, name in enumerate(names)]
     (tmp_path / "pairs.json").write_text(json.dumps({"testing": entries}))
     out = tmp_path / "out"
-    assert main(["cohort", str(tmp_path / "pairs.json"), "-o", str(out), "--dataset-dir", str(tmp_path), "-q", "--no-page"]) == 0
+    assert (
+        main(
+            ["cohort", str(tmp_path / "pairs.json"), "-o", str(out), "--dataset-dir", str(tmp_path), "-q", "--no-page"]
+        )
+        == 0
+    )
     assert all((out / f"${number}" / "moved.nii.gz").is_file() for number in range(len(names)))
 
 
@@ -288,7 +293,9 @@ def test_several_moving_images_share_the_fixed_one(
 ) -> None:
     seen = []
     register = cohort.register_pair
-    monkeypatch.setattr(cohort, "register_pair", lambda pair, settings: seen.append(pair["prepared"]) or register(pair, settings))
+    monkeypatch.setattr(
+        cohort, "register_pair", lambda pair, settings: seen.append(pair["prepared"]) or register(pair, settings)
+    )
     moving = [str(images.folder / f"{name}.nii.gz") for name in ("t2", "noise")]
     assert main(["register", str(images.t1), *moving, "-o", str(tmp_path), "-q", "--no-page"]) == 3
     assert seen[0] is seen[1] and (tmp_path / "t2" / "report.json").exists() and (tmp_path / "noise").is_dir()

@@ -74,7 +74,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, load_slice: Callable[..., Met
     save(folder / "volume.nii.gz", np.ones((20, 20, 20), dtype=np.float32), np.eye(4))
     (folder / "text.nii.gz").write_text("no image")
     write_transform(folder / "truth.tfm", truth)
-    return SimpleNamespace(folder=folder, fixed=folder / "fixed image.nii.gz", moving=folder / AWKWARD, truth=truth, image=image)
+    return SimpleNamespace(
+        folder=folder, fixed=folder / "fixed image.nii.gz", moving=folder / AWKWARD, truth=truth, image=image
+    )
 
 
 def test_command_registers_a_pair_from_another_folder(pair: SimpleNamespace, tmp_path: Path) -> None:
@@ -158,7 +160,12 @@ def test_a_list_and_the_rest_of_it(pair: SimpleNamespace, tmp_path: Path, capsys
 
 
 def test_evaluation_is_an_overlay(pair: SimpleNamespace, tmp_path: Path) -> None:
-    entry = {"fixed": str(pair.fixed), "moving": str(pair.moving), "name": "known", "truth": str(pair.folder / "truth.tfm")}
+    entry = {
+        "fixed": str(pair.fixed),
+        "moving": str(pair.moving),
+        "name": "known",
+        "truth": str(pair.folder / "truth.tfm"),
+    }
     workflow = ConfigWorkflow(
         [INFERENCE, EVALUATE], workflow_type="infer", logging_file=False, datalist=[entry], output_dir=str(tmp_path),
         device="cpu", page=False, success_mm=0.5,

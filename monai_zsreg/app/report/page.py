@@ -102,9 +102,7 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
 
 def _template(name: str) -> Any:
     folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = _shown
     # relative, so that a colon is no protocol
     environment.filters["address"] = lambda path: "./" + quote(str(path))
@@ -165,7 +163,9 @@ def _figure(plane: Any, picture: str, over: str | None = None, caption: str = ""
 def _error_section(result: RegistrationResult, views: Views, unit: str) -> dict[str, Any]:
     maps = [plane.picture(result.expected_error(plane.grid)[0]) for plane in views.planes]
     masks = [filled(gray > 0.05) for gray in views.fixed]
-    inside = np.concatenate([values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)])
+    inside = np.concatenate(
+        [values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)]
+    )
     limits = float(inside.min()), float(inside.max())
     figures = [
         _figure(plane, data_url(colored(gray, values, limits, mask)))
@@ -200,7 +200,10 @@ def _agreement(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not metrics:
         return []
     rows = [
-        (f"{title} of the {metrics['dice_of']}" if key == "dice" else title, *(metrics[when].get(key) for when in _WHEN))
+        (
+            f"{title} of the {metrics['dice_of']}" if key == "dice" else title,
+            *(metrics[when].get(key) for when in _WHEN),
+        )
         for key, title in _METRICS.items()
         if key in metrics["after"]
     ]
@@ -235,7 +238,9 @@ def _judged(result: RegistrationResult) -> list[dict[str, Any]]:
     rows = [
         (key.replace("_", " "), value, *getattr(limits, key, (None, None))) for key, value in result.measures.items()
     ]
-    return [_table("What the verdict rests on", ("measure", "value", "WARN beyond", "FAIL beyond"), rows)] if rows else []
+    return (
+        [_table("What the verdict rests on", ("measure", "value", "WARN beyond", "FAIL beyond"), rows)] if rows else []
+    )
 
 
 def _transform(result: RegistrationResult, unit: str) -> dict[str, Any]:

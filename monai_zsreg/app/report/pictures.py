@@ -123,9 +123,7 @@ def _world_axes(lines: Tensor) -> list[int]:
     return found
 
 
-def _plane(
-    grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool
-) -> Plane:
+def _plane(grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool) -> Plane:
     shape, start, step = list(grid.shape), [0] * grid.dims, [1] * grid.dims
     shown = [axis for axis in range(grid.dims) if cut is None or axis != cut[0]]
     if cut is not None:
@@ -171,7 +169,7 @@ class Views:
 
     def _cut(self, image: Image, channel: int, transform: Tensor) -> list[np.ndarray]:
         values = image.values[channel][None]
-        coarse = values[(0, *(slice(None, None, max(1, n // 100)) for n in values.shape[1:]))].float()
+        coarse = values[0][tuple(slice(None, None, max(1, n // 100)) for n in values.shape[1:])].float()
         low, high = (float(end) for end in quantiles(coarse[torch.isfinite(coarse)]))
         fill = background_value(coarse)
         pictures = []
