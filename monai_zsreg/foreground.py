@@ -72,7 +72,7 @@ def background_value(image: Tensor) -> float:
         image: ``[*spatial]``, any real type; what is not finite does not count.
     """
     values = image.detach()
-    values = values if values.is_floating_point() else values.float()
+    values = values if values.dtype == torch.float64 else values.float()
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         if not bool(finite.any()):

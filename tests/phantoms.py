@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
 
-__all__ = ["diagonal", "error", "moved_by", "padded", "pooled", "simulated", "template", "turn"]
+__all__ = ["diagonal", "error", "moved_by", "padded", "pooled", "simulated", "template", "tissue_shares", "turn"]
 
 # signal of cerebrospinal fluid, gray and white matter
 _SIGNAL = {"t2": (1.0, 0.6, 0.35), "flair": (0.1, 0.9, 0.7)}
@@ -35,6 +35,11 @@ def _tissues() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scale = head / np.maximum(gray + white, 1.0)
     # what is neither gray nor white is mostly fluid
     return t1, np.stack([head - (gray + white) * scale, gray * scale, white * scale]), images[0].affine
+
+
+def tissue_shares() -> tuple[np.ndarray, np.ndarray]:
+    """Shares of cerebrospinal fluid, gray and white matter in the head ``[3, I, J, K]``, and index to world."""
+    return _tissues()[1:]
 
 
 @lru_cache(maxsize=3)

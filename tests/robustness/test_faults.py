@@ -19,14 +19,11 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-import torch
 import torch.nn.functional as F
 
-import monai_zsreg
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io import atomic_path, read_itk_transform, write_json, write_transform
 from monai_zsreg.io.files import remove_leftovers
-from monai_zsreg.registration.robust import RobustEngine
 
 INFERENCE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration" / "configs" / "inference.json"
 PAIRS = 8
@@ -180,13 +177,3 @@ def test_leftovers_of_a_kill_go_when_they_are_old(tmp_path: Path) -> None:
     os.utime(mine, (past, past))
     remove_leftovers(tmp_path)
     assert not old.exists() and young.exists() and mine.exists()
-
-
-def test_accelerator_without_memory_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-    monkeypatch.setattr(RobustEngine, "estimate", full)
-    image = np.random.default_rng(0).random((32, 32))
-    with pytest.raises(RegistrationError, match="^device: .*more free memory.*spacing.*cpu"):
-        monai_zsreg.register(image, image)

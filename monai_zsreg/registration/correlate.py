@@ -1,0 +1,587 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coarse candidates from every translation at once: masked correlation of edge orientations, rotation after rotation.
+
+A search that starts from the middles of the two foregrounds does not find pairs whose fields of view overlap in part
+only: slabs, body regions, photographs. Here each rotation is correlated with every translation by FFT, normalized over
+what both images show (Padfield, IEEE TIP 2012), so that the answer does not depend on where the images lie.
+
+What is correlated are the structure tensors of the normalized gradient, smoothed (compare the normalized gradient
+fields of Haber and Modersitzki, MICCAI 2006). They do not change when contrast is inverted, they are computed on a grid
+finer than the lattice of the correlation, and they turn with the image: the moving image is described once and not
+again for each rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Candidates", "correlate", "seen_region"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Transforms to refine, best first, no two of them alike.
+
+    Attributes:
+        transform: ``[K, D+1, D+1]`` float64 on the CPU, fixed world to moving world.
+        score: ``[K]`` correlation of the edge orientations over the overlap, 1 for the same image, less where the
+            overlap is small.
+        overlap: ``[K]`` part of the smaller of the two seen regions that lies in the other.
+        margin: how far the best score stands above the second; the others all lie apart from it. What is right stands
+            0.1 and more above, what is wrong hardly at all.
+    """
+
+    transform: Tensor
+    score: Tensor
+    overlap: Tensor
+    margin: float
+
+
+# lattice points along the longest side of the smaller image: of the correlation, with a limit of the rotations and
+# without one; and how much finer the grid is that edges are found on
+_CELLS = {2: 64, 3: 18}
+_CELLS_ALL = {2: 64, 3: 13}
+_FINER = 2.5
+# number of rotations
+_TURNS = {2: 60, 3: 100}
+_TURNS_ALL = {2: 60, 3: 1440}
+# gradients below the root of this share of their mean square do not count as edges
+_FAINT = 0.1
+# least overlap, of the smaller region, and the power of the overlap that a score is multiplied by
+_LEAST = 0.2
+_POWER = 0.25
+# complex numbers of a batch, by whether there is a GPU
+_BATCH = {False: 1_500_000, True: 100_000_000}
+# widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
+# (logarithm)
+_ROUNDS = ((8.0, 0.8, 0.05), (5.0, 0.5, 0.03), (3.0, 0.3, 0.02), (2.0, 0.2, 0.01))
+_TRIALS = 16
+# candidates that take part in each round, and points that they are compared at
+_KEEP = (24, 16, 12, 8)
+_POINTS = 1200
+
+
+@torch.no_grad()
+def correlate(
+    fixed: Tensor,
+    moving: Tensor,
+    fixed_affine: Tensor,
+    moving_affine: Tensor,
+    fixed_seen: Tensor | None = None,
+    moving_seen: Tensor | None = None,
+    *,
+    reach: float | None = 45.0,
+    scales: tuple[float, ...] = (1.0,),
+    count: int = 12,
+    seed: int = 0,
+) -> Candidates:
+    """Find where two images may belong, whatever their positions.
+
+    Args:
+        fixed: values, ``[*spatial]``, 2D or 3D, of any resolution: they are averaged here.
+        moving: likewise, on the same device.
+        fixed_affine: ``(D+1, D+1)`` float64, index to world, mm.
+        moving_affine: likewise.
+        fixed_seen: what the image shows, bool ``[*spatial]``; None for all of it. See `seen_region`.
+        moving_seen: likewise.
+        reach: largest rotation from the headers' word, degrees; None for every rotation.
+        scales: lengths in the moving world over those in the fixed world to try.
+        count: largest number of candidates.
+        seed: of the random draws that improve the candidates.
+    """
+    pairs = ((fixed, fixed_affine, fixed_seen), (moving, moving_affine, moving_seen))
+    sides = [_sides(values, affine) for values, affine, _ in pairs]
+    dims = fixed.ndim
+    cells = (_CELLS if reach is not None else _CELLS_ALL)[dims]
+    step = min(float(side.max()) for side in sides) / cells
+    maps = [_Maps.of(values.float(), affine.double().cpu(), seen, step) for values, affine, seen in pairs]
+    # the smaller one turns, in the smaller cube
+    swap = float(sides[0].norm()) < float(sides[1].norm())
+    still, turned = reversed(maps) if swap else maps
+    factors = [1 / s for s in scales] if swap else list(scales)
+    transforms, scores = _scan(still, turned, step, reach, factors)
+    transforms = _apart(transforms, scores, still, 1.5 * step, 2 * count)[0]
+    free = len(scales) > 1
+    transforms, scores, overlaps = _improve(transforms, still, turned, step, free, seed)
+    transforms, scores, chosen = _apart(transforms, scores, still, 2.5 * step, count)
+    margin = float(scores[0] - scores[1]) if len(scores) > 1 else 1.0
+    if swap:
+        transforms = torch.linalg.inv(transforms)
+    return Candidates(transforms, scores, overlaps[chosen], margin)
+
+
+def seen_region(values: Tensor, finite: Tensor | None = None, border: int = 2) -> Tensor:
+    """What an image shows: all but the darkness that begins at its rim, as outside a camera's circle or in padding.
+
+    The border between the two is no structure of the object, and gradients across it mislead: it is left out too.
+
+    Args:
+        values: ``[*spatial]``.
+        finite: where they are numbers, bool ``[*spatial]``; None for everywhere.
+        border: voxels to leave out along the darkness.
+
+    Returns:
+        bool ``[*spatial]``; all True where hardly anything would remain.
+    """
+    dims = values.ndim
+    known = torch.ones_like(values, dtype=torch.bool) if finite is None else finite
+    inside = values[known]
+    if inside.numel() == 0:
+        return torch.ones_like(known)
+    ends = torch.tensor([0.005, 0.995], dtype=torch.float32, device=values.device)
+    low, high = torch.quantile(inside[:: 1 + inside.numel() // 1_000_000].float(), ends)
+    dark = (values <= low + 0.03 * (high - low)) | ~known
+    rim = torch.zeros_like(dark)
+    for axis in range(dims):
+        rim.select(axis, 0).fill_(True)
+        rim.select(axis, values.shape[axis] - 1).fill_(True)
+    reached, size = dark & rim, -1
+    while int(reached.sum()) != size:
+        size = int(reached.sum())
+        for _ in range(8):
+            reached = _grown(reached) & dark
+    for _ in range(border):
+        reached = _grown(reached)
+    seen = ~reached & known
+    return seen if float(seen.float().mean()) > 0.02 else known
+
+
+def _grown(mask: Tensor) -> Tensor:
+    """A mask and its neighbors along the axes."""
+    result = mask.clone()
+    for axis in range(mask.ndim):
+        n = mask.shape[axis] - 1
+        result.narrow(axis, 1, n).logical_or_(mask.narrow(axis, 0, n))
+        result.narrow(axis, 0, n).logical_or_(mask.narrow(axis, 1, n))
+    return result
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """Edge orientations of an image.
+
+    Attributes:
+        values: ``[P + 1, *spatial]``: the upper triangle of the tensor along world axes, and what part is seen.
+        affine: ``(D+1, D+1)`` float64, index to world.
+        sides: ``[D]`` lengths of the field of view, mm.
+    """
+
+    values: Tensor
+    affine: Tensor
+    sides: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, affine: Tensor, seen: Tensor | None, step: float) -> _Maps:
+        dims = values.ndim
+        sides = _sides(values, affine)
+        weight = torch.ones_like(values) if seen is None else seen.to(values)
+        values = torch.where(weight > 0, values, 0.0).nan_to_num(0.0, 0.0, 0.0)
+        spacing = affine[:dims, :dims].norm(dim=0)
+        factors = [
+            max(1, min(round(step / _FINER / float(s)), n // 4)) for s, n in zip(spacing, values.shape, strict=True)
+        ]
+        average = F.avg_pool2d if dims == 2 else F.avg_pool3d
+        whole = average(weight[None, None], factors)[0, 0]
+        values = average((values * weight)[None, None], factors)[0, 0] / whole.clamp(min=1e-6)
+        affine = affine @ _scaling(factors)
+        spacing = affine[:dims, :dims].norm(dim=0)
+        # a gradient needs both its neighbors
+        weight = (whole > 0.99).to(values)
+        if seen is not None:
+            weight = (~_grown(weight == 0)).to(values)
+        along = [
+            torch.gradient(values, dim=axis)[0] if n > 1 else torch.zeros_like(values)
+            for axis, n in enumerate(values.shape)
+        ]
+        to_world = torch.linalg.inv(affine[:dims, :dims]).mT.to(values)
+        gradient = torch.einsum("ij,j...->i...", to_world, torch.stack(along))
+        energy = gradient.square().sum(0)
+        typical = (energy * weight).sum() / weight.sum().clamp(min=1)
+        gradient = gradient / (energy + _FAINT * typical + 1e-30).sqrt()
+        tensor = torch.stack([gradient[i] * gradient[j] for i, j in _upper(dims)] + [torch.ones_like(values)])
+        smooth = _smoothed(tensor * weight, [float(0.5 * step / s) for s in spacing])
+        share = smooth[-1:]
+        return cls(torch.cat([smooth[:-1] / share.clamp(min=1e-6), share]), affine, sides)
+
+    @property
+    def dims(self) -> int:
+        return self.values.ndim - 1
+
+    @property
+    def center(self) -> Tensor:
+        """Middle of the field of view, world."""
+        middle = torch.tensor([(n - 1) / 2 for n in self.values.shape[1:]] + [1.0], dtype=torch.float64)
+        return (self.affine @ middle)[:-1]
+
+    @property
+    def axes(self) -> Tensor:
+        """The nearest orthonormal, right-handed axes, ``(D, D)`` columns."""
+        linear = self.affine[: self.dims, : self.dims]
+        u, _, vt = torch.linalg.svd(linear / linear.norm(dim=0))
+        if float(torch.linalg.det(u @ vt)) < 0:
+            u = torch.cat([u[:, :-1], -u[:, -1:]], dim=1)
+        return u @ vt
+
+    def volume(self) -> float:
+        """Of what is seen, mm."""
+        dims = self.dims
+        return float((self.values[-1] > 0.5).float().mean() * self.sides.prod()) if dims else 0.0
+
+    def at(self, points: Tensor, turns: Tensor, mode: str = "bilinear") -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            points: indices, ``[N, S, D]`` float32.
+            turns: orthonormal axes that the tensor is wanted along, ``[N, D, D]`` columns, world.
+            mode: ``"bilinear"`` or ``"nearest"``.
+
+        Returns:
+            Channels ``[N, C, S]`` and what is seen, ``[N, S]``, 1 or 0.
+        """
+        n, dims = len(points), self.dims
+        sizes = torch.tensor(self.values.shape[1:], dtype=torch.float32, device=points.device)
+        where = (2 * points + 1) / sizes - 1
+        inside = (where.abs() <= 1).all(-1)
+        grid = where.flip(-1).view(n, *[1] * (dims - 1), -1, dims)
+        found = F.grid_sample(
+            self.values.expand(n, *self.values.shape), grid, mode, padding_mode="border", align_corners=False
+        ).flatten(2)
+        channels = _to_channels(turns).to(found) @ found[:, :-1]
+        return channels, (inside & (found[:, -1] > 0.5)).to(found)
+
+
+def _sides(values: Tensor, affine: Tensor) -> Tensor:
+    """Lengths of the field of view, ``[D]`` float64."""
+    dims = values.ndim
+    return affine[:dims, :dims].double().cpu().norm(dim=0) * torch.tensor(values.shape, dtype=torch.float64)
+
+
+def _scaling(factors: list[int]) -> Tensor:
+    """Indices of blocks of voxels to those of the voxels."""
+    matrix = torch.diag(torch.tensor([*factors, 1], dtype=torch.float64))
+    matrix[:-1, -1] = torch.tensor([(f - 1) / 2 for f in factors], dtype=torch.float64)
+    return matrix
+
+
+def _upper(dims: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(dims) for j in range(i, dims)]
+
+
+def _smoothed(maps: Tensor, widths: list[float]) -> Tensor:
+    """A Gaussian along each axis of ``[C, *spatial]``, widths in voxels, zeros outside."""
+    for axis, width in enumerate(widths, start=1):
+        if width < 0.2:
+            continue
+        reach = math.ceil(2.5 * width)
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=maps.device) / width) ** 2)
+        kernel = (kernel / kernel.sum()).to(maps).view(1, 1, -1)
+        lines = maps.movedim(axis, -1)
+        smooth = F.conv1d(lines.reshape(-1, 1, lines.shape[-1]), kernel, padding=reach)
+        maps = smooth.view(lines.shape).movedim(-1, axis)
+    return maps.contiguous()
+
+
+@lru_cache
+def _symmetric_basis(dims: int) -> Tensor:
+    """Orthonormal symmetric matrices, ``[C, D, D]``, the last a multiple of the identity."""
+    basis = []
+    for i, j in _upper(dims):
+        if i != j:
+            one = torch.zeros(dims, dims, dtype=torch.float64)
+            one[i, j] = one[j, i] = 0.5**0.5
+            basis.append(one)
+    for k in range(1, dims):
+        diagonal = torch.tensor([1.0] * k + [-float(k)] + [0.0] * (dims - k - 1), dtype=torch.float64)
+        basis.append(torch.diag(diagonal / diagonal.norm()))
+    basis.append(torch.eye(dims, dtype=torch.float64) / dims**0.5)
+    return torch.stack(basis)
+
+
+def _to_channels(turns: Tensor) -> Tensor:
+    """From the upper triangle along world axes to coefficients along ``turns [N, D, D]``: ``[N, C, P]``."""
+    dims = turns.shape[-1]
+    basis = turns[:, None] @ _symmetric_basis(dims) @ turns[:, None].mT
+    return torch.stack([basis[..., i, j] * (1 if i == j else 2) for i, j in _upper(dims)], dim=-1)
+
+
+def _lattice(axes: Tensor, center: Tensor, shape: tuple[int, ...], step: float) -> Tensor:
+    """Lattice indices to world, ``[N, D+1, D+1]``, for axes ``[N, D, D]``."""
+    dims = len(shape)
+    matrix = torch.eye(dims + 1, dtype=torch.float64).repeat(len(axes), 1, 1)
+    matrix[:, :dims, :dims] = axes * step
+    middle = torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)
+    matrix[:, :dims, dims] = center - matrix[:, :dims, :dims] @ middle
+    return matrix
+
+
+def _on_lattice(maps: _Maps, axes: Tensor, shape: tuple[int, ...], step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps on lattices about their middle: mean-free channels ``[N, C, *shape]``, what is seen, and matrices."""
+    dims, device = maps.dims, maps.values.device
+    world = _lattice(axes, maps.center, shape, step)
+    index = (torch.linalg.inv(maps.affine) @ world).to(device, torch.float32)
+    ticks = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32, device=device) for n in shape])
+    points = ticks @ index[:, :dims, :dims].mT + index[:, None, :dims, dims]
+    # the maps are smooth and their grid is finer than the lattice: the nearest of its points will do
+    channels, seen = maps.at(points, axes, "nearest")
+    mean = (channels * seen[:, None]).sum(-1, keepdim=True) / seen.sum(-1)[:, None, None].clamp(min=1)
+    channels = (channels - mean) * seen[:, None]
+    return channels.view(len(axes), -1, *shape), seen.view(len(axes), *shape), world
+
+
+def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales: list[float]) -> tuple[Tensor, Tensor]:
+    """The best translation of each rotation and scale, ``[K, D+1, D+1]`` still world to turned world, and scores."""
+    dims, device = still.dims, still.values.device
+    # turns of the still lattice onto itself cost a product each and stand for as many rotations of the other
+    group = _lattice_rotations(dims) if reach is None else torch.eye(dims, dtype=torch.float64)[None]
+    turns = _rotations(dims, reach, (_TURNS if reach is not None else _TURNS_ALL)[dims])
+    axes = still.axes
+    lengths = still.sides if reach is not None else still.sides.max().expand(dims)
+    shape = tuple(math.ceil(float(n)) for n in lengths / step - 1e-6)
+    channels, seen, still_world = _on_lattice(still, axes @ group, shape, step)
+    found: list[Tensor] = []
+    scores: list[Tensor] = []
+    for scale in scales:
+        wide = step * scale
+        boxes = ((turns @ axes).mT @ turned.axes).abs() @ turned.sides / wide
+        box = tuple(math.ceil(float(n)) for n in boxes.amax(0) - 1e-6)
+        # translations with hardly any overlap may wrap around
+        size = [_good_size(a + b - max(1, int(0.15 * min(a, b)))) for a, b in zip(shape, box, strict=True)]
+        fixed_part = _transformed(channels, seen, size)
+        cells = len(group) * math.prod(size)
+        batch = max(1, _BATCH[device.type == "cuda"] // (cells + (channels.shape[1] + 2) * math.prod(size)))
+        for part in turns.split(batch):
+            maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
+            score = _normalized(fixed_part, _transformed(maps, mask, size), seen, mask, size)
+            best = score.flatten(2).max(-1)
+            place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
+            shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
+            moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
+            moved[..., :dims, dims] = -shift.double()
+            transform = world[:, None] @ moved @ torch.linalg.inv(still_world)
+            found.append(transform.flatten(0, 1))
+            scores.append(best.values.cpu().double().flatten())
+    return torch.cat(found), torch.cat(scores)
+
+
+def _transformed(channels: Tensor, seen: Tensor, size: list[int]) -> Tensor:
+    """Spectra of the channels, of what is seen, and of the channels' square: ``[N, C + 2, *half]``."""
+    stack = torch.cat([channels, seen[:, None], channels.square().sum(1, keepdim=True)], dim=1)
+    return torch.fft.rfftn(stack, s=size, dim=tuple(range(-len(size), 0)))
+
+
+def _normalized(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int]) -> Tensor:
+    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice."""
+    dims = len(size)
+    turned = turned.conj()
+    spectra = torch.stack(
+        [
+            torch.einsum("gc...,nc...->ng...", still[:, :-2], turned[:, :-2]),
+            still[None, :, -2] * turned[:, None, -2],
+            still[None, :, -1] * turned[:, None, -2],
+            still[None, :, -2] * turned[:, None, -1],
+        ]
+    )
+    common, overlap, one, two = torch.fft.irfftn(spectra, s=size, dim=tuple(range(-dims, 0)))
+    least = torch.minimum(still_seen.flatten(1).sum(1)[None], turned_seen.flatten(1).sum(1)[:, None]).clamp(min=1)
+    share = overlap / least.view(*least.shape, *[1] * dims)
+    score = common / (one.clamp(min=1e-3) * two.clamp(min=1e-3)).sqrt() * share.clamp(min=1e-3) ** _POWER
+    return torch.where(share > _LEAST, score, -1.0)
+
+
+def _good_size(least: int) -> int:
+    """The next product of 2, 3 and 5, with little odd in it, that transforms are quick for."""
+    size = least
+    while True:
+        rest = size
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 1
+
+
+@lru_cache
+def _lattice_rotations(dims: int) -> Tensor:
+    """Rotations that take a cubic lattice onto itself, ``[G, D, D]``: 4 in 2D, 24 in 3D; the identity first."""
+    found = []
+    for order in permutations(range(dims)):
+        for signs in product((1.0, -1.0), repeat=dims):
+            matrix = torch.zeros(dims, dims, dtype=torch.float64)
+            for row, (column, sign) in enumerate(zip(order, signs, strict=True)):
+                matrix[row, column] = sign
+            if float(torch.linalg.det(matrix)) > 0:
+                found.append(matrix)
+    return torch.stack(found)
+
+
+@lru_cache
+def _rotations(dims: int, reach: float | None, number: int) -> Tensor:
+    """Rotations ``[N, D, D]`` spread evenly up to ``reach`` degrees, the identity first.
+
+    Without a limit, ``number`` of them come with the rotations of the lattice, and only one of each such set is given.
+    """
+    group = _lattice_rotations(dims)
+    if dims == 2:
+        if reach is None:
+            angles = torch.arange(number // len(group), dtype=torch.float64) * (360.0 / number)
+        else:
+            steps = max(1, round(number * min(1.0, reach / 180))) | 1
+            angles = torch.linspace(-reach, reach, steps, dtype=torch.float64)
+            angles = angles[angles.abs().argsort()]
+        angles = torch.deg2rad(angles)
+        rows = [angles.cos(), -angles.sin(), angles.sin(), angles.cos()]
+        return torch.stack(rows, dim=-1).view(-1, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    draws = F.normalize(torch.randn(100_000, 4, generator=generator, dtype=torch.float64), dim=1)
+    if reach is None:
+        others = torch.stack([_quaternion(g) for g in group])
+        number //= len(group)
+        draws = draws[:20_000]
+    else:
+        others = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+        draws = draws[draws[:, 0].abs() >= math.cos(math.radians(reach) / 2)][:20_000]
+    chosen = [torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)]
+    near = torch.zeros(len(draws), dtype=torch.float64)
+    for _ in range(number - 1):
+        # all that stand for the last one, farthest point next
+        near = torch.maximum(near, (draws @ _hamilton(chosen[-1], others).mT).abs().amax(1))
+        chosen.append(draws[near.argmin()])
+    return _matrices(torch.stack(chosen))
+
+
+def _hamilton(one: Tensor, others: Tensor) -> Tensor:
+    """Products of a quaternion with others ``[G, 4]``."""
+    w, v = one[0], one[1:]
+    real = w * others[:, :1] - (others[:, 1:] @ v)[:, None]
+    imaginary = w * others[:, 1:] + others[:, :1] * v + torch.linalg.cross(v.expand_as(others[:, 1:]), others[:, 1:])
+    return torch.cat([real, imaginary], dim=1)
+
+
+def _quaternion(matrix: Tensor) -> Tensor:
+    """Of a rotation, by the largest eigenvector of Bar-Itzhack's matrix (2000)."""
+    m = matrix
+    rows = [
+        [m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
+        [m[2, 1] - m[1, 2], m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],
+        [m[0, 2] - m[2, 0], m[0, 1] + m[1, 0], m[1, 1] - m[0, 0] - m[2, 2], m[1, 2] + m[2, 1]],
+        [m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], m[2, 2] - m[0, 0] - m[1, 1]],
+    ]
+    return torch.linalg.eigh(torch.tensor(rows, dtype=torch.float64))[1][:, -1]
+
+
+def _matrices(quaternions: Tensor) -> Tensor:
+    """Rotations of quaternions ``[N, 4]``, real part first."""
+    w, x, y, z = quaternions.unbind(-1)
+    rows = [
+        *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        *(2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        *(2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    ]
+    return torch.stack(rows, dim=-1).view(-1, 3, 3)
+
+
+def _apart(
+    transforms: Tensor, scores: Tensor, still: _Maps, distance: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of each neighborhood, best first: transforms, scores and their numbers.
+
+    Two are neighbors where they take the corners of a box half as large as the field of view to places that lie, in
+    the root mean square, no more than ``distance`` apart.
+    """
+    dims = still.dims
+    signs = torch.cartesian_prod(*[torch.tensor([-0.25, 0.25], dtype=torch.float64)] * dims)
+    corners = still.center + (signs * still.sides) @ still.axes.mT
+    places = corners @ transforms[:, :dims, :dims].mT + transforms[:, None, :dims, dims]
+    left = scores.clone()
+    chosen: list[int] = []
+    while len(chosen) < count and bool((left > -torch.inf).any()):
+        top = int(left.argmax())
+        chosen.append(top)
+        gap = (places - places[top]).square().sum(-1).mean(-1).sqrt()
+        left[gap <= distance] = -torch.inf
+    index = torch.tensor(chosen)
+    return transforms[index], scores[index], index
+
+
+def _improve(
+    transforms: Tensor, still: _Maps, turned: _Maps, step: float, free: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shake candidates, each time by less, and keep what scores better: transforms, scores and overlaps."""
+    dims, device = still.dims, still.values.device
+    generator = torch.Generator().manual_seed(seed)
+    # points that the still image shows, on a lattice moved by a random part of a step
+    shape = tuple(math.ceil(float(n)) for n in 1.6 * still.sides / step)
+    world = _lattice(still.axes[None], still.center, shape, step / 1.6)[0]
+    ticks = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in shape])
+    points = (ticks + torch.rand(ticks.shape, generator=generator, dtype=torch.float64) - 0.5) @ world[:dims, :dims].mT
+    points = points + world[:dims, dims]
+    to_index = torch.linalg.inv(still.affine)
+    index = points @ to_index[:dims, :dims].mT + to_index[:dims, dims]
+    channels, seen = still.at(index[None].to(device, torch.float32), still.axes[None])
+    shown = seen[0].cpu().nonzero()[:, 0]
+    if len(shown) == 0:
+        none = torch.zeros(len(transforms), dtype=torch.float64)
+        return transforms, none, none
+    shown = shown[torch.randperm(len(shown), generator=generator)[:_POINTS]]
+    channels, points = channels[0, :, shown.to(device)], points[shown]
+    least = min(still.volume(), turned.volume()) / still.volume()
+
+    def score(trials: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.linalg.inv(turned.affine) @ trials
+        linear = trials[:, :dims, :dims]
+        linear = linear / torch.linalg.det(linear).abs()[:, None, None] ** (1 / dims)
+        where = points @ index[:, :dims, :dims].mT + index[:, None, :dims, dims]
+        results = []
+        for some, axes in zip(where.split(64), (linear @ still.axes).split(64), strict=True):
+            other, inside = turned.at(some.to(device, torch.float32), axes)
+            total = inside.sum(-1)
+            weight = (inside / total[:, None].clamp(min=1))[:, None]
+            one = channels - (channels * weight).sum(-1, keepdim=True)
+            two = other - (other * weight).sum(-1, keepdim=True)
+            common, first, second = ((a * b * weight).sum((1, 2)) for a, b in ((one, two), (one, one), (two, two)))
+            share = (total / len(points) / least).clamp(max=1.0)
+            value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3) ** _POWER
+            results.append(torch.stack([torch.where(share > _LEAST, value, -1.0), share]))
+        value, share = torch.cat(results, dim=1).cpu().double()
+        return value, share
+
+    scores, overlaps = score(transforms)
+    transforms = transforms.clone()
+    for (turn, shift, scale), keep in zip(_ROUNDS, _KEEP, strict=True):
+        first = scores.topk(min(keep, len(scores))).indices
+        n = len(first) * _TRIALS
+        motion = _motions(n, dims, math.radians(turn), shift * step, scale if free else 0.0, still.center, generator)
+        trials = transforms[first].repeat_interleave(_TRIALS, 0) @ motion
+        value, share = (part.view(-1, _TRIALS) for part in score(trials))
+        best, which = value.max(1)
+        better = best > scores[first]
+        places, which = first[better], which[better]
+        transforms[places] = trials.view(-1, _TRIALS, dims + 1, dims + 1)[better, which]
+        scores[places], overlaps[places] = best[better], share[better, which]
+    return transforms, scores, overlaps
+
+
+def _motions(
+    n: int, dims: int, turn: float, shift: float, scale: float, center: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Random motions about a point, ``[n, D+1, D+1]``: widths in radians, mm and logarithms."""
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(n, size, generator=generator, dtype=torch.float64)
+
+    spin = torch.zeros(n, dims, dims, dtype=torch.float64)
+    pairs = [(i, j) for i, j in _upper(dims) if i != j]
+    for value, (i, j) in zip(draw(len(pairs)).mT, pairs, strict=True):
+        spin[:, i, j], spin[:, j, i] = value * turn / len(pairs) ** 0.5, -value * turn / len(pairs) ** 0.5
+    linear = torch.linalg.matrix_exp(spin) * torch.exp(scale * draw(1))[:, :, None]
+    result = torch.eye(dims + 1, dtype=torch.float64).repeat(n, 1, 1)
+    result[:, :dims, :dims] = linear
+    result[:, :dims, dims] = center - linear @ center + shift * draw(dims)
+    return result
