@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far off a registration may be, and whether to trust it at all. All limits and constants of the verdict stand here.
+"""How far off a registration may be, and whether to trust it at all: the limits and constants of the verdict.
 
-The command ``zsreg benchmark calibrate`` measures them: it fits the constants on some of the subjects and scores them on
-the others.
+The command ``zsreg benchmark calibrate`` measures them: it fits the constants on some of the subjects and scores them
+on the others.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Limits:
         scale: largest factor between the sizes of the two, or its inverse.
         stretch: largest ratio of the scales along different directions.
         error: largest expected error in the foreground, steps of the finest level.
+        second: least lead over another transform that is no reflection, standard errors of the difference.
+        mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
     """
 
     agreement: tuple[float, float] = (0.25, 0.15)
@@ -76,6 +78,8 @@ class Limits:
     scale: tuple[float, float] = (1.4, 2.0)
     stretch: tuple[float, float] = (1.35, 1.8)
     error: tuple[float, float] = (1.0, 3.0)
+    second: tuple[float, float] = (3.0, -3.0)
+    mirror: tuple[float, float] = (3.0, -3.0)
 
 
 #: by descriptor and number of dimensions; warn, fail. Those of a descriptor that is not here are unknown.
@@ -88,6 +92,8 @@ _TEXTS = {
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
     "error": "expected error {value:.1f} voxels of the finest level",
+    "second": "a second position, {second_mm:.0f} mm away on average, fits as well ({value:.1f} standard errors less)",
+    "mirror": "the mirror image fits as well or better; left and right may be exchanged ({value:.1f} standard errors)",
 }
 
 
@@ -145,7 +151,7 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
             reasons = [
                 *reasons,
-                text.format(value=value, percent=100 * value, extent=100 * (value - 1), limit=warn),
+                text.format(**{**measures, "value": value, "percent": 100 * value, "extent": 100 * (value - 1)}),
             ]
     return Judgement(verdict, reasons, measures, score)
 

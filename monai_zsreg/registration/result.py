@@ -17,6 +17,7 @@ from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, decompose
 from monai_zsreg.io import write_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import CALIBRATION, FAIL, error_quantile, row_trace, spread_at
+from monai_zsreg.resample import resample
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -87,8 +88,6 @@ class RegistrationResult:
 
     def resampled(self, image: Image | None = None, mode: str = "bilinear", fill_value: float | None = None) -> Image:
         """`apply` for an `Image` in the moving image's world (None: the moving image itself), without MONAI."""
-        from monai_zsreg.resample import resample
-
         image = self.moving_image if image is None else image
         fixed = self.fixed_image
         values = resample(
