@@ -329,7 +329,7 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
 
 
 def fraction_inside(grid: Grid, other: Grid, transform: Tensor) -> float:
-    """Fraction of the voxels of ``grid`` that a world transform ``(D+1, D+1)`` takes into the view of ``other``."""
+    """Fraction of the voxels of ``grid`` that a world transform takes into the field of view of ``other``."""
     steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in grid.shape]
     index = apply_affine(grid.index_pull(transform, other), torch.cartesian_prod(*steps))
     last = torch.tensor([n - 0.5 for n in other.shape], dtype=torch.float64)

@@ -247,20 +247,3 @@ def _checked(fill: float, dtype: torch.dtype) -> float:
         if not (low <= fill <= high and float(fill).is_integer()):
             raise RegistrationError("fill_value", fill, f"a whole number from {low} to {high}, for an image of {dtype}")
     return float(fill)
-
-
-def __getattr__(name: str) -> object:
-    # names of the time before `monai_zsreg.transforms.array`, for modules that are still to be rewritten
-    from monai_zsreg.transforms import array
-
-    if name in ("ApplyAffineRegistration", "AFFINE_KEY", "check_pair", "evaluate_pending"):
-        return getattr(array, name)
-    if name == "by_header":
-        return array.by_header
-    if name == "read_matrix":
-        return lambda affine, dims, name="affine", fixed=None, moving=None: array.checked_matrix(
-            array.read_transform(affine, fixed, moving) if isinstance(affine, (str, array.os.PathLike)) else affine,
-            dims,
-            name,
-        )
-    raise AttributeError(name)
