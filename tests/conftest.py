@@ -2,7 +2,7 @@
 """Fixtures that the tests share: images, the VGG-19 weights, devices.
 
 Images are nilearn's template (see `phantoms`), so that whoever installs the extra ``test`` can run the tests. Real
-images, where there are any, add to it: tests with the fixture ``subject`` run once more for each of them. A variable that
+images, where there are any, add to it: tests with the fixture ``subject`` run once more for each. A variable that
 names data which are not there is an error, so that nothing is skipped unnoticed.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +82,17 @@ def subject(request: pytest.FixtureRequest) -> str:
 def load_volume() -> Callable[..., MetaTensor]:
     """``load_volume(subject, modality) -> MetaTensor [1, I, J, K]`` at 1 mm; ``"t1"``, ``"t2"`` or ``"flair"``."""
 
+    @lru_cache(maxsize=3)
+    def real(path: Path) -> MetaTensor:
+        return LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.float32)(path)
+
     def load(subject: str = "template", modality: str = "t1") -> MetaTensor:
         if subject == "template":
             return template(modality).clone()
         path = _found(*_DATA) / subject / f"{modality}.nii.gz"
         if not path.exists():
             pytest.fail(f"the real images hold no {subject}/{modality}.nii.gz")
-        return LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.float32)(path)
+        return real(path).clone()
 
     return load
 

@@ -17,27 +17,23 @@ from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from nibabel.affines import apply_affine as nibabel_apply
 from nibabel.affines import voxel_sizes
 
-from monai_zsreg import geometry
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import (
     AffineParameters,
     Grid,
     apply_affine,
-    compose_affine,
+    checked_affine,
+    checked_matrix,
     compose_parameters,
     decompose_affine,
     flip_points,
+    fraction_inside,
     homogeneous,
-    index_to_unit,
-    isotropic_grid,
     lps_to_ras,
     moved_header,
+    nearest_axes,
+    pooled_grid,
     ras_to_lps,
-    theta_from_index,
-    theta_from_unit,
-    unit_from_world,
-    unit_to_index,
-    world_from_unit,
 )
 
 DIMS = st.sampled_from([2, 3])
@@ -84,15 +80,14 @@ def some_points(dims: int, count: int = 7) -> torch.Tensor:
 
 @quick
 @given(st.data(), DIMS)
-def test_apply_and_compose_agree_with_nibabel_and_matrix_products(data: st.DataObject, dims: int) -> None:
+def test_apply_agrees_with_nibabel_and_matrix_products(data: st.DataObject, dims: int) -> None:
     outer, inner = data.draw(transforms(dims)), data.draw(transforms(dims))
     points = some_points(dims)
     for matrix in (outer, outer[:dims]):
         np.testing.assert_allclose(
             apply_affine(matrix, points), nibabel_apply(outer.numpy(), points.numpy()), atol=1e-9
         )
-    composed = compose_affine(outer[:dims], inner[:dims])
-    np.testing.assert_allclose(homogeneous(composed), outer @ inner, atol=1e-9)
+    composed = homogeneous(outer[:dims]) @ homogeneous(inner[:dims])
     np.testing.assert_allclose(
         apply_affine(composed, points), apply_affine(outer, apply_affine(inner, points)), atol=1e-8
     )
@@ -107,9 +102,6 @@ def test_batches() -> None:
     for matrix, few, mapped in zip(matrices, points, together, strict=True):
         torch.testing.assert_close(mapped, apply_affine(matrix, few))
     assert homogeneous(matrices[:, :3]).equal(matrices)
-    theta = theta_from_unit(matrices[:, :3], [4, 9, 6])
-    for matrix, one in zip(matrices, theta, strict=True):
-        torch.testing.assert_close(one, theta_from_unit(matrix[:3], [4, 9, 6]))
 
 
 PARAMETERS = {
@@ -124,97 +116,6 @@ PARAMETERS = {
         AffineParameters((0.0, 1.0, 2.0), (170.0, 60.0, -100.0), (0.6, 1.9, 1.0), (0.3, -0.4, 0.2), (0.0, 0.0, 0.0)),
     ],
 }
-
-
-@pytest.mark.parametrize(
-    "name", ["homogeneous", "compose_affine", "apply_affine", "theta_from_unit", "unit_to_index", "index_to_unit"]
-)
-def test_functions_on_tensors_compile(name: str) -> None:
-    function = getattr(geometry, name)
-    matrix = torch.as_tensor(compose_parameters(PARAMETERS[2][0]))[:2]
-    arguments = {
-        "homogeneous": (matrix,),
-        "compose_affine": (matrix, matrix),
-        "apply_affine": (matrix, some_points(2)),
-        "theta_from_unit": (matrix, [4, 9]),
-    }.get(name, (some_points(2), 9.0))
-    torch.testing.assert_close(torch.jit.script(function)(*arguments), function(*arguments))
-
-
-# ------------------------------------------------------------------------------------------- unit, index and torch grid
-
-
-@quick
-@given(st.floats(1, 500), DIMS)
-def test_unit_and_index_undo_each_other(longest: float, dims: int) -> None:
-    points = some_points(dims)
-    torch.testing.assert_close(unit_to_index(index_to_unit(points, longest), longest), points)
-
-
-def test_unit_has_its_origin_at_the_corner() -> None:
-    assert index_to_unit(torch.tensor([-0.5, 9.5]), 10.0).tolist() == [0.0, 1.0]
-
-
-@quick
-@given(st.data(), DIMS)
-def test_theta_from_unit_equals_theta_from_index(data: st.DataObject, dims: int) -> None:
-    size = list(data.draw(st.tuples(*[st.integers(2, 40)] * dims)))
-    matrix = data.draw(transforms(dims))
-    to_unit = torch.eye(dims + 1, dtype=torch.float64)
-    to_unit[:dims] /= max(size)
-    to_unit[:dims, dims] = 0.5 / max(size)
-    index = torch.linalg.inv(to_unit) @ matrix @ to_unit
-    torch.testing.assert_close(
-        theta_from_unit(matrix[:dims], size), theta_from_index(index, size, size), atol=1e-8, rtol=1e-8
-    )
-
-
-@quick
-@given(st.data(), DIMS)
-def test_theta_makes_grid_sample_look_where_the_matrix_says(data: st.DataObject, dims: int) -> None:
-    """An image of its own voxel indices, sampled, shows the index that each fixed voxel was sent to."""
-    fixed_size = data.draw(st.tuples(*[st.integers(2, 12)] * dims))
-    moving_size = data.draw(st.tuples(*[st.integers(2, 12)] * dims))
-    matrix = torch.as_tensor(compose_parameters(data.draw(parameters(dims)))) @ torch.diag(
-        torch.tensor([0.3] * dims + [1.0], dtype=torch.float64)
-    )
-    matrix[:dims, dims] = torch.tensor(moving_size) / 2.0
-    theta = theta_from_index(matrix, fixed_size, moving_size)[None]
-    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in moving_size], indexing="ij")
-    sampled = torch.nn.functional.grid_sample(
-        torch.stack(axes)[None],
-        torch.nn.functional.affine_grid(theta, [1, dims, *fixed_size], align_corners=False),
-        padding_mode="border",
-        align_corners=False,
-    )[0]
-    fixed_index = torch.stack(
-        torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in fixed_size], indexing="ij"), -1
-    )
-    expected = apply_affine(matrix, fixed_index.reshape(-1, dims)).reshape(*fixed_size, dims).movedim(-1, 0)
-    limits = torch.tensor(moving_size).reshape(dims, *[1] * dims) - 1.0
-    torch.testing.assert_close(sampled, expected.clamp(min=torch.zeros_like(limits), max=limits), atol=1e-9, rtol=0)
-
-
-@quick
-@given(st.data(), DIMS)
-def test_unit_and_world_undo_each_other(data: st.DataObject, dims: int) -> None:
-    fixed, moving, transform = data.draw(grids(dims)), data.draw(grids(dims)), data.draw(transforms(dims))
-    back = world_from_unit(unit_from_world(transform, fixed, moving), fixed, moving)
-    torch.testing.assert_close(back, transform, atol=1e-7, rtol=1e-7)
-
-
-@quick
-@given(st.data(), DIMS)
-def test_the_same_point_in_unit_index_and_world(data: st.DataObject, dims: int) -> None:
-    fixed, moving, transform = data.draw(grids(dims)), data.draw(grids(dims)), data.draw(transforms(dims))
-    index = some_points(dims).abs()
-    moved_world = nibabel_apply(transform.numpy(), nibabel_apply(fixed.affine.numpy(), index.numpy()))
-    moved_index = nibabel_apply(np.linalg.inv(moving.affine.numpy()), moved_world)
-    np.testing.assert_allclose(
-        apply_affine(fixed.index_pull(transform, moving), index), moved_index, rtol=1e-7, atol=1e-6
-    )
-    unit = apply_affine(unit_from_world(transform, fixed, moving), index_to_unit(index, max(fixed.shape)))
-    np.testing.assert_allclose(unit_to_index(unit, max(moving.shape)), moved_index, rtol=1e-7, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -262,34 +163,96 @@ def test_grid_refuses(image: torch.Tensor) -> None:
         Grid.of(image, "scan")
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (8, 5, 6), (9, 9, 9)])
-@pytest.mark.parametrize("flip", [1.0, -1.0])
-def test_isotropic_grid_copies_voxels(shape: tuple[int, ...], flip: float) -> None:
-    """Along the world axes with the same spacing, every voxel inside goes over untouched."""
-    dims = len(shape)
-    affine = torch.diag(torch.tensor([1.5 * flip] + [1.5] * (dims - 1) + [1.0], dtype=torch.float64))
-    affine[:dims, dims] = torch.tensor([10.0, -20.0, 30.0])[:dims]
-    grid = Grid(shape, affine)
-    cube = isotropic_grid(grid, 1.5, 12)
-    assert cube.shape == (12,) * dims
-    pull = cube.index_pull(torch.eye(dims + 1, dtype=torch.float64), grid)
-    torch.testing.assert_close(pull, pull.round(), atol=1e-12, rtol=0)
-    image = torch.rand(1, 1, *shape, dtype=torch.float64)
-    theta = theta_from_index(pull, cube.shape, shape)[None]
-    where = torch.nn.functional.affine_grid(theta, [1, 1, *cube.shape], align_corners=False)
-    copied = torch.nn.functional.grid_sample(image, where, align_corners=False)
-    expected, found = image.flatten().sort().values, copied[copied > 1e-9].sort().values
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+@quick
+@given(st.data(), DIMS)
+def test_an_index_pull_makes_grid_sample_look_where_it_says(data: st.DataObject, dims: int) -> None:
+    """An image of its own voxel indices, sampled, shows the index that each fixed voxel was sent to."""
+    fixed, moving = data.draw(grids(dims)), data.draw(grids(dims))
+    # to somewhere in the moving image
+    linear = 0.2 * torch.as_tensor(compose_parameters(data.draw(parameters(dims))))
+    linear[:dims, dims] = torch.tensor(moving.shape) / 2.0
+    linear[dims] = torch.eye(dims + 1)[dims]
+    transform = moving.affine @ linear @ torch.linalg.inv(fixed.affine)
+    index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in fixed.shape])
+    moved_world = nibabel_apply(transform.numpy(), nibabel_apply(fixed.affine.numpy(), index.numpy()))
+    expected = nibabel_apply(np.linalg.inv(moving.affine.numpy()), moved_world)
+    pulled = apply_affine(fixed.index_pull(transform, moving), index)
+    np.testing.assert_allclose(pulled, expected, rtol=1e-7, atol=1e-6)
+    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in moving.shape], indexing="ij")
+    where = apply_affine(moving.from_world, torch.as_tensor(moved_world))
+    sampled = torch.nn.functional.grid_sample(
+        torch.stack(axes)[None],
+        where.view(1, *[1] * (dims - 1), -1, dims),
+        padding_mode="border",
+        align_corners=False,
+    ).view(dims, -1)
+    limits = np.array(moving.shape)[:, None] - 1.0
+    np.testing.assert_allclose(sampled, expected.T.clip(0, limits), atol=1e-6)
 
 
 @quick
-@given(st.data(), DIMS, st.floats(0.5, 6.0), st.integers(1, 30))
-def test_isotropic_grid_has_one_voxel_on_the_middle(data: st.DataObject, dims: int, spacing: float, side: int) -> None:
+@given(st.data(), DIMS)
+def test_a_pooled_grid_lies_where_its_blocks_do(data: st.DataObject, dims: int) -> None:
     grid = data.draw(grids(dims))
-    cube = isotropic_grid(grid, spacing, side)
-    np.testing.assert_allclose(cube.spacing, (spacing,) * dims)
-    here = nibabel_apply(cube.affine.numpy(), [side // 2] * dims)
-    np.testing.assert_allclose(here, nibabel_apply(grid.affine.numpy(), [n // 2 for n in grid.shape]), atol=1e-9)
+    factors = [min(n, f) for n, f in zip(grid.shape, data.draw(st.tuples(*[st.integers(1, 4)] * dims)), strict=True)]
+    pooled = pooled_grid(grid, factors)
+    assert pooled.shape == tuple(n // f for n, f in zip(grid.shape, factors, strict=True))
+    # the mean of the first block's voxels, and the last whole one's
+    for block in ([0] * dims, [n - 1 for n in pooled.shape]):
+        inside = np.stack(np.meshgrid(*[b * f + np.arange(f) for b, f in zip(block, factors, strict=True)]), -1)
+        mean = nibabel_apply(grid.affine.numpy(), inside.reshape(-1, dims)).mean(0)
+        np.testing.assert_allclose(nibabel_apply(pooled.affine.numpy(), block), mean, atol=1e-8)
+
+
+@quick
+@given(st.data(), DIMS)
+def test_nearest_axes_are_orthonormal_and_those_of_a_grid_without_shear(data: st.DataObject, dims: int) -> None:
+    grid = data.draw(grids(dims))
+    axes = nearest_axes(grid)
+    torch.testing.assert_close(axes @ axes.mT, torch.eye(dims).double())
+    assert torch.linalg.det(axes) * torch.linalg.det(grid.affine) > 0
+    straight = torch.eye(dims + 1, dtype=torch.float64)
+    straight[:dims, :dims] = axes * torch.tensor([0.5, 2.0, 3.0][:dims])
+    torch.testing.assert_close(nearest_axes(Grid(grid.shape, straight)), axes)
+
+
+def test_fraction_inside() -> None:
+    one, half = Grid((40, 40), torch.eye(3).double()), Grid((20, 40), torch.eye(3).double())
+    eye = torch.eye(3, dtype=torch.float64)
+    assert fraction_inside(one, one, eye) == 1.0 == fraction_inside(half, one, eye)
+    assert fraction_inside(one, half, eye) == pytest.approx(0.5, abs=0.05)
+    away = eye.clone()
+    away[1, 2] = 100.0
+    assert fraction_inside(one, one, away) == 0.0
+
+
+def test_grids_can_be_compared() -> None:
+    affine = torch.as_tensor(compose_parameters(PARAMETERS[3][0]))
+    one, same = Grid((3, 4, 5), affine), Grid((3, 4, 5), affine.clone())
+    assert one == same and hash(one) == hash(same) and one in [same] and len({one, same}) == 1
+    assert one != Grid((3, 4, 6), affine) and one != Grid((3, 4, 5), 2 * affine) and one != "a grid"
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0, 1e6])
+def test_voxels_of_any_size_are_no_singular_matrix(size: float) -> None:
+    affine = torch.diag(torch.tensor([size, size, 3 * size, 1.0], dtype=torch.float64))
+    assert checked_affine(affine, 3, "scan").equal(affine)
+    with pytest.raises(RegistrationError, match="^scan.affine"):
+        flat = affine.clone()
+        flat[:, 1] = affine[:, 0]
+        checked_affine(flat, 3, "scan")
+
+
+def test_matrices_of_users() -> None:
+    matrix = compose_parameters(PARAMETERS[3][0])
+    for given_matrix in (matrix, matrix.tolist(), torch.as_tensor(matrix), matrix.astype(np.float32)):
+        np.testing.assert_allclose(checked_matrix(given_matrix, 3, "initial"), matrix, rtol=1e-6)
+    matrix[3, 0] = 1e-13
+    found = checked_matrix(matrix, 3, "initial")
+    assert found[3].tolist() == [0.0, 0.0, 0.0, 1.0] and matrix[3, 0] == 1e-13
+    for wrong in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan), np.ones((4, 4)), "a file", None):
+        with pytest.raises(RegistrationError, match="^initial: "):
+            checked_matrix(wrong, 3, "initial")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -1,333 +1,340 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of registering a pair: real slices and volumes, every kind of input, every kind of wrong input."""
+"""Tests of registering a pair: every kind of input, every kind of wrong input, and what a result holds."""
 
 from __future__ import annotations
 
+import gc
 import math
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.transforms import Flip, Orientation
+from monai.transforms import Flip
+from phantoms import diagonal, error, moved_by, pooled, turn
 
 import monai_zsreg
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.geometry import Grid, apply_affine
-from monai_zsreg.registration.pair import build_network, resolve_device
-
-FAST = {"scales": (1,), "iterations": 1}
-
-
-def diagonal(*entries: float) -> torch.Tensor:
-    return torch.diag(torch.tensor([*entries, 1.0], dtype=torch.float64))
+from monai_zsreg import Prepared, RegistrationError, RegistrationWarning, register
+from monai_zsreg.geometry import Grid
+from monai_zsreg.io import Image, write_transform
+from monai_zsreg.registration import pair as pair_module
+from monai_zsreg.registration import resolve_device
+from monai_zsreg.registration.side import Side
 
 
 @pytest.fixture(scope="module")
-def run(vgg19_weights):
-    def register(fixed, moving, **options):
-        return monai_zsreg.register(
-            fixed, moving, **{"preset": "keypoints", "vgg19_weights": vgg19_weights} | FAST | options
-        )
-
-    return register
-
-
-@pytest.fixture(scope="module")
-def pair(load_slice):
-    """A real slice at 2 mm and the same cut otherwise: moving index = fixed index - (3, 5), so 6 and 10 mm."""
-    values = F.avg_pool2d(load_slice().as_tensor()[None], 2)[0]
-    fixed = MetaTensor(F.pad(values, [0, 5, 0, 3]), affine=diagonal(2.0, 2.0))
-    moving = MetaTensor(F.pad(values, [5, 0, 3, 0]), affine=diagonal(2.0, 2.0))
-    return fixed, moving
+def pair(load_slice) -> SimpleNamespace:
+    """Slices of two contrasts at 2 mm, the moving one turned by 35 degrees."""
+    fixed, still = (pooled(load_slice(modality=modality), 2) for modality in ("t1", "t2"))
+    truth = turn(fixed, 35.0, (6.0, 10.0))
+    moving = moved_by(still, truth)
+    return SimpleNamespace(fixed=fixed, moving=moving, truth=truth, result=register(fixed, moving))
 
 
-TRUE = torch.tensor([[1.0, 0.0, 6.0], [0.0, 1.0, 10.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def result(run, pair):
-    return run(*pair)
-
-
-@pytest.fixture(scope="module")
-def volumes(load_volume):
-    """A real volume at 7 mm, and the same cut otherwise: moving world = fixed world + (0, 14, -7) mm."""
-    values = F.avg_pool3d(load_volume().as_tensor()[None], 7)[0]
-    fixed = MetaTensor(F.pad(values, [1, 0, 0, 2, 0, 0]), affine=diagonal(7.0, 7.0, 7.0))
-    moving = MetaTensor(F.pad(values, [0, 1, 2, 0, 0, 0]), affine=diagonal(7.0, 7.0, 7.0))
-    return fixed, moving
-
-
-SHIFT_3D = torch.eye(4, dtype=torch.float64)
-SHIFT_3D[:3, 3] = torch.tensor([0.0, 14.0, -7.0])
-
-
-def error_mm(affine: np.ndarray, true: torch.Tensor, fixed: MetaTensor) -> float:
-    index = (fixed.as_tensor()[0] > 0.05 * fixed.max()).nonzero().double()
-    points = apply_affine(Grid.of(fixed).affine, index)
-    gap = apply_affine(torch.as_tensor(affine), points) - apply_affine(true, points)
-    return float(gap.norm(dim=1).mean())
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what it finds
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def test_known_shift(result, pair):
-    assert result.success and result.warnings == []
-    assert result.affine.dtype == np.float64 and result.affine.shape == (3, 3)
-    assert result.affine[2].tolist() == [0.0, 0.0, 1.0]
-    assert error_mm(result.affine, TRUE, pair[0]) < 0.5  # pixels of 2 mm
-    assert result.seconds > 0
-    assert (result.preset, result.transform) == ("keypoints", "affine")
-
-
-def test_known_shift_of_a_volume(run, volumes):
-    result = run(*volumes, spacing=7.0)
-    assert result.affine.shape == (4, 4)
-    assert error_mm(result.affine, SHIFT_3D, volumes[0]) < 3.0
-    assert result.moved.shape == volumes[0].shape
-
-
-def test_same_image_is_the_identity_in_2d_and_3d(run, pair, volumes):
-    np.testing.assert_allclose(run(pair[0], pair[0]).affine, np.eye(3), atol=1e-2)
-    np.testing.assert_allclose(run(volumes[0], volumes[0], spacing=12.0).affine, np.eye(4), atol=1e-2)
-
-
-@pytest.mark.parametrize("transform", ["rigid", "similarity"])
-def test_kind_of_transform(run, pair, transform):
-    affine = run(*pair, transform=transform).affine
-    linear = affine[:2, :2]
-    scale = math.sqrt(np.linalg.det(linear))
-    np.testing.assert_allclose(linear @ linear.T, scale**2 * np.eye(2), atol=1e-5)
-    if transform == "rigid":
-        assert scale == pytest.approx(1.0, abs=1e-5)
-    assert error_mm(affine, TRUE, pair[0]) < 0.5
-
-
-def test_paths_arrays_and_tensors_give_the_same(run, pair, result, tmp_path):
-    for name, image in zip(("fixed", "moving"), pair, strict=True):
-        header = np.diag([2.0, 2.0, 1.0, 1.0])
-        nib.save(nib.Nifti1Image(image.as_tensor()[0].numpy()[..., None], header), tmp_path / f"{name}.nii.gz")
-    before = sorted(tmp_path.iterdir())
-    files = run(str(tmp_path / "fixed.nii.gz"), tmp_path / "moving.nii.gz")
-    np.testing.assert_allclose(files.affine, result.affine, atol=1e-6)
-    assert sorted(tmp_path.iterdir()) == before
-    # without a spacing, in pixels
-    pixels = np.diag([0.5, 0.5, 1.0]) @ result.affine @ np.diag([2.0, 2.0, 1.0])
-    arrays = run(*[image.as_tensor()[0].numpy() for image in pair])
-    np.testing.assert_allclose(arrays.affine[:2, :2], pixels[:2, :2], atol=1e-4)
-    np.testing.assert_allclose(arrays.affine[:2, 2] - pixels[:2, 2], 0.0, atol=1e-2)
-    tensors = run(*[image.as_tensor() for image in pair])
-    np.testing.assert_array_equal(tensors.affine, arrays.affine)
-
-
-def test_inputs_stay_as_they_are(run, pair):
-    copies = [image.clone() for image in pair]
-    run(*pair).moved.sum()
-    for image, copy in zip(pair, copies, strict=True):
-        assert torch.equal(image.as_tensor(), copy.as_tensor())
-        assert torch.equal(image.affine, copy.affine)
-        assert image.applied_operations == copy.applied_operations
-
-
-def test_same_answer_every_time(run, pair, result):
-    np.testing.assert_array_equal(run(*pair).affine, result.affine)
-    np.testing.assert_array_equal(run(*pair, seed=0).affine, result.affine)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# headers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def with_header(image: MetaTensor, affine: torch.Tensor) -> MetaTensor:
+def reheadered(image: MetaTensor, affine: torch.Tensor) -> MetaTensor:
     return MetaTensor(image.as_tensor(), affine=affine)
 
 
-def test_moving_header_may_lie_anywhere(run, pair, result):
-    motion = torch.eye(3, dtype=torch.float64)
-    motion[:2, 2] = torch.tensor([1234.5, -678.25])
-    moved = run(pair[0], with_header(pair[1], motion @ Grid.of(pair[1]).affine))
-    np.testing.assert_allclose(moved.affine, motion.numpy() @ result.affine, atol=1e-3)
-    torch.testing.assert_close(moved.moved.as_tensor(), result.moved.as_tensor(), atol=0.5, rtol=1e-3)
+# ------------------------------------------------------------------------------------------------------ what it gives
 
 
-def test_fixed_header_may_lie_anywhere(run, pair, result):
-    motion = torch.eye(3, dtype=torch.float64)
-    motion[:2, 2] = torch.tensor([-400.0, 310.0])
-    moved = run(with_header(pair[0], motion @ Grid.of(pair[0]).affine), pair[1])
-    np.testing.assert_allclose(moved.affine, result.affine @ np.linalg.inv(motion.numpy()), atol=1e-3)
+def test_a_result_says_what_was_done(pair: SimpleNamespace) -> None:
+    result = pair.result
+    assert error(result.affine, pair.truth, pair.fixed) < 0.3
+    assert (result.verdict, result.reasons, result.success) == ("PASS", [], True)
+    assert (result.preset, result.transform, result.device) == ("robust", "affine", "cpu")
+    assert result.affine.dtype == np.float64 and result.affine.shape == (3, 3)
+    assert result.seconds > 0 and result.score > 0 and {"agreement", "cost", "overlap"} <= result.measures.keys()
+    again = register(
+        result.fixed_image, result.moving_image, preset=result.preset, transform=result.transform, **result.options
+    )
+    np.testing.assert_array_equal(again.affine, result.affine)
 
 
-def test_both_headers_turned_turn_the_answer(run, pair):
-    angle = math.radians(20)
-    turn = torch.eye(3, dtype=torch.float64)
-    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    turned = [with_header(image, turn @ Grid.of(image).affine) for image in pair]
-    result = run(*turned)
-    assert error_mm(result.affine, turn @ TRUE @ torch.linalg.inv(turn), turned[0]) < 2.0
+@pytest.mark.parametrize("transform", ["rigid", "affine"])
+def test_the_last_row_is_exact(pair: SimpleNamespace, transform: str) -> None:
+    start = pair.truth.copy()
+    start[2, 0] = 1e-12  # as products of matrices leave it
+    for options in ({}, {"initial": start, "search": "none"}):
+        affine = register(pair.fixed, pair.moving, transform=transform, **options).affine
+        assert affine[-1].tolist() == [0.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_flipped_storage_of_one_image_does_not_matter(run, pair, axis):
-    flipped = Flip(axis)(with_header(pair[1], Grid.of(pair[1]).affine))
-    assert Grid.of(flipped).affine[axis, axis] < 0
-    assert error_mm(run(pair[0], flipped).affine, TRUE, pair[0]) < 0.6
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_whole_numbers_of_numpy_are_whole_numbers(pair: SimpleNamespace, kind: type) -> None:
+    result = register(pair.fixed, pair.moving, seed=kind(0), fixed_channel=kind(0), moving_channel=kind(0))
+    np.testing.assert_array_equal(result.affine, pair.result.affine)
 
 
-def test_orientations_of_a_volume_do_not_matter(run, volumes):
-    fixed, moving = volumes
-    # axes in another order, two of them flipped
-    stored = Orientation("PIR", labels=(("L", "R"), ("P", "A"), ("I", "S")))(moving.clone())
-    result = run(fixed, stored, spacing=7.0)
-    assert error_mm(result.affine, SHIFT_3D, fixed) < 3.5
-    assert result.moved.shape == fixed.shape
+def test_micrometers(load_volume) -> None:
+    """Voxels of a tenth of a micrometer, in mm as everything else."""
+    image = pooled(load_volume(), 6)
+    tiny = diagonal(1e-4, 1e-4, 1e-4) / 6
+    tiny[3, 3] = 1
+    fixed, moving = (reheadered(image, tiny @ image.affine @ diagonal(*scale)) for scale in ((1, 1, 1), (1, 1, 1)))
+    moving.affine[0, 3] += 20 * 1e-4
+    expected = np.eye(4)
+    expected[0, 3] = 20 * 1e-4
+    assert error(register(fixed, moving).affine, expected, fixed) < 0.05 * 1e-4
 
 
-def test_other_size_and_spacing(run, pair, load_slice):
-    # the moving image at 1 mm, where the fixed one has 2 mm
-    fine = MetaTensor(F.pad(load_slice().as_tensor(), [10, 0, 6, 0]), affine=diagonal(1.0, 1.0))
-    true = TRUE.clone()
-    true[:2, 2] += 0.5  # centers of 2 mm pixels lie between those of 1 mm
-    result = run(pair[0], fine, spacing=2.0)
-    assert error_mm(result.affine, true, pair[0]) < 3.0  # a pixel and a half
-    assert result.moved.shape == pair[0].shape
+def test_a_result_holds_the_images_and_nothing_of_the_engine(pair: SimpleNamespace) -> None:
+    seen, queue, voxels = set(), [pair.result], 0
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, type):
+            continue
+        seen.add(id(item))
+        assert not isinstance(item, (Prepared, Side, torch.nn.Module)), type(item)
+        if isinstance(item, torch.Tensor):
+            voxels += item.numel()
+            continue
+        queue += [
+            part
+            for part in gc.get_referents(item)
+            if type(part).__module__ != "builtins" or isinstance(part, (dict, list, tuple))
+        ]
+    # no pyramid, no weights: two images, and a few matrices
+    assert voxels < pair.fixed.numel() + pair.moving.numel() + 1000
 
 
-def test_4d_moving_takes_one_volume_and_moves_all(run, pair, result):
-    many = MetaTensor(torch.cat([pair[1].as_tensor().flip(1), pair[1].as_tensor(), 2 * pair[1].as_tensor()]))
-    many.affine = Grid.of(pair[1]).affine
-    got = run(pair[0], many, moving_channel=1)
-    np.testing.assert_array_equal(got.affine, result.affine)
-    assert got.moved.shape == (3, *pair[0].shape[1:])
-    torch.testing.assert_close(got.moved[1].as_tensor(), result.moved[0].as_tensor())
+@pytest.mark.gpu
+def test_results_keep_no_memory_of_the_device(pair: SimpleNamespace) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    register(pair.fixed, pair.moving, device="cuda")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    results = [register(pair.fixed.cuda(), pair.moving, device="cuda") for _ in range(3)]
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before and len(results) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_paths_arrays_and_tensors_give_the_same(pair: SimpleNamespace, tmp_path) -> None:
+    for name in ("fixed", "moving"):
+        image = getattr(pair, name)
+        header = np.diag([2.0, 2.0, 1.0, 1.0])
+        header[:2, 3] = Grid.of(image).affine[:2, 2]
+        nib.save(nib.Nifti1Image(image.as_tensor()[0].numpy()[..., None], header), tmp_path / f"{name}.nii.gz")
+    before = sorted(tmp_path.iterdir())
+    files = register(str(tmp_path / "fixed.nii.gz"), tmp_path / "moving.nii.gz")
+    np.testing.assert_allclose(files.affine, pair.result.affine, atol=1e-4)
+    assert sorted(tmp_path.iterdir()) == before
+    # without a spacing, in pixels
+    arrays = register(*[getattr(pair, name).as_tensor()[0].numpy() for name in ("fixed", "moving")])
+    to_pixels = torch.linalg.inv(Grid.of(pair.fixed).affine).numpy()
+    expected = to_pixels @ pair.result.affine @ np.linalg.inv(to_pixels)
+    pixels = MetaTensor(pair.fixed.as_tensor(), affine=torch.eye(3))
+    assert error(arrays.affine, expected, pixels) < 0.05
+    tensors = register(pair.fixed.as_tensor(), pair.moving.as_tensor())
+    np.testing.assert_array_equal(tensors.affine, arrays.affine)
+    images = register(
+        *[Image(getattr(pair, n).as_tensor(), Grid.of(getattr(pair, n)).affine) for n in ("fixed", "moving")]
+    )
+    np.testing.assert_array_equal(images.affine, pair.result.affine)
+
+
+def test_inputs_stay_as_they_are(pair: SimpleNamespace) -> None:
+    copies = [pair.fixed.clone(), pair.moving.clone()]
+    register(pair.fixed, pair.moving).moved.sum()
+    for image, copy in zip((pair.fixed, pair.moving), copies, strict=True):
+        assert torch.equal(image.as_tensor(), copy.as_tensor()) and torch.equal(image.affine, copy.affine)
+        assert image.applied_operations == copy.applied_operations
+
+
+def test_one_fixed_image_for_many(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(Side):
+        def __init__(self, *arguments, **options) -> None:
+            made.append(arguments)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(pair_module, "Side", Counted)
+    fixed = Prepared(pair.fixed)
+    for _ in range(3):
+        np.testing.assert_array_equal(register(fixed, pair.moving).affine, pair.result.affine)
+    assert len(made) == 4  # the fixed side once
+    back = register(pair.moving, fixed).affine
+    assert error(back @ pair.result.affine, np.eye(3), pair.fixed) < 0.05
+    np.testing.assert_array_equal(register(fixed, Prepared(pair.moving)).affine, pair.result.affine)
+
+
+def test_a_prepared_image_has_its_mask_and_channel(pair: SimpleNamespace) -> None:
+    mask = (pair.fixed.as_tensor()[0] > 0.05 * pair.fixed.max()).float().numpy()
+    two = MetaTensor(torch.cat([pair.fixed.as_tensor().flip(1), pair.fixed.as_tensor()]), affine=pair.fixed.affine)
+    prepared = Prepared(two, channel=1, mask=mask)
+    np.testing.assert_array_equal(
+        register(prepared, pair.moving).affine, register(pair.fixed, pair.moving, fixed_mask=mask).affine
+    )
+    for name, value in (("fixed_mask", mask), ("fixed_channel", -2)):
+        with pytest.raises(RegistrationError) as caught:
+            register(prepared, pair.moving, **{name: value})
+        assert caught.value.argument == name
+
+
+def test_4d_moving_takes_one_volume_and_moves_all(pair: SimpleNamespace) -> None:
+    moving = pair.moving.as_tensor()
+    many = MetaTensor(torch.cat([moving.flip(1), moving, 2 * moving]), affine=pair.moving.affine)
+    for channel in (1, -2):
+        got = register(pair.fixed, many, moving_channel=channel)
+        np.testing.assert_array_equal(got.affine, pair.result.affine)
+    assert got.moved.shape == (3, *pair.fixed.shape[1:])
+    torch.testing.assert_close(got.moved[1].as_tensor(), pair.result.moved[0].as_tensor())
     torch.testing.assert_close(got.moved[2].as_tensor(), 2 * got.moved[1].as_tensor())
 
 
-def test_device_of_the_fixed_image(run, pair, result, device):
-    got = run(pair[0].to(device), pair[1])
-    assert isinstance(got.affine, np.ndarray)
-    np.testing.assert_allclose(got.affine, result.affine, atol=0.5)
-    assert run(*pair, device=str(device)).success
+def test_a_start_from_a_file(pair: SimpleNamespace, tmp_path) -> None:
+    start = turn(pair.fixed, 30.0, (6.0, 10.0))
+    write_transform(tmp_path / "start.tfm", start)
+    given, read = (
+        register(pair.fixed, pair.moving, initial=initial, search="none").affine
+        for initial in (start, tmp_path / "start.tfm")
+    )
+    np.testing.assert_allclose(given, read, atol=1e-6)
+    assert error(given, pair.truth, pair.fixed) < 0.3
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# preset "paper"
-# --------------------------------------------------------------------------------------------------------------------
+def test_spacing_sets_the_finest_level(pair: SimpleNamespace) -> None:
+    coarse = register(pair.fixed, pair.moving, spacing=4.0)
+    assert coarse.measures["step"] == 4.0 and pair.result.measures["step"] == 2.0
+    assert error(coarse.affine, pair.truth, pair.fixed) < 1.0
 
 
-def test_paper_runs_and_takes_other_weights(pair, vgg19_weights, tmp_path):
-    options = {"preset": "paper", "vgg19_weights": vgg19_weights}
-    first = monai_zsreg.register(*pair, **options)
-    assert first.preset == "paper" and np.isfinite(first.affine).all()
-    network = build_network(2, vgg19_weights=vgg19_weights)
-    # the regressor alone, and as a part of the whole network
-    torch.save(network.regressor.state_dict(), tmp_path / "alone.pt")
-    torch.save(network.state_dict(), tmp_path / "whole.pt")
-    for name in ("alone.pt", "whole.pt"):
-        again = monai_zsreg.register(*pair, **options, regressor_weights=tmp_path / name)
-        np.testing.assert_array_equal(again.affine, first.affine)
+def test_device_of_the_fixed_image(pair: SimpleNamespace, device: torch.device) -> None:
+    for result in (register(pair.fixed.to(device), pair.moving), register(pair.fixed, pair.moving, device=device)):
+        assert isinstance(result.affine, np.ndarray) and result.device.startswith(device.type)
+        assert error(result.affine, pair.result.affine, pair.fixed) < 0.02
+        assert result.fixed_image.values.device.type == result.moving_image.values.device.type == "cpu"
+        assert result.moved.device.type == "cpu" or result.moved.device.type == device.type
 
 
-def test_network_is_kept_until_its_file_changes(vgg19_weights, tmp_path):
-    state = torch.load(vgg19_weights, weights_only=True)
-    torch.save(state, tmp_path / "w.pt")
-    options = {"vgg19_weights": tmp_path / "w.pt", "estimator": "consensus"}
-    first = build_network(2, **options)
-    assert build_network(2, **options) is first
-    torch.save({name: 2 * value.double() for name, value in state.items()}, tmp_path / "w.pt")
-    assert build_network(2, **options) is not first
+# ------------------------------------------------------------------------------------------------------------- headers
 
 
-def test_regressor_of_another_kind(pair, vgg19_weights, tmp_path):
-    network = monai_zsreg.networks.AffineRegressor(2, 8, "rigid", (8,))
-    torch.save(network.state_dict(), tmp_path / "rigid.pt")
-    options = {"preset": "paper", "vgg19_weights": vgg19_weights, "regressor_weights": tmp_path / "rigid.pt"}
-    with pytest.raises(RegistrationError, match="regressor_weights.*rigid"):
-        monai_zsreg.register(*pair, **options)
-    assert monai_zsreg.register(*pair, **options, transform="rigid").transform == "rigid"
+@pytest.mark.parametrize("name", ["fixed", "moving"])
+def test_a_header_may_lie_anywhere(pair: SimpleNamespace, name: str) -> None:
+    motion = torch.eye(3, dtype=torch.float64)
+    motion[:2, 2] = torch.tensor([1234.5, -678.25])
+    images = {"fixed": pair.fixed, "moving": pair.moving}
+    images[name] = reheadered(images[name], motion @ Grid.of(images[name]).affine)
+    found = register(**images).affine
+    back = motion.numpy()
+    back = found @ back if name == "fixed" else np.linalg.inv(back) @ found
+    assert error(back, pair.result.affine, pair.fixed) < 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wrong input
-# --------------------------------------------------------------------------------------------------------------------
+def test_both_headers_turned_turn_the_answer(pair: SimpleNamespace) -> None:
+    angle = math.radians(20)
+    motion = torch.eye(3, dtype=torch.float64)
+    motion[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turned = [reheadered(image, motion @ Grid.of(image).affine) for image in (pair.fixed, pair.moving)]
+    found = np.linalg.inv(motion.numpy()) @ register(*turned).affine @ motion.numpy()
+    assert error(found, pair.truth, pair.fixed) < 0.3
 
 
-def failing(image: MetaTensor) -> dict:
-    bad = image.clone()
-    bad[0, 3, 3] = float("nan")
-    return {
-        "fixed missing": ("fixed", {"fixed": "nowhere/a.nii.gz"}),
-        "moving missing": ("moving", {"moving": "nowhere/a.nii.gz"}),
-        "fixed empty": ("fixed", {"fixed": np.zeros((0, 9))}),
-        "moving constant": ("moving", {"moving": torch.ones_like(image)}),
-        "fixed constant": ("fixed", {"fixed": np.ones((20, 20))}),
-        "moving nan": ("moving", {"moving": bad}),
-        "3D with 2D": ("moving", {"moving": np.random.default_rng(0).random((9, 9, 9))}),
-        "preset": ("preset", {"preset": "best"}),
-        "preset type": ("preset", {"preset": ["paper"]}),
-        "transform": ("transform", {"transform": "b-spline"}),
-        "device": ("device", {"device": "gpu"}),
-        "device that is not there": ("device", {"device": "cuda:63"}),
-        "device without numbers": ("device", {"device": "meta"}),
-        "spacing": ("spacing", {"spacing": -2.0}),
-        "coarse spacing": ("spacing", {"spacing": 1e6}),
-        "fine spacing": ("spacing", {"spacing": 1e-4}),
-        "fixed channel": ("fixed_channel", {"fixed_channel": 1}),
-        "moving channel": ("moving_channel", {"moving_channel": "0"}),
-        "seed": ("seed", {"seed": 1.5}),
-        "negative seed": ("seed", {"seed": -1}),
-        "weights": ("vgg19_weights", {"preset": "keypoints", "vgg19_weights": "nowhere.pth"}),
-        "weights type": ("vgg19_weights", {"vgg19_weights": 3}),
-        "regressor": ("regressor_weights", {"preset": "paper", "regressor_weights": "nowhere.pt"}),
-        "shipped regressor": ("transform", {"preset": "paper", "transform": "rigid"}),
-        "unknown option": ("options", {"no_such_thing": 1}),
-        "option that makes no key": ("options", {"preset": "keypoints", "scales": {"a": 1}}),
-        "option that images decide": ("spatial_dims", {"spatial_dims": 3}),
-        "option of the network": ("num_points", {"preset": "keypoints", "num_points": 1}),
-        "option that does not fit": ("options", {"preset": "paper", "num_points": 32}),
-    }
+@pytest.mark.parametrize("axis", [0, 1])
+def test_flipped_storage_of_one_image_does_not_matter(pair: SimpleNamespace, axis: int) -> None:
+    flipped = Flip(axis)(reheadered(pair.moving, Grid.of(pair.moving).affine))
+    assert Grid.of(flipped).affine[axis, axis] < 0
+    assert error(register(pair.fixed, flipped).affine, pair.truth, pair.fixed) < 0.3
 
 
-@pytest.mark.parametrize("case", list(failing(MetaTensor(torch.zeros(1, 8, 8)))))
-def test_wrong_input_names_the_argument(pair, vgg19_weights, tmp_path, monkeypatch, case):
+def test_other_size_and_spacing(pair: SimpleNamespace, load_slice) -> None:
+    fine = moved_by(load_slice(modality="t2"), pair.truth)
+    result = register(pair.fixed, fine)
+    assert error(result.affine, pair.truth, pair.fixed) < 0.4
+    assert result.resampled().grid == result.fixed_image.grid
+
+
+# --------------------------------------------------------------------------------------------------------- wrong input
+
+
+BAD_VALUES = {
+    "fixed missing": ("fixed", {"fixed": "nowhere/a.nii.gz"}),
+    "moving missing": ("moving", {"moving": "nowhere/a.nii.gz"}),
+    "fixed empty": ("fixed", {"fixed": np.zeros((0, 9))}),
+    "moving constant": ("moving", {"moving": torch.ones(1, 20, 20)}),
+    "fixed constant": ("fixed", {"fixed": np.ones((20, 20))}),
+    "nothing finite": ("moving", {"moving": torch.full((1, 20, 20), math.nan)}),
+    "3D with 2D": ("moving", {"moving": np.random.default_rng(0).random((9, 9, 9))}),
+    "preset": ("preset", {"preset": "best"}),
+    "preset type": ("preset", {"preset": ["paper"]}),
+    "transform": ("transform", {"transform": "b-spline"}),
+    "device": ("device", {"device": "gpu"}),
+    "device that is not there": ("device", {"device": "cuda:63"}),
+    "device without numbers": ("device", {"device": "meta"}),
+    "spacing": ("spacing", {"spacing": -2.0}),
+    "spacing type": ("spacing", {"spacing": True}),
+    "coarse spacing": ("spacing", {"spacing": 1e6}),
+    "fine spacing": ("spacing", {"spacing": 1e-4}),
+    "fixed channel": ("fixed_channel", {"fixed_channel": 1}),
+    "moving channel": ("moving_channel", {"moving_channel": "0"}),
+    "channel by truth": ("moving_channel", {"moving_channel": False}),
+    "seed": ("seed", {"seed": 1.5}),
+    "negative seed": ("seed", {"seed": -1}),
+    "large seed": ("seed", {"seed": 2**63}),
+    "weights type": ("vgg19_weights", {"vgg19_weights": 3}),
+    "singular start": ("initial", {"initial": np.zeros((3, 3))}),
+    "start of another size": ("initial", {"initial": np.eye(4)}),
+    "start that is no file": ("initial", {"initial": "nowhere.tfm"}),
+    "mask of another shape": ("fixed_mask", {"fixed_mask": np.ones((5, 5))}),
+    "empty mask": ("moving_mask", {"moving_mask": np.zeros((98, 116), dtype=np.float32)}),
+    "mask for a preset without": ("fixed_mask", {"preset": "keypoints", "fixed_mask": np.ones((98, 116))}),
+    "unknown option": ("options", {"no_such_thing": 1}),
+    "search": ("search", {"search": "everywhere"}),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_VALUES))
+def test_wrong_input_names_the_argument(pair: SimpleNamespace, tmp_path, monkeypatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
-    argument, changes = failing(pair[1])[case]
-    options = {"fixed": pair[0], "moving": pair[1], "vgg19_weights": vgg19_weights} | changes
+    argument, changes = BAD_VALUES[case]
     with pytest.raises(RegistrationError) as caught:
-        monai_zsreg.register(**options)
-    assert caught.value.argument == argument
-    assert caught.value.allowed
-    assert str(caught.value).startswith(f"{argument}: got ")
+        register(**{"fixed": pair.fixed, "moving": pair.moving} | changes)
+    assert caught.value.argument.split(".")[0] in (argument, "path") and caught.value.allowed
+    assert str(caught.value).startswith(f"{caught.value.argument}: got ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_of_the_regressor_as_vgg_and_the_other_way_round(pair, vgg19_weights):
-    with pytest.raises(RegistrationError) as caught:
-        monai_zsreg.register(*pair, preset="paper", vgg19_weights=vgg19_weights, regressor_weights=vgg19_weights)
-    assert caught.value.argument == "regressor_weights"
+def test_an_option_that_is_nearly_right_is_suggested(pair: SimpleNamespace) -> None:
+    with pytest.raises(RegistrationError, match="did you mean 'rotations'"):
+        register(pair.fixed, pair.moving, rotation=40)
 
 
-def test_failure_is_reported_and_the_identity(run):
-    stripes = np.tile(np.random.default_rng(0).random(48), (48, 1))
-    with pytest.warns(RegistrationWarning, match="registration failed"):
-        result = run(stripes, stripes, padding=0.0)
-    assert not result.success
-    assert "one line" in result.warnings[0]
-    np.testing.assert_array_equal(result.affine, np.eye(3))
-    assert result.uncertainty is None
-    assert result.moved.shape == (1, 48, 48)
+def test_noise_warns_and_the_matrix_is_still_the_best_found(pair: SimpleNamespace) -> None:
+    noise = torch.rand(pair.fixed.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(RegistrationWarning, match="registration failed") as caught:
+        result = register(pair.fixed, MetaTensor(noise, affine=pair.fixed.affine))
+    assert caught[0].filename == __file__  # the caller's line
+    assert result.verdict == "FAIL" and result.reasons and np.linalg.det(result.affine) > 0
+    assert all(reason in str(caught[0].message) for reason in result.reasons)
 
 
-def test_resolve_device():
-    assert resolve_device(None).type == "cpu"
-    assert resolve_device("cpu", "cuda").type == "cpu"
+def test_a_device_without_memory_says_what_to_set(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(pair_module, "find", full)
+    with pytest.raises(torch.OutOfMemoryError, match="too little free memory.*spacing.*cpu"):
+        register(pair.fixed, pair.moving)
+
+
+def test_resolve_device() -> None:
+    assert resolve_device(None).type == "cpu" and resolve_device("cpu", "cuda").type == "cpu"
     for wrong in ("nope", 1.5, "meta", "cuda:99"):
         with pytest.raises(RegistrationError) as caught:
             resolve_device(wrong)
         assert caught.value.argument == "device"
+
+
+def test_public_names() -> None:
+    assert all(hasattr(monai_zsreg, name) for name in monai_zsreg.__all__)
+    assert set(monai_zsreg.__all__) <= set(dir(monai_zsreg))
+    with pytest.raises(AttributeError, match="no attribute 'regster'"):
+        monai_zsreg.regster  # noqa: B018

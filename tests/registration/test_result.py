@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-import itk
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -12,6 +14,7 @@ from monai.data import MetaTensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import compose_parameters
+from monai_zsreg.io import load_image, read_transform
 from monai_zsreg.registration import RegistrationResult
 
 LAS = torch.tensor([[-2.0, 0, 0, 30], [0, 1.5, 0, -20], [0, 0, 1.0, 5], [0, 0, 0, 1]], dtype=torch.float64)
@@ -35,29 +38,46 @@ def result_of(dims: int = 3, channels: int = 1) -> RegistrationResult:
         )
         for count, shape, header in zip((1, channels), shapes, (LAS, OBLIQUE), strict=True)
     )
-    return RegistrationResult(affine, True, [], 0.1, "keypoints", "affine", fixed, moving)
+    return RegistrationResult(
+        affine, "PASS", [], {}, 1.0, 0.1, "robust", "affine", load_image(fixed), load_image(moving)
+    )
 
 
-def by_scipy(result: RegistrationResult, values: np.ndarray, order: int) -> np.ndarray:
+def by_scipy(result: RegistrationResult, values: np.ndarray, order: int, fill: float = 0.0) -> np.ndarray:
     dims = values.ndim
     keep = [*range(dims), 3]
     fixed, moving = LAS[keep][:, keep].numpy(), OBLIQUE[keep][:, keep].numpy()
     pull = np.linalg.inv(moving) @ result.affine @ fixed
     shape = tuple(result.fixed.shape[1:])
-    return scipy.ndimage.affine_transform(values, pull, output_shape=shape, order=order, mode="grid-constant")
+    mode = "grid-constant"
+    return scipy.ndimage.affine_transform(values, pull, output_shape=shape, order=order, mode=mode, cval=fill)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_moved_lies_on_the_fixed_grid(dims):
+@pytest.mark.parametrize("fill", [0.0, -1024.0])
+def test_what_is_carried_along_lies_on_the_fixed_grid(dims: int, fill: float) -> None:
     result = result_of(dims, channels=2)
-    moved = result.moved
+    moved = result.apply(result.moving, fill_value=fill)
     assert isinstance(moved, MetaTensor) and moved.shape == (2, *result.fixed.shape[1:])
     torch.testing.assert_close(moved.affine, result.fixed.affine)
+    inside = by_scipy(result, np.ones(result.moving.shape[1:]), 1) > 0.999
     for c in range(2):
-        expected = by_scipy(result, result.moving.as_tensor()[c].double().numpy(), order=1)
-        np.testing.assert_allclose(moved.as_tensor()[c].numpy(), expected, atol=1e-5)
-    assert (moved == 0).any()  # zeros outside
-    assert result.moved is moved
+        expected = by_scipy(result, result.moving.as_tensor()[c].double().numpy(), 1, fill)
+        # single precision beside a fill value of a thousand
+        np.testing.assert_allclose(moved.as_tensor()[c].numpy()[inside], expected[inside], atol=1e-3)
+    beyond = by_scipy(result, np.ones(result.moving.shape[1:]), 1) < 1e-6
+    assert beyond.any() and (moved.as_tensor()[:, torch.from_numpy(beyond)] == fill).all()
+
+
+def test_moved_is_made_once_with_the_images_own_background() -> None:
+    result = result_of()
+    values = 100.0 * result.moving_image.values - 1024.0
+    values[:, :3] = values[:, -3:] = values[:, :, :3] = values[:, :, -3:] = -1024.0
+    values[..., :3] = values[..., -3:] = -1024.0
+    result.moving_image = replace(result.moving_image, values=values)
+    assert result.moved is result.moved and float(result.moved.min()) == pytest.approx(-1024.0)
+    assert result.resampled().values.shape == result.moved.shape
+    assert result.resampled().grid == result.fixed_image.grid
 
 
 def test_labels_keep_their_values():
@@ -85,7 +105,7 @@ def test_an_image_on_another_grid_of_the_moving_world():
     coarse_affine[:, 0] *= 2
     coarse = result.apply(MetaTensor(ramp[:, ::2].clone(), affine=coarse_affine))
     full = result.apply(MetaTensor(ramp.clone(), affine=result.moving.affine))
-    inside = result.apply(MetaTensor(torch.ones(1, 10, 16, 18), affine=coarse_affine)) > 0.999
+    inside = result.apply(MetaTensor(torch.ones(1, 10, 16, 18), affine=coarse_affine), fill_value=0.0) > 0.999
     torch.testing.assert_close(coarse[inside].as_tensor(), full[inside].as_tensor(), atol=1e-3, rtol=0)
     assert inside.sum() > 100
 
@@ -137,16 +157,34 @@ def test_parameters_compose_to_the_matrix(dims):
     np.testing.assert_allclose(compose_parameters(result.parameters), result.affine, atol=1e-9)
 
 
-def test_saved_transform_is_read_by_itk(tmp_path):
+@pytest.mark.parametrize(("name", "format"), [("t.tfm", None), ("t.txt", "text"), ("t.mat", "fsl")])
+def test_a_saved_transform_is_the_matrix(tmp_path, name: str, format: str | None) -> None:
     result = result_of()
-    result.save_transform(tmp_path / "t.tfm")
-    assert [path.name for path in tmp_path.iterdir()] == ["t.tfm"]
-    transform = itk.transformread(str(tmp_path / "t.tfm"))[0]
-    flip = np.array([-1.0, -1.0, 1.0])
-    point = np.array([4.0, -7.0, 11.0])
-    got = np.array(transform.TransformPoint((flip * point).tolist())) * flip
-    np.testing.assert_allclose(got, result.apply(point[None])[0], atol=1e-9)
+    result.save_transform(tmp_path / name, format)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = read_transform(tmp_path / name, result.fixed_image, result.moving_image, format)
+    np.testing.assert_allclose(found, result.affine, atol=1e-6)
 
 
 def test_text_does_not_print_voxels():
     assert len(repr(result_of())) < 600
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_results_can_be_compared(equal: bool) -> None:
+    one = result_of()
+    assert (one == (one if equal else result_of())) is equal
+    assert one in [result_of(), one] and len({one, result_of()}) == 2
+
+
+def test_a_result_survives_pickle() -> None:
+    result = result_of(2, channels=2)
+    other = pickle.loads(pickle.dumps(result))
+    np.testing.assert_array_equal(other.affine, result.affine)
+    assert torch.equal(other.moving_image.values, result.moving_image.values)
+    assert other.fixed_image.grid == result.fixed_image.grid and other.verdict == "PASS" and other.success
+
+
+@pytest.mark.parametrize(("verdict", "success"), [("PASS", True), ("WARN", True), ("FAIL", False)])
+def test_success_is_a_verdict_that_is_not_fail(verdict: str, success: bool) -> None:
+    assert replace(result_of(), verdict=verdict).success is success

@@ -455,7 +455,7 @@ def run_case(seed: int, number: int, base: Path) -> dict[str, Any]:
             warnings.simplefilter("always")
             result = _register(case, options, number)
             moved = result.moved.as_tensor().float()
-        row["outcome"] = result.quality.verdict
+        row["outcome"] = result.verdict
         if not np.isfinite(result.affine).all() or np.linalg.det(result.affine) <= 0:
             row["outcome"] = "BAD: matrix"
         if not torch.isfinite(moved).all() and case["knows"]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.networks.mind import MINDSSC
+from monai_zsreg.registration.descriptors import MINDSSC
 
 
 def plain(image: torch.Tensor, dilation: int) -> torch.Tensor:
