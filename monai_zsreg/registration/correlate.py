@@ -35,7 +35,7 @@ class Candidates:
             overlap is small.
         overlap: ``[K]`` part of the smaller of the two seen regions that lies in the other.
         margin: how far the best score stands above the second; the others all lie apart from it. Pairs that belong
-            together mostly stand 0.1 to 0.5 above. So does the mirror image of a symmetric body, which this cannot tell.
+            together mostly stand 0.1 to 0.5 above. A mirror image of a symmetric body stands out as well.
     """
 
     transform: Tensor
