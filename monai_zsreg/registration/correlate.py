@@ -109,7 +109,7 @@ def correlate(
     sides = [_sides(values, affine) for values, affine, _ in pairs]
     # the smaller one turns, in the smaller box
     swap = float(sides[0].norm()) < float(sides[1].norm())
-    step = _step(*(reversed(sides) if swap else sides), reach)
+    step = _step(sides[swap], sides[not swap], reach)
     maps = [_Maps.of(values.float(), affine.double().cpu(), seen, step) for values, affine, seen in pairs]
     still, turned = reversed(maps) if swap else maps
     factors = [1 / s for s in scales] if swap else list(scales)
