@@ -18,6 +18,10 @@ _LOW, _HIGH = 0.005, 0.995
 _ENOUGH = 4_000_000
 # fraction of the range that foreground stands out by: air may be cut to zero in one place and noisy in another
 _LEAST, _FAINT = 0.08, 0.005
+# likewise where the rim shows tissue, so that the background is not known but by being dark
+_DARK = 0.06
+# fraction of the range that a background varies by, and that it lies from the end of the range, at most
+_EVEN, _EXTREME = 0.12, 0.1
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Appearance:
 def appearance(image: Tensor, faint: bool = False) -> Appearance:
     """Background, range and foreground of one channel.
 
-    The background is the median of the outermost voxels, unless these vary so much that they are no background: then
-    the darkest half per cent takes its place and every voxel is foreground, as in a photograph.
+    The background is the median of the outermost voxels, if these hardly vary and are among the darkest or brightest.
+    Else they show tissue, as in a slab or a photograph: then all that stands out from the darkest half per cent is
+    foreground.
 
     Args:
         image: ``[*spatial]``, floating point, finite. Pool it first where noise must not count.
@@ -49,8 +54,9 @@ def appearance(image: Tensor, faint: bool = False) -> Appearance:
     border = torch.cat([image.select(axis, end).flatten() for axis in range(image.ndim) for end in (0, -1)])
     middle = border.median()
     noise = 1.4826 * (border - middle).abs().median()
-    if bool(noise > 0.12 * (high - low)):
-        return Appearance(low, (high - low).clamp(min=1e-20), torch.ones_like(image, dtype=torch.bool))
+    length = (high - low).clamp(min=1e-20)
+    if bool((noise > _EVEN * length) | (torch.minimum(middle - low, high - middle) > _EXTREME * length)):
+        return Appearance(low, length, image > low + _DARK * length)
     least = _FAINT if faint and bool(noise == 0) else _LEAST
     scale = torch.maximum(high - middle, middle - low).clamp(min=1e-20)
     return Appearance(middle, scale, (image - middle).abs() > torch.maximum(least * scale, 4 * noise))

@@ -60,6 +60,7 @@ __all__ = [
     "theta_from_index",
     "theta_from_unit",
     "unit_from_world",
+    "without_obliquity",
     "unit_points_to_world",
     "unit_points_without_padding",
     "unit_to_index",
@@ -328,7 +329,7 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
 
 
 def fraction_inside(grid: Grid, other: Grid, transform: Tensor) -> float:
-    """Fraction of the voxels of ``grid`` that a world transform ``(D+1, D+1)`` takes into the field of view of ``other``."""
+    """Fraction of the voxels of ``grid`` that a world transform takes into the field of view of ``other``."""
     steps = [torch.linspace(0, n - 1, 12, dtype=torch.float64) for n in grid.shape]
     index = apply_affine(grid.index_pull(transform, other), torch.cartesian_prod(*steps))
     last = torch.tensor([n - 0.5 for n in other.shape], dtype=torch.float64)
@@ -495,6 +496,18 @@ def plane_of_slice(place: np.ndarray) -> np.ndarray:
     plane = np.eye(3)
     plane[:2] = np.delete(rotation @ place[:3, [0, 1, 3]], axis, axis=0)
     return plane
+
+
+def without_obliquity(affine: np.ndarray) -> np.ndarray:
+    """Index to world ``(4, 4)`` of an image with every axis snapped to the nearest of the world's, the origin kept.
+
+    This is how AFNI's programs see an oblique image.
+    """
+    linear = affine[:3, :3]
+    nearest = np.abs(linear) == np.abs(linear).max(axis=0)
+    snapped = affine.copy()
+    snapped[:3, :3] = np.where(nearest, np.sign(linear) * np.linalg.norm(linear, axis=0), 0.0)
+    return snapped
 
 
 def flip_points(points: np.ndarray) -> np.ndarray:

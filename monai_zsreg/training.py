@@ -9,7 +9,6 @@ far a trained network is off, beside the closed form.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -20,22 +19,23 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io.files import atomic_path, write_json
+from monai_zsreg.networks.coordinates import map_points
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
-from monai_zsreg.networks.regressors import AffineRegressor, number_of_outputs
-from monai_zsreg.pretrained import load_state_dict
+from monai_zsreg.networks.regressors import AffineRegressor, load_regressor, number_of_outputs, training_facts
 
 __all__ = [
     "BestModelSaver",
     "RandomPointPairs",
+    "begin_distributed",
+    "end_distributed",
     "evaluation_table",
     "latest_checkpoint",
-    "load_regressor",
     "perturbation_matrices",
     "random_matrices",
     "random_points",
@@ -58,27 +58,12 @@ def _uniform(size: Sequence[int], low: float, high: float, generator: torch.Gene
     return torch.rand(*size, generator=generator) * (high - low) + low
 
 
-def _rotation_2d(angle: Tensor) -> Tensor:
-    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).reshape(-1, 2, 2)
-
-
-def _rotation_3d(axis: Tensor, angle: Tensor) -> Tensor:
-    """Rotations ``[B, 3, 3]`` about unit vectors ``[B, 3]`` (Rodrigues)."""
-    x, y, z = axis.unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).reshape(-1, 3, 3)
-    sine, cosine = angle.sin()[:, None, None], angle.cos()[:, None, None]
-    return torch.eye(3) + sine * cross + (1 - cosine) * cross @ cross
-
-
-def _random_rotations(count: int, spatial_dims: int, generator: torch.Generator) -> Tensor:
-    """Rotations ``[B, D, D]``, spread evenly over all of them."""
-    if spatial_dims == 2:
-        return _rotation_2d(_uniform([count], -math.pi, math.pi, generator))
-    # the orthogonal factor of a matrix of normal numbers is spread evenly once the signs of R are taken out
-    orthogonal, upper = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator))
-    orthogonal = orthogonal * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
-    return orthogonal * torch.linalg.det(orthogonal).sign()[:, None, None]
+def _rotations(angle: Tensor, axis: Tensor | None) -> Tensor:
+    """Rotations ``[B, D, D]`` by angles ``[B]``; in 3D about axes ``[B, 3]``, in 2D without."""
+    plane = axis is None
+    direction = torch.tensor([[0.0, 0.0, 1.0]]) if axis is None else nn.functional.normalize(axis, dim=1)
+    matrix = Rotation.from_rotvec((angle[:, None] * direction).numpy()).as_matrix()
+    return torch.from_numpy(matrix[:, :2, :2] if plane else matrix).float()
 
 
 def random_matrices(
@@ -105,7 +90,11 @@ def random_matrices(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if transform == "affine":
         return _uniform([count, spatial_dims, spatial_dims + 1], -1, 1, generator)
-    linear = _random_rotations(count, spatial_dims, generator)
+    if spatial_dims == 2:
+        linear = _rotations(_uniform([count], -math.pi, math.pi, generator), None)
+    else:  # normal quaternions have no preferred rotation
+        quaternions = torch.randn(count, 4, generator=generator)
+        linear = torch.from_numpy(Rotation.from_quat(quaternions.numpy()).as_matrix()).float()
     if transform == "similarity":
         linear = linear * _uniform([count, 1, 1], 0.5, 2, generator)
     return torch.cat([linear, _uniform([count, spatial_dims, 1], -1, 1, generator)], dim=-1)
@@ -124,7 +113,7 @@ def random_points(
 def perturbation_matrices(
     count: int, spatial_dims: int = 2, transform: str = "affine", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the test perturbation of section 2.8, about the middle of the image.
+    """Draw the test perturbation of section 2.8, about the center of the image.
 
     Translation up to 50 pixels an axis, rotation up to 0.3 rad (3D: about any axis), shear up to 0.03, on a 240-pixel
     image padded to 340 pixels. "similarity" and "rigid": without the shear.
@@ -135,16 +124,12 @@ def perturbation_matrices(
     number_of_outputs(transform, spatial_dims)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     angle = _uniform([count], -_LARGEST_ANGLE, _LARGEST_ANGLE, generator)
-    if spatial_dims == 2:
-        linear = _rotation_2d(angle)
-    else:
-        linear = _rotation_3d(nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=-1), angle)
+    linear = _rotations(angle, torch.randn(count, 3, generator=generator) if spatial_dims == 3 else None)
     if transform == "affine":
         shear = _uniform([count, spatial_dims, spatial_dims], -_LARGEST_SHEAR, _LARGEST_SHEAR, generator)
         linear = linear @ (torch.eye(spatial_dims) + shear.triu(1))
     shift = _uniform([count, spatial_dims], -_LARGEST_SHIFT, _LARGEST_SHIFT, generator) / _PADDED_SIDE
-    center = torch.full((count, spatial_dims), 0.5)
-    translation = shift + center - (linear @ center[..., None])[..., 0]
+    translation = shift + 0.5 - 0.5 * linear.sum(dim=2)
     return torch.cat([linear, translation[..., None]], dim=-1)
 
 
@@ -212,7 +197,7 @@ class RandomPointPairs(IterableDataset):
         generator = torch.Generator().manual_seed(mixed)
         fixed = random_points(self.batch_size, self.num_points, self.spatial_dims, generator)
         matrix = random_matrices(self.batch_size, self.spatial_dims, self.kind, generator)
-        return {"image": fixed, "moving": apply_affine(matrix, fixed), "label": matrix}
+        return {"image": fixed, "moving": map_points(matrix, fixed), "label": matrix}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if get_worker_info() is not None:
@@ -241,15 +226,16 @@ class BestModelSaver:
     """Ignite handler for the evaluator: keeps the best network so far as a plain state dict, with a JSON beside it.
 
     MONAI's ``CheckpointSaver`` forgets its best value when a training is resumed, and then replaces a better file. This
-    handler belongs in the checkpoint (it has ``state_dict`` and ``load_state_dict``), so it remembers. The names in the
-    file begin with ``prefix``: "regressor." makes it load strictly into ``ZeroShotAffineNet``.
+    handler belongs in the checkpoint (it has ``state_dict`` and ``load_state_dict``), so it remembers.
+
+    The file is in half precision, which costs no accuracy that can be measured and saves half of its size; loading it
+    into a network makes single precision of it again.
 
     Args:
         path: the file, such as ``model.pt``. The JSON beside it has the error, the epoch and the training time in
             seconds, sessions before a resume included.
         network: what to save.
         metric_name: the metric of the evaluator to judge by; less is better.
-        prefix: put before every parameter's name.
         details: more for the JSON, such as the settings.
     """
 
@@ -258,22 +244,19 @@ class BestModelSaver:
         path: str,
         network: nn.Module,
         metric_name: str = "val_mean_absolute_error",
-        prefix: str = "regressor.",
         details: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.network = network
         self.metric_name = metric_name
-        self.prefix = prefix
         self.details = dict(details or {})
         self.best = math.inf
-        self._earlier_seconds = 0.0
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Training time so far."""
-        return self._earlier_seconds + time.monotonic() - self._start
+        return time.monotonic() - self._start
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -284,9 +267,8 @@ class BestModelSaver:
         if not value < self.best:
             return
         self.best = value
-        state = {self.prefix + name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
         with atomic_path(self.path) as partial:
-            torch.save(state, partial)
+            torch.save({name: tensor.cpu().half() for name, tensor in self.network.state_dict().items()}, partial)
         facts = {"mean_absolute_error": value, "epoch": engine.state.epoch, "training_seconds": round(self.seconds, 1)}
         write_json(self.path.with_suffix(".json"), facts | {"torch": torch.__version__} | self.details)
 
@@ -297,8 +279,7 @@ class BestModelSaver:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from ``state``."""
         self.best = float(state["best"])
-        self._earlier_seconds = float(state["seconds"])
-        self._start = time.monotonic()
+        self._start = time.monotonic() - float(state["seconds"])
 
 
 def latest_checkpoint(folder: str | Path) -> str:
@@ -313,24 +294,28 @@ def latest_checkpoint(folder: str | Path) -> str:
     return str(max(found, key=lambda path: int(path.stem.rsplit("=", 1)[1])))
 
 
-def _facts(path: str | Path) -> dict[str, Any]:
-    """What ``BestModelSaver`` wrote beside a state dict; empty if there is nothing."""
-    beside = Path(path).with_suffix(".json")
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+def begin_distributed() -> None:
+    """Join the processes that ``torchrun`` started, unless that has been done."""
+    # its functions have the group as their default argument: imported later, they would hold it for ever
+    import torch.distributed.nn  # noqa: F401
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def load_regressor(path: str | Path) -> AffineRegressor:
-    """Load a network from a state dict on disk, such as the bundle's ``models/model.pt``.
+def end_distributed(network: nn.Module) -> None:
+    """Take leave of the other processes.
 
-    The shapes of the parameters tell the architecture. Only whether it was trained without ``normalize`` comes from the
-    JSON beside the file, if there is one.
+    The group's threads end with the last reference to it. Threads that are still at work when the interpreter ends take
+    the whole process down with SIGABRT.
 
-    Raises:
-        RegistrationError: no such file, or not the parameters of an ``AffineRegressor``.
+    Args:
+        network: a ``DistributedDataParallel``; it is of no use afterwards.
     """
-    return AffineRegressor.from_state_dict(
-        load_state_dict(path, "weights"), normalize=_facts(path).get("normalize", True)
-    )
+    for name in ("reducer", "logger", "process_group"):
+        setattr(network, name, None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -342,12 +327,11 @@ def _pixel_error(estimate: Tensor, truth: Tensor) -> float:
     """Mean distance in pixels between where two sets of matrices put the pixels of the image in the padded frame."""
     dims = truth.shape[1]
     margin = (_PADDED_SIDE - _IMAGE_SIDE) / 2
-    # the middles of equal cells that fill the image
+    # the centers of equal cells that fill the image
     count = 16 if dims == 2 else 8
     axis = (margin + (torch.arange(count, device=truth.device) + 0.5) / count * _IMAGE_SIDE) / _PADDED_SIDE
-    points = torch.stack(torch.meshgrid(*[axis] * dims, indexing="ij"), dim=-1).reshape(1, -1, dims)
-    distance = (apply_affine(estimate, points) - apply_affine(truth, points)).norm(dim=-1)
-    return float(distance.mean()) * _PADDED_SIDE
+    points = torch.cartesian_prod(*[axis] * dims)
+    return float((map_points(estimate, points) - map_points(truth, points)).norm(dim=-1).mean()) * _PADDED_SIDE
 
 
 @torch.no_grad()
@@ -365,19 +349,19 @@ def evaluation_table(network: AffineRegressor, num_sets: int = 4096, seed: int =
         the mean displacement error in pixels of the 340-pixel frame.
     """
     dims, count, transform = network.spatial_dims, network.num_points, network.transform
-    network.eval()
-    closed_form = LeastSquaresAffine(dims, transform)
+    methods = {"mlp": network.eval(), "closed_form": LeastSquaresAffine(dims, transform)}
+    drawn = {"section 2.5": random_matrices, "section 2.8": perturbation_matrices}
     rows = []
     for points_name, spread in (("uniform", 0.0), ("clustered", 0.15)):
-        for matrices_name, draw in (("section 2.5", random_matrices), ("section 2.8", perturbation_matrices)):
+        for matrices_name, draw in drawn.items():
             for noise in (0.0, 0.01, 0.05):
                 generator = torch.Generator().manual_seed(seed)
                 matrix = draw(num_sets, dims, transform, generator)
                 fixed = random_points(num_sets, count, dims, generator, spread)
-                moving = apply_affine(matrix, fixed)
+                moving = map_points(matrix, fixed)
                 moving = moving + noise * torch.randn(moving.shape, generator=generator)
                 row: dict[str, Any] = {"points": points_name, "matrices": matrices_name, "noise": noise}
-                for name, method in (("mlp", network), ("closed_form", closed_form)):
+                for name, method in methods.items():
                     estimate = method(fixed, moving)
                     row[f"{name}_error"] = float((estimate - matrix).abs().mean())
                     row[f"{name}_pixels"] = _pixel_error(estimate, matrix)
@@ -406,14 +390,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=2**31, help="of the points (default: 2**31)")
     options = parser.parse_args(arguments)
     try:
-        network = load_regressor(options.weights)
+        network = load_regressor(options.weights, "weights")
     except RegistrationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(f"{network.spatial_dims}D {network.transform}, {network.num_points} pairs, hidden layers {network.hidden}, "
           f"{parameters:,} parameters")  # fmt: skip
-    facts = _facts(options.weights)
+    facts = training_facts(options.weights)
     if "training_seconds" in facts:
         print(f"training time: {facts['training_seconds'] / 60:.1f} minutes")
     print(_markdown(evaluation_table(network, options.num_sets, options.seed)))

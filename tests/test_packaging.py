@@ -30,7 +30,6 @@ _EXTRAS_ONLY = (
     "ants",
     "cv2",
     "pandas",
-    "scipy",
     "tqdm",
 )
 
@@ -49,7 +48,7 @@ for module in pkgutil.walk_packages(monai_zsreg.__path__, "monai_zsreg."):
     if not module.name.endswith(".__main__"):
         importlib.import_module(module.name)
         print(module.name)
-print(importlib.import_module("monai_zsreg.pretrained").regressor_weights_path(2))
+print(importlib.import_module("monai_zsreg.networks.regressors").shipped_weights(2))
 """
 
 

@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """Known transforms, several methods, one table: ``python -m monai_zsreg.benchmark --help``."""
-
-from __future__ import annotations

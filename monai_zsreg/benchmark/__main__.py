@@ -6,79 +6,91 @@
     python -m monai_zsreg.benchmark FOLDER --output results
     python -m monai_zsreg.benchmark pairs.json --output results --methods ours:robust elastix
     python -m monai_zsreg.benchmark FOLDER --output results --quick
+    python -m monai_zsreg.benchmark --protocols overlap --output results
     python -m monai_zsreg.benchmark cost --output results
+    python -m monai_zsreg.benchmark cost --whole-process t1.nii.gz t2.nii.gz --output results
     python -m monai_zsreg.benchmark calibrate FOLDER --output results
 
 ``FOLDER`` holds one folder for each subject with co-registered images on one grid, named after their modality
 (``t1.nii.gz``, ``t2.nii.gz``, ...; a prefix ``study1_`` is ignored), and where there are any ``mask.nii.gz`` (brain),
 ``tissue.nii.gz`` (1 fluid, 2 gray, 3 white matter) and ``seg.nii.gz`` (anatomical labels). ``pairs.json`` is a list of
-``{"fixed", "moving", "subject", "fixed_modality", "moving_modality", "mask"?, "residual"?}``.
+``{"fixed", "moving", "subject", "fixed_modality", "moving_modality", "mask"?, "residual"?}``. A folder with a
+``manifest.csv`` (``pair, fixed, moving, kind, truth, tolerance_mm``) holds pairs on grids of their own that their
+headers put together. Photographs and retina pairs come with scikit-image.
 
 Written to the output folder: ``results.jsonl`` (one line a case and method, appended at once: the same command again
 goes on where it stopped), ``results.csv``, ``summary.csv``, ``summary.md``, ``figure4.png`` and ``capture.png``; by
-``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``; by ``calibrate``, which measures the uncertainty and
-the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
+``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``, or ``whole-process.md``; by ``calibrate``, which
+measures the uncertainty and the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monai_zsreg.registration.presets import PRESETS
+from monai_zsreg.errors import RegistrationError
 
 if TYPE_CHECKING:
     from monai_zsreg.benchmark.cases import Case
-    from monai_zsreg.benchmark.data import Pair
-    from monai_zsreg.benchmark.peers import Method, Options
+    from monai_zsreg.benchmark.methods import Method, Task
 
 __all__ = ["main"]
 
-_PAIRS = ("t1-t2", "t1-flair", "t1-t1ce")
-_METHODS = (*(f"ours:{preset}" for preset in PRESETS), "elastix", "simpleelastix", "ants", "sift", "none")
+_METHODS: tuple[str, ...] = (
+    "ours:robust",
+    "ours:paper",
+    "ours:keypoints",
+    "elastix",
+    "simpleelastix",
+    "ants",
+    "greedy",
+    "simpleitk",
+)
+_METHODS += ("sift", "none")
 # a minute or more a volume, against seconds
-_CAPS = ("ants:3=20", "elastix:3=40", "simpleelastix:3=10", "ours:keypoints:3=10", "ours:paper:3=10")
-_QUICK_CAPS = ("ants:3=0", "simpleelastix:3=0", "ours:keypoints:3=0", "ours:paper:3=0", "elastix:3=2", "ants:2=6")
+_CAPS: tuple[str, ...] = (
+    "ants:3=20",
+    "elastix:3=40",
+    "simpleelastix:3=10",
+    "greedy:3=20",
+    "simpleitk:3=10",
+    "ours:paper:3=10",
+)
+_CAPS += ("ours:keypoints:3=10",)
+_QUICK_CAPS = (*(f"{name}:3=0" for name in _METHODS[1:8]), "elastix:3=2", "ants:2=6", "simpleitk:2=2")
 _QUICK_SECONDS = 420.0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m monai_zsreg.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m monai_zsreg.benchmark", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add(
-        "data",
-        nargs="*",
-        help="folders of subjects or datalists; `calibrate` and folders; `cost`; `table` to redo the tables alone",
-    )
+    several = partial(parser.add_argument, nargs="+")
+    add("data", nargs="*", help="folders or datalists; `calibrate` and such; `cost`; `table` to redo the tables alone")
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
-    add("--methods", nargs="+", default=list(_METHODS), help=f"default: {' '.join(_METHODS)}")
-    add("--protocols", nargs="+", help="paper mild so3 stress natural between, or one stress by name; default: all")
-    add("--kinds", nargs="+", choices=("real", "exact", "natural", "between"), help="default: all")
-    add("--dims", nargs="+", type=int, choices=(2, 3), default=[2, 3])
-    add(
-        "--pairs", nargs="+", default=list(_PAIRS), help=f"modalities, both directions run; default: {' '.join(_PAIRS)}"
-    )
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
+    several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
+    several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or one stress by name")
+    several("--kinds", choices=("real", "exact", "natural", "between", "header"), help="default: all")
+    several("--dims", type=int, choices=(2, 3), default=[2, 3])
+    several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
+    several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
     add("--cases", type=int, help="cases of every row; each row has a default of its own")
-    add(
-        "--cap",
-        nargs="+",
-        default=[],
-        metavar="METHOD:DIMS=N",
-        help=f"fewer for slow methods; default: {' '.join(_CAPS)}",
-    )
-    add("--cases-ants", type=int, help="short for --cap ants:3=N")
-    add("--planes", nargs="+", choices=("axial", "coronal", "sagittal"), default=["axial"])
+    several("--cap", default=[], metavar="METHOD:DIMS=N", help=f"cases of slow methods; default: {' '.join(_CAPS)}")
+    several("--planes", choices=("axial", "coronal", "sagittal"), default=["axial"])
     add("--slices", type=int, default=5, help="slices of a volume (2D)")
     add("--min-side", type=int, default=128, help="leave out smaller slices (2D)")
     add("--seed", type=int, default=0)
@@ -87,45 +99,39 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vgg19-weights", help="weights file for the presets that need one")
     add("--time-limit", type=float, help="seconds after which no further registration begins")
     add("--no-similarity", action="store_true", help="leave out Dice, SSIM, MI and MSE")
-    add("--redo", nargs="+", default=[], help="methods to run again; `failures` for runs without an answer")
+    several("--redo", default=[], help="methods to run again; `failures` for runs without an answer")
     add("--quick", action="store_true", help="a few cases of the main rows, within ten minutes on two cores")
-    add(
-        "--symmetric",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="calibrate: subjects that a mirror leaves as they are, such as averages of many heads",
-    )
+    several("--symmetric", default=[], metavar="PATTERN", help="calibrate: subjects that a mirror leaves as they are")
     add("--sizes-2d", nargs="*", type=int, help="cost: pixels a side")
     add("--sizes-3d", nargs="*", type=int, help="cost: voxels a side")
+    add("--whole-process", nargs="*", type=Path, metavar="FILE", help="cost: of whole processes; a pair, or a phantom")
+    add("--bundle", type=Path, default=Path("bundles/zero_shot_affine_registration"), help="cost: the bundle to run")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     args = _arguments(argv)
-    # ITK reads this once, when its first filter runs
-    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(args.threads)
-
-    from monai_zsreg.benchmark.peers import Options, limit_threads, make_methods
-    from monai_zsreg.errors import RegistrationError
-
-    options = Options(args.threads, args.device, args.vgg19_weights, args.seed)
-    limit_threads(args.threads)
+    # the methods' processes inherit these
+    for name in ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(args.threads)
+    mode = args.data[0] if args.data and args.data[0] in ("cost", "calibrate", "table") else "run"
+    args.data = args.data if mode == "run" else args.data[1:]
     methods: list[Method] = []
     try:
-        methods, missing = make_methods(args.methods, options)
-        if args.data == ["cost"]:
-            _cost(args, methods, options)
-            return 0
-        if args.data[:1] == ["calibrate"]:
-            _calibrate(args)
-            return 0
-        cases, notes = ([], []) if args.data == ["table"] else _cases(args)
-        notes = [f"not installed: {m}" for m in missing] + notes
-        for note in notes:
-            print(note, file=sys.stderr)
-        _run(args, cases, methods, notes)
+        from monai_zsreg.benchmark.methods import Task, make_methods
+        from monai_zsreg.io.files import output_folder
+
+        output_folder(args.output)
+        task = Task(threads=args.threads, seed=args.seed, device=args.device, vgg19_weights=args.vgg19_weights)
+        if mode == "cost":
+            _cost(args, task, methods)
+        elif mode == "calibrate":
+            _calibrate(args, task, methods)
+        else:
+            cases, notes = ([], []) if mode == "table" else _cases(args)
+            methods += make_methods(args.methods, task)
+            _run(args, methods, cases, notes)
     except RegistrationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,110 +144,111 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pairs(args: argparse.Namespace) -> tuple[list[Pair], list[str]]:
-    from monai_zsreg.benchmark import data
-    from monai_zsreg.errors import RegistrationError
-
-    if not args.data:
-        raise RegistrationError("data", None, "a folder of subjects or a datalist")
-    wanted = []
-    for text in args.pairs:
-        names = tuple(text.split("-"))
-        if len(names) != 2:
-            raise RegistrationError("pairs", text, "two modalities with a hyphen between, such as t1-t2")
-        wanted.append((names[0], names[1]))
-    pairs: list[data.Pair] = []
-    notes: list[str] = []
-    for source in args.data:
-        if Path(source).is_dir():
-            found, left_out = data.find_pairs(source, wanted)
-            pairs += [*found, *data.t1_pairs(source), *data.same_modality_pairs(source)]
-            notes += left_out
-        else:
-            pairs += data.read_datalist(source)
-    if args.residuals is not None:
-        pairs = data.attach_residuals(pairs, data.read_residuals(args.residuals))
-    kept = [p for p in pairs if not any(fnmatch(p.subject, pattern) for pattern in args.exclude)]
-    return kept, notes
-
-
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    from monai_zsreg.benchmark.cases import draw_cases, natural_pairs, select_rows
-    from monai_zsreg.benchmark.run import interleave
-    from monai_zsreg.errors import RegistrationError
+    """Cases of the selected rows, in turn so that a run cut short has some of each, and notes on what was left out."""
+    from monai_zsreg.benchmark import anatomies, brains, pairs
 
-    pairs, notes = _pairs(args)
-    rows = [row for row in select_rows(args.protocols, args.dims) if args.kinds is None or row.kind in args.kinds]
+    wanted = [tuple(text.split("-")) for text in args.pairs]
+    if any(len(names) != 2 for names in wanted):
+        raise RegistrationError("pairs", args.pairs, "two modalities with a hyphen between, such as t1-t2")
+    rows = [row for row in (*brains.ROWS, *anatomies.ROWS) if row.dims in args.dims]
+    if args.protocols is not None:
+        names = {name for p in args.protocols for name in (brains.STRESS if p == "stress" else (p,))}
+        rows = [row for row in rows if row.protocol in names]
+    rows = [row for row in rows if args.kinds is None or row.kind in args.kinds]
     if not rows:
         raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions and kinds")
-    lists = []
+    found: list[pairs.Pair] = []
+    notes: list[str] = []
+    manifest = None
+    for source in map(Path, args.data):
+        if anatomies.is_anatomies(source):
+            manifest = source
+        elif source.suffix == ".json":
+            found += pairs.read_datalist(source)
+        else:
+            some, left_out = pairs.find_pairs(source, wanted)
+            found, notes = found + some, notes + left_out
+    if args.residuals is not None:
+        found = pairs.attach_residuals(found, pairs.read_residuals(args.residuals))
+    found = [pair for pair in found if not any(fnmatch(pair.subject, pattern) for pattern in args.exclude)]
+    slicing = brains.Slicing(args.slices, tuple(args.planes), args.min_side)
+    lists: list[list[Case]] = []
     for row in rows:
         count = args.cases if args.cases is not None else row.quick if args.quick else row.cases
-        if count == 0:
-            continue
-        source = natural_pairs() if row.kind == "natural" else pairs
-        cases = draw_cases(row, source, count, args.seed, args.slices, args.planes, args.min_side)
-        if not cases:
+        if row in anatomies.ROWS:
+            lists.append(anatomies.anatomy_cases(row, manifest, count, args.seed))
+        else:
+            some = pairs.photographs() if row.kind == "natural" else found
+            lists.append(brains.brain_cases(row, some, count, args.seed, slicing))
+        if count and not lists[-1]:
             notes.append(f"{row.name}: no pair suits this row")
-        lists.append(cases)
-    return interleave(lists), notes
+    if not any(lists) or (not args.data and args.protocols is None):
+        raise RegistrationError("data", args.data, "a folder or datalist with images that suit at least one row")
+    return [case for turn in zip_longest(*lists) for case in turn if case is not None], notes
 
 
-def _run(args: argparse.Namespace, cases: list[Case], methods: list[Method], notes: list[str]) -> None:
+def _usable(methods: list[Method]) -> list[str]:
+    """Close and remove methods that cannot run here; why, a note each."""
+    with ThreadPoolExecutor() as pool:
+        reasons = dict(zip(methods, pool.map(lambda method: method.missing(), methods), strict=True))
+    for method in [method for method in methods if reasons[method]]:
+        method.close()
+        methods.remove(method)
+    notes = [f"{method.name}: {reason}" for method, reason in reasons.items() if reason]
+    print("".join(f"left out: {note}\n" for note in notes), end="", file=sys.stderr)
+    return notes
+
+
+def _end(args: argparse.Namespace) -> float:
+    limit = args.time_limit if args.time_limit is not None else _QUICK_SECONDS if args.quick else math.inf
+    return time.monotonic() + limit
+
+
+def _run(args: argparse.Namespace, methods: list[Method], cases: list[Case], notes: list[str]) -> None:
+    import pandas as pd
+
     from monai_zsreg.benchmark import plots, tables
-    from monai_zsreg.benchmark.run import Caps, read_results, run_cases
-    from monai_zsreg.io.files import output_folder
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
-    folder = output_folder(args.output)
-    log = folder / "results.jsonl"
-    caps = [*(_QUICK_CAPS if args.quick else _CAPS), *args.cap]
-    if args.cases_ants is not None:
-        caps.append(f"ants:3={args.cases_ants}")
-    if cases:
-        _same_settings(args, folder / "settings.json")
-    limit = args.time_limit if args.time_limit is not None else _QUICK_SECONDS if args.quick else None
+    log = args.output / "results.jsonl"
     try:
-        run_cases(cases, methods, log, Caps(_caps(caps)), limit, not args.no_similarity, args.redo)
+        if cases:
+            caps = _caps([*(_QUICK_CAPS if args.quick else _CAPS), *args.cap])
+            _same_settings(args)
+            notes += _usable(methods)
+            notes += run_cases(cases, methods, log, caps, _end(args), not args.no_similarity, args.redo)
     finally:
         # an interrupted run leaves its tables too
-        results = read_results(log)
-        if results:
-            lines = tables.summarize(results)
-            tables.write_csv(folder / "results.csv", [{k: v for k, v in r.items() if k != "matrix"} for r in results])
-            tables.write_csv(folder / "summary.csv", lines)
-            tables.write_markdown(folder / "summary.md", lines, tables.machine(args.threads), notes)
-            results = tables.best_starts(results)
-            plots.plot_figure4(results, folder / "figure4.png")
-            plots.plot_capture(results, folder / "capture.png")
-            print(folder / "summary.md")
+        results = pd.DataFrame(read_results(log))
+        if len(results):
+            summary = tables.summarize(results)
+            tables.write_csv(args.output / "results.csv", results.drop(columns="matrix"))
+            tables.write_csv(args.output / "summary.csv", summary)
+            tables.write_summary(args.output / "summary.md", summary, args.threads, notes)
+            shown = results.merge(summary.loc[summary["best"], ["row", "method"]], on=["row", "method"])
+            plots.plot_figure4(shown, args.output / "figure4.png")
+            plots.plot_capture(shown, args.output / "capture.png")
+            print(args.output / "summary.md")
 
 
-def _same_settings(args: argparse.Namespace, path: Path) -> None:
+def _same_settings(args: argparse.Namespace) -> None:
     """Refuse to mix results of different images, slices or thread counts in one table."""
-    import json
-
-    from monai_zsreg.errors import RegistrationError
     from monai_zsreg.io.files import write_json
 
-    names = ("data", "residuals", "pairs", "exclude", "planes", "slices", "min_side", "threads", "device")
-    settings = {name: getattr(args, name) for name in names}
-    settings["data"] = [str(Path(source).resolve()) for source in args.data]
+    names = ("residuals", "pairs", "exclude", "planes", "slices", "min_side", "threads", "device")
+    settings = {name: getattr(args, name) for name in names} | {"data": [str(Path(p).resolve()) for p in args.data]}
     settings["residuals"] = None if args.residuals is None else str(args.residuals.resolve())
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(name for name in settings if before.get(name) != settings[name])
-        if other:
-            was = {name: before.get(name) for name in other}
-            raise RegistrationError(
-                "output", str(path.parent), f"a folder begun with the same {', '.join(other)} (was {was})"
-            )
-    else:
-        write_json(path, settings)
+    path = args.output / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    other = {name: before.get(name) for name in settings if before.get(name) != settings[name]}
+    if other:
+        allowed = f"a folder begun with the same {', '.join(other)} (was {other})"
+        raise RegistrationError("output", str(args.output), allowed)
+    write_json(path, settings)
 
 
 def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
-    from monai_zsreg.errors import RegistrationError
-
     caps = {}
     for text in texts:
         try:
@@ -253,47 +260,69 @@ def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
     return caps
 
 
-def _calibrate(args: argparse.Namespace) -> None:
-    from monai_zsreg.benchmark import calibrate, tables
-    from monai_zsreg.benchmark.run import read_results
-    from monai_zsreg.errors import RegistrationError
-    from monai_zsreg.io.files import output_folder
+def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
+    from monai_zsreg.benchmark import calibrate
+    from monai_zsreg.benchmark.methods import make_methods
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
-    folder = output_folder(args.output)
-    args.data = args.data[1:]
-    pairs, notes = _pairs(args)
-    for note in notes:
-        print(note, file=sys.stderr)
-    log = folder / "calibration.jsonl"
-    count = 40 if args.cases is None else args.cases
-    cases = calibrate.calibration_cases(pairs, args.dims, count, args.seed, args.symmetric)
-    if not cases:
-        raise RegistrationError("data", args.data, "images that suit at least one row")
-    _same_settings(args, folder / "settings.json")
+    args.cases = 40 if args.cases is None else args.cases
+    cases, notes = _cases(args)
+    _same_settings(args)
+    cases = [case for case in cases if case.row.kind != "between"]
+    turned = [case for case in cases if case.row.protocol == "so3"]
+    methods += make_methods(["ours:robust", *calibrate.NARROW], task)
+    log, end = args.output / "calibration.jsonl", _end(args)
     try:
-        calibrate.collect(cases, log, args.device, args.time_limit)
+        for some, users in (
+            (cases, methods[:1]),
+            (calibrate.spoiled_cases(cases, args.symmetric), methods[:1]),
+            (turned, methods[1:]),
+        ):
+            notes += run_cases(some, users, log, end=end, with_similarity=False, redo=args.redo)
     finally:
         records = read_results(log)
         if records:
-            print(calibrate.write_report(records, folder, tables.machine(args.threads)))
+            print(calibrate.write_report(records, args.output, args.threads, notes))
 
 
-def _cost(args: argparse.Namespace, methods: list[Method], options: Options) -> None:
+def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
+    import pandas as pd
+
     from monai_zsreg.benchmark import cost, plots, tables
-    from monai_zsreg.io.files import output_folder
+    from monai_zsreg.benchmark.methods import make_methods
+    from monai_zsreg.benchmark.run import read_results, run_cases
 
-    folder = output_folder(args.output)
+    methods += make_methods(args.methods, task)
+    head = ["", *tables.machine(args.threads), ""]
+    if args.whole_process is not None:
+        with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
+            files = args.whole_process or cost.save_phantom(Path(folder))
+            if len(files) != 2:
+                raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
+            table, notes = cost.whole_processes(files[0], files[1], args.bundle, [method.family for method in methods])
+        text = [*head, *tables.markdown(table), "", *[f"- left out: {note}" for note in notes]]
+        path = args.output / "whole-process.md"
+        tables.write_lines(path, ["# Whole processes, from start to the moved image on disk", *text])
+        print(path)
+        return
+    notes = _usable(methods)
+    for method in methods:
+        method.close()
+        method.fresh = True
     given = {2: args.sizes_2d, 3: args.sizes_3d}
-    sizes = {d: cost.SIZES[d] if given[d] is None else given[d] for d in args.dims}
+    sizes = {dims: cost.SIZES[dims] if given[dims] is None else given[dims] for dims in args.dims}
+    log = args.output / "cost.jsonl"
     try:
-        cost.run_cost(methods, options, sizes, folder / "cost.jsonl")
+        notes += run_cases(cost.phantom_cases(sizes, args.seed), methods, log, end=_end(args), with_similarity=False)
     finally:
-        rows = cost.read_cost(folder / "cost.jsonl")
-        if rows:
-            tables.write_csv(folder / "cost.csv", rows)
-            tables.write_cost_markdown(folder / "cost.md", rows, tables.machine(args.threads))
-            plots.plot_cost(rows, folder / "cost.png")
-            print(folder / "cost.md")
+        results = read_results(log)
+        if results:
+            summary = tables.summarize(pd.DataFrame(results))
+            tables.write_csv(args.output / "cost.csv", summary)
+            text = [*head, *tables.cost_table(summary), "", *[f"- left out: {note}" for note in notes]]
+            tables.write_lines(args.output / "cost.md", ["# Seconds and peak memory against size", *text])
+            plots.plot_cost(summary, args.output / "cost.png")
+            print(args.output / "cost.md")
 
 
 if __name__ == "__main__":

@@ -1,227 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and peak memory against image size, each figure from a process of its own.
-
-Memory is the peak resident size during the registration, less the level after imports, loading and a small warm-up.
-"""
+"""What a registration costs: seconds and memory against size, and whole processes beside those of others."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
-import os
+import importlib
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import nibabel as nib
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.utils import optional_import
+import pandas as pd
+from scipy import ndimage
 
-from monai_zsreg.benchmark.data import foreground
-from monai_zsreg.benchmark.peers import Method, Options, limit_threads, make_methods
-from monai_zsreg.benchmark.perturb import PROTOCOLS, draw, resample
-from monai_zsreg.benchmark.run import SUCCESS, _warm_up
-from monai_zsreg.geometry import Grid
-from monai_zsreg.metrics import foreground_tre
+from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
+from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
+from monai_zsreg.benchmark.volumes import Volume, foreground, moved
 
-ndimage, _ = optional_import("scipy.ndimage")
-psutil, _ = optional_import("psutil")
-tqdm, _ = optional_import("tqdm", name="tqdm")
-
-__all__ = ["SIZES", "PeakMemory", "measure", "phantom_pair", "read_cost", "run_cost"]
+__all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "timed", "whole_processes"]
 
 SIZES = {2: (128, 256, 512, 1024), 3: (64, 96, 128, 192, 240, 320)}
 _FIELD_OF_VIEW = 240.0  # mm
 
+# both read the file names ``fixed``, ``moving`` and ``output``, as the peers' own scripts do
+_BARE = "import monai.bundle, shutil; shutil.copy(moving, output)"
+_REGISTER = """
+from monai_zsreg import register
+from monai_zsreg.io.images import write_image
+write_image(output, register(fixed, moving).resampled())
+"""
 
-def phantom_pair(dims: int, size: int, seed: int = 0) -> tuple[MetaTensor, MetaTensor, torch.Tensor]:
-    """A layered object in two contrasts, the second one moved by the mild protocol.
+
+def phantom_pair(dims: int, size: int, seed: int = 0) -> tuple[Volume, Volume, np.ndarray]:
+    """A layered object in two contrasts, the second one moved by the mild protocol, and the truth.
 
     The object has the same shape and field of view (240 mm) at every size.
-
-    Returns:
-        Fixed and moving image ``[1, *spatial]``, and the truth ``(D+1, D+1)``.
     """
     rng = np.random.default_rng(seed)
     side = 64
     axes = np.meshgrid(*[np.linspace(-1, 1, side)] * dims, indexing="ij")
-    widths = (0.62, 0.72, 0.58)[:dims]
-    radius = np.sqrt(sum((a / w) ** 2 for a, w in zip(axes, widths, strict=True)))
+    radius = np.sqrt(sum((a / w) ** 2 for a, w in zip(axes, (0.62, 0.72, 0.58), strict=False)))
     waves = ndimage.gaussian_filter(rng.normal(size=(side,) * dims), 2.5)
     level = np.clip(1.2 * (1 - radius) + 0.45 * waves / waves.std(), 0, 2) * (radius < 1)
-    zoom = [size / side] * dims
-    level = ndimage.zoom(level.astype(np.float32), zoom, order=1, mode="nearest", grid_mode=True)
-    inside = ndimage.zoom((radius < 1).astype(np.float32), zoom, order=1, mode="nearest", grid_mode=True) > 0.5
-    spacing = _FIELD_OF_VIEW / size
-    affine = torch.diag(torch.tensor([spacing] * dims + [1.0], dtype=torch.float64))
-    grid = Grid((size,) * dims, affine)
-    one = np.where(inside, np.interp(level, [0, 0.5, 1.0, 2.0], [0.25, 0.5, 0.8, 1.0]), 0)
-    two = np.where(inside, np.interp(level, [0, 0.5, 1.0, 2.0], [1.0, 0.6, 0.4, 0.7]), 0)
-    drawn = draw(PROTOCOLS["mild", dims], grid, rng)
-    moved = resample(two.astype(np.float32), grid, grid, drawn.matrix, order=1)
-    full = torch.eye(4, dtype=torch.float64)
-    full[:dims, :dims] = affine[:dims, :dims]
-    images = [
-        MetaTensor(torch.from_numpy((i + (i > 0) * rng.normal(0, 0.02, i.shape)).astype(np.float32))[None], affine=full)
-        for i in (one, moved)
-    ]
-    return images[0], images[1], drawn.matrix
+    enlarge = partial(ndimage.zoom, zoom=size / side, order=1, mode="nearest", grid_mode=True)
+    level, inside = enlarge(level.astype(np.float32)), enlarge((radius < 1).astype(np.float32)) > 0.5
+    affine = np.diag([_FIELD_OF_VIEW / size] * dims + [1.0])
+    contrasts = ([0.25, 0.5, 0.8, 1.0], [1.0, 0.6, 0.4, 0.7])
+    still, other = (np.where(inside, np.interp(level, [0, 0.5, 1.0, 2.0], values), 0) for values in contrasts)
+    truth, _ = draw(PROTOCOLS["mild", dims], Volume(still, affine), rng)
+    shown = moved(Volume(other, affine), still.shape, affine, np.linalg.inv(truth), order=1, fill=0.0).values
+    noisy = [(image + (image > 0) * rng.normal(0, 0.02, image.shape)).astype(np.float32) for image in (still, shown)]
+    return Volume(noisy[0], affine), Volume(noisy[1], affine), truth
 
 
-class PeakMemory:
-    """Context manager: peak resident size of a process within the block, MiB above its beginning.
-
-    On Linux the kernel's own high-water mark, reset at the beginning; elsewhere a thread that looks every 5 ms.
-
-    Args:
-        pid: the process; this one if None.
-    """
-
-    def __init__(self, pid: int | None = None) -> None:
-        self._process = psutil.Process(pid)
-
-    def __enter__(self) -> PeakMemory:
-        if self._process.pid == os.getpid():
-            _give_back()  # what is freed within the block would hide as much of the block's own
-        self._start = self._process.memory_info().rss
-        self._peak = self._start
-        self._kernel = _reset_high_water(self._process.pid)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if not self._kernel:
-            self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        if self._kernel:
-            self._peak = _high_water(self._process.pid)
-        else:
-            self._stop.set()
-            self._thread.join()
-        self.mib = max(0.0, (self._peak - self._start) / 2**20)
+def save_phantom(folder: Path) -> list[Path]:
+    """The pair of whole processes where none is given, 240 x 240 x 240, written to a folder."""
+    paths = [folder / "fixed.nii.gz", folder / "moving.nii.gz"]
+    for path, image in zip(paths, phantom_pair(3, 240)[:2], strict=True):
+        nib.save(nib.Nifti1Image(image.values, image.affine), path)
+    return paths
 
 
-def _give_back() -> None:
-    """Free what nothing refers to any more, and return freed memory to the system."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def phantom_cases(sizes: Mapping[int, Sequence[int]], seed: int) -> list[Case]:
+    """One case a size, small sizes three, so that a median can be taken."""
+    cases = []
+    for dims, side in [(dims, side) for dims, sides in sizes.items() for side in sides]:
+        row = Row("cost", dims, "exact", 3, 0, f"{side}^{dims}")
+        for number in range(3 if side**dims <= 2**20 else 1):
+            maker = partial(_make, size=side)
+            cases.append(Case(row, number, "phantom", "phantom", seed, maker, {"group": "phantoms"}))
+    return cases
 
 
-def _reset_high_water(pid: int) -> bool:
-    try:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
-        return _high_water(pid) > 0
-    except OSError:
-        return False
+def _make(case: Case, size: int) -> Sample:
+    fixed, moving, truth = phantom_pair(case.row.dims, size, case.seed)
+    return Sample(fixed, moving, fixed.points(foreground(fixed.values)), truth, truth, info=shapes(fixed, moving))
 
 
-def _high_water(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def measure(method: Method, dims: int, size: int, repeats: int) -> dict[str, Any]:
-    """Register one phantom pair in this process.
+def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Seconds of whole processes that register one pair, from start to the moved image on disk, in turn.
 
     Args:
-        method: under test.
-        dims: 2 or 3.
-        size: voxels a side.
-        repeats: timed runs; the median counts. The memory is the first one's.
+        fixed: file of the fixed image.
+        moving: file of the moving image.
+        bundle: folder of the bundle.
+        methods: families of peers; those that have a script are run.
+
+    Returns:
+        A table of medians in seconds, and notes on what was left out.
     """
-    fixed, moving, truth = phantom_pair(dims, size)
-    result: dict[str, Any] = {"method": method.name, "dims": dims, "size": size, "failure": ""}
-    try:
-        images = method.prepare(fixed, moving)
-        _warm_up(method, dims)
-        images = method.prepare(fixed, moving)
-        with PeakMemory(method.pid) as memory:
-            matrix, first = method.timed(images)
-        seconds = [first] + [method.timed(images)[1] for _ in range(repeats - 1)]
-        inside = torch.from_numpy(foreground(fixed[0].numpy()))[None]
-        tre = foreground_tre(matrix, truth, fixed, inside)["mean"]
-        result |= {"seconds": float(np.median(seconds)), "peak_mib": memory.mib, "tre": tre, "success": tre < SUCCESS}
-    except Exception as error:  # a method that cannot do a size has no figures there
-        result["failure"] = f"{type(error).__name__}: {str(error).strip()}"[:300]
-    finally:
-        method.close()
-    return result
+    commands, notes = _commands(bundle, methods)
+    table, more = timed(commands, fixed, moving)
+    return table, notes + more
 
 
-def read_cost(path: Path) -> list[dict[str, Any]]:
-    """Results of `run_cost`'s file; none where it does not exist. A half-written last line is passed over."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
+def timed(
+    commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3
+) -> tuple[pd.DataFrame, list[str]]:
+    """Median seconds of commands that register a pair, run in turn ``repeats`` times, and once before to warm up.
 
-
-def run_cost(
-    methods: Sequence[Method], options: Options, sizes: dict[int, Sequence[int]], output: Path, limit: float = 900.0
-) -> list[dict[str, Any]]:
-    """Measure every method at every size, each in a fresh process; what ``output`` holds is not measured again.
-
-    Args:
-        methods: under test.
-        options: what they share.
-        sizes: voxels a side by number of dimensions.
-        output: JSON-lines file that results are appended to.
-        limit: seconds after which a process is ended; its failure says so.
+    ``FIXED``, ``MOVING``, ``FOLDER`` and ``OUTPUT`` (a file in it) stand for the places. A command that fails or
+    writes no image is left out, with a note.
     """
-    done = read_cost(output)
-    have = {(r["method"], r["dims"], r["size"]) for r in done}
-    jobs = [
-        (d, s, m) for d, ss in sizes.items() for s in ss for m in methods if d in m.dims and (m.name, d, s) not in have
-    ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for dims, size, method in (bar := tqdm(jobs, unit="run")):
-        bar.set_description(f"{method.name} {size}^{dims}")
-        order = {"method": method.name, "dims": dims, "size": size, "options": asdict(options)}
-        command = [sys.executable, "-m", "monai_zsreg.benchmark.cost", json.dumps(order)]
-        result: dict[str, Any] = {"method": method.name, "dims": dims, "size": size}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    notes = []
+    for turn in range(repeats + 1):
+        for name in list(seconds):
+            with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
+                places = {"FIXED": fixed, "MOVING": moving, "FOLDER": folder, "OUTPUT": Path(folder) / "moved.nii.gz"}
+                command = [str(places.get(part, part)) for part in commands[name]]
+                begin = time.perf_counter()
+                ran = subprocess.run(command, capture_output=True, text=True, check=False)
+                spent = time.perf_counter() - begin
+                # status 3: registered, and not to be trusted
+                if ran.returncode not in (0, 3) or not list(Path(folder).rglob("*.nii*")):
+                    words = [line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()] or ["no image"]
+                    notes.append(f"{name}: status {ran.returncode}, {words[-1][:200]}")
+                    del seconds[name]
+                elif turn:
+                    seconds[name].append(spent)
+    lines = [{"process": name, "seconds": round(float(np.median(times)), 2)} for name, times in seconds.items()]
+    return pd.DataFrame(lines, columns=["process", "seconds"]).sort_values("seconds", ignore_index=True), notes
+
+
+def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Command lines with places for the files, and notes on what is not there."""
+
+    def script(text: str) -> list[str]:
+        files = ["FIXED", "MOVING", "OUTPUT"]
+        return [sys.executable, "-c", f"import sys\nfixed, moving, output = sys.argv[1:]\n{text}", *files]
+
+    commands = {"import monai.bundle, for comparison": script(_BARE), "register, in Python": script(_REGISTER)}
+    # beside this Python, whose folder need not be on the path
+    command = shutil.which("zsreg") or shutil.which("zsreg", path=str(Path(sys.executable).parent))
+    if command:
+        commands["zsreg register"] = [command, "register", "FIXED", "MOVING", "-o", "FOLDER"]
+    notes = [] if command else ["zsreg register: not installed"]
+    run = f"-m monai.bundle run --config_file {bundle}/configs/inference.json --bundle_root {bundle}".split()
+    commands["bundle"] = [sys.executable, *run, "--fixed", "FIXED", "--moving", "MOVING", "--output_dir", "FOLDER"]
+    for family in dict.fromkeys(methods):
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-            answers = [line[2:] for line in ran.stdout.splitlines() if line.startswith("@@")]
-            result |= (
-                json.loads(answers[0])
-                if answers
-                else {"failure": f"status {ran.returncode}: {ran.stderr.strip()[-200:]}"}
-            )
-        except subprocess.TimeoutExpired:
-            result["failure"] = f"longer than {limit:g} s"
-        done.append(result)
-        with open(output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-    return done
-
-
-def _child(order: dict[str, Any]) -> dict[str, Any]:
-    options = Options(**order["options"])
-    limit_threads(options.threads)
-    methods, missing = make_methods([order["method"]], options)
-    if missing:
-        return {"failure": missing[0]}
-    repeats = 3 if order["size"] ** order["dims"] <= 2**20 else 1
-    return measure(methods[0], order["dims"], order["size"], repeats)
-
-
-if __name__ == "__main__":
-    # set before torch's own pool exists
-    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", str(json.loads(sys.argv[1])["options"]["threads"]))
-    print("@@" + json.dumps(_child(json.loads(sys.argv[1]))), flush=True)
+            module = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}")
+        except ImportError as error:
+            notes += [f"{family}: {error}"] if family not in ("ours", "none") else []
+            continue
+        if hasattr(module, "WHOLE"):
+            commands[family] = script(module.WHOLE)
+    return commands, notes

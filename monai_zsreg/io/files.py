@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,40 +35,40 @@ def exists(path: str | os.PathLike) -> bool:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name when the block ends without an error.
 
-    The temporary name keeps all suffixes, because writers choose the format by them (``.nii.gz``, ``.tfm``).
+    The temporary name keeps all suffixes, because writers choose the format by them (``.nii.gz``, ``.tfm``). A symbolic
+    link stays one: the file that it points to is replaced.
 
     Args:
         path: the final name. Its folder is made if it is missing.
 
     Raises:
-        RegistrationError: the folder cannot be made or written to, the disk is full, or ``path`` is a folder or a
-            device.
+        RegistrationError: the folder cannot be made or written to, or ``path`` is a folder or a device.
+        OSError: the disk is full or fails.
     """
-    target = Path(path)
-    if exists(target) and not target.is_file():
+    if exists(path) and not Path(path).is_file():
         # renaming would put a file in the place of a device
         raise RegistrationError("path", str(path), "the name of a file")
     try:
+        target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix="".join(target.suffixes[-2:]), dir=target.parent)
-        os.close(handle)
-    except OSError as error:
+        partial = target.parent / f"{_PARTIAL}{secrets.token_hex(8)}{''.join(Path(path).suffixes[-2:])}"
+        # made as a plain open() makes a file, so that it has the mode that the process' umask leaves
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except (OSError, ValueError) as error:
+        _raise_if_full(error, path)
         raise RegistrationError("path", str(path), f"a file in a folder that can be written to ({error})") from error
-    partial = Path(name)
     try:
         try:
             yield partial
         except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            raise RegistrationError("path", str(path), f"room to write it ({error.strerror})") from error
-        # mkstemp makes the file private; a finished file has the mode that a plain open() would give
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
+            _raise_if_full(error, path)
+            raise
         try:
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(partial, target)
         except OSError as error:
+            _raise_if_full(error, path)
             raise RegistrationError("path", str(path), f"the name of a file that can be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -75,6 +76,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 # disk full, quota, largest size of a file, and the disk itself
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _raise_if_full(error: Exception, path: str | os.PathLike) -> None:
+    number = getattr(error, "errno", None)
+    if number in _NO_ROOM:
+        raise OSError(number, f"there is no room to write it ({os.strerror(number)})", str(path)) from error
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
@@ -108,11 +115,13 @@ def output_folder(path: str | os.PathLike) -> Path:
 
     Raises:
         RegistrationError: it cannot be made, or is a file.
+        OSError: the disk is full or fails.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        _raise_if_full(error, path)
         raise RegistrationError(
             "output_dir", str(path), f"a folder that can be made and written to ({error})"
         ) from error

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import index_before_shrinking
+from monai_zsreg.networks.coordinates import shrunk_to_index
 
 __all__ = ["CenterOfMass", "KeypointDetector"]
 
@@ -47,8 +47,7 @@ class CenterOfMass(nn.Module):
             Points ``[B, C, D]`` in index coordinates, and a mask ``[B, C]``: False where a map has no positive value
             and therefore no keypoint; the point there is 0 and means nothing.
         """
-        flat = maps.flatten(2)
-        mass, moment = self.moments(maps, flat.max(dim=2).values)
+        mass, moment = self.moments(maps, maps.flatten(2).amax(dim=2))
         return self.points(mass, moment)
 
     def moments(self, maps: Tensor, peak: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,16 +61,15 @@ class CenterOfMass(nn.Module):
             first: indices of a piece along the first spatial axis; 0, 1, ... if None.
         """
         # a map whose maximum is not positive has no keypoint, so negative values never carry weight
-        floor = (self.threshold * peak).clamp(min=0.0)
+        floor = (self.threshold * peak).clamp(min=0.0).unsqueeze(2)
         flat = maps.flatten(2)
-        kept = torch.where(flat > floor.unsqueeze(2), flat, torch.zeros_like(flat)).view(maps.shape)
+        kept = torch.where(flat > floor, flat, torch.zeros_like(flat)).view(maps.shape)
         moments: list[Tensor] = []
         for axis in range(maps.dim() - 2):
-            size = maps.shape[axis + 2]
-            profile = kept.movedim(axis + 2, 2).flatten(3).sum(dim=3) if maps.dim() > 3 else kept
-            position = torch.arange(size, device=maps.device)
+            position = torch.arange(maps.shape[axis + 2], device=maps.device)
             if axis == 0 and first is not None:
                 position = first
+            profile = kept.movedim(axis + 2, 2).flatten(3).sum(dim=3) if maps.dim() > 3 else kept
             moments.append((profile * position.to(maps.dtype)).sum(dim=2))
         return kept.flatten(2).sum(dim=2), torch.stack(moments, dim=2)
 
@@ -88,8 +86,7 @@ class KeypointDetector(nn.Module):
     Images give one keypoint a feature map. For volumes, whose extension the paper leaves to future work, the 2D
     features run over all slices of the three orthogonal stacks; each stack is one feature volume a map, so a volume
     has three times as many keypoints. The slices stream in two passes, first for the maximum of each map, then for the
-    center of mass over those slices alone that hold something above the threshold. Memory is that of ``slice_batch``
-    slices, whatever the size of the volume.
+    center of mass over those slices alone that hold something above the threshold.
 
     With ``symmetric`` the response to the image is added to the response to its negative. An edge then answers alike
     whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
@@ -97,15 +94,13 @@ class KeypointDetector(nn.Module):
     vanish in the background. Maps that answer to an empty image as strongly as to anything in the picture then give no
     keypoint: it would be the middle of the frame in both images, a vote for "not moved".
 
-    With several ``scales`` the keypoints of smaller copies of the image are appended; they show coarser structures.
-
     Args:
         features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``, with an attribute ``out_channels``.
         center_of_mass: the thresholded center of mass.
         symmetric: see above.
         level: see above.
-        scales: whole factors by which copies of the image are shrunk.
-        slice_batch: slices in memory at once.
+        scales: whole factors by which copies of the image are shrunk; the keypoints of all copies are joined.
+        slice_batch: slices of a volume in memory at once.
 
     Raises:
         RegistrationError: a scale or batch that is not a positive whole number.
@@ -155,12 +150,10 @@ class KeypointDetector(nn.Module):
                 small, inside = _shrink(image, scale), (_shrink(foreground, scale) > 0.5).to(image.dtype)
             if image.dim() == 4:
                 maps = self._respond(small, inside)
-                found, mask = self.center_of_mass(maps)
-                if self.symmetric:
-                    mask = mask & ~self._answers_to_nothing(maps.amax(dim=(2, 3)))
+                found, mask = self._without_empty(self.center_of_mass(maps), maps.amax(dim=(2, 3)))
             else:
                 found, mask = self._stacks(small, inside)
-            points.append(index_before_shrinking(found, float(scale)))
+            points.append(shrunk_to_index(found, float(scale)))
             valid.append(mask)
         return torch.cat(points, dim=1), torch.cat(valid, dim=1)
 
@@ -169,10 +162,14 @@ class KeypointDetector(nn.Module):
             return self.features(image)
         return self.features(image) + self.features((1.0 + self.level - image) * foreground)
 
-    def _answers_to_nothing(self, peak: Tensor) -> Tensor:
-        """Maps ``[B, C]`` that respond to an empty image as strongly as to what they would call their best place."""
-        empty = torch.zeros(1, 1, 3, 3, dtype=peak.dtype, device=peak.device)
-        return self._respond(empty, empty).amax(dim=(2, 3)) > self.center_of_mass.threshold * peak
+    def _without_empty(self, found: tuple[Tensor, Tensor], peak: Tensor) -> tuple[Tensor, Tensor]:
+        """Keypoints less those of maps that respond to an empty image as strongly as to their best place, ``peak``."""
+        points, valid = found
+        if self.symmetric:
+            empty = torch.zeros(1, 1, 3, 3, dtype=peak.dtype, device=peak.device)
+            answer = self._respond(empty, empty).amax(dim=(2, 3))
+            valid = valid & ~(answer > self.center_of_mass.threshold * peak)
+        return points, valid
 
     @torch.jit.unused
     def _stacks(self, volume: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,13 +192,11 @@ class KeypointDetector(nn.Module):
         mass = volume.new_zeros(1, peak.shape[1])
         moment = volume.new_zeros(1, peak.shape[1], 3)
         for part in torch.nonzero(holds).flatten().split(self.slice_batch):
-            # back to one feature volume [1, C, slices, H, W]
+            # one feature volume [1, C, slices, H, W]
             maps = self._respond(slices[part], inside[part]).movedim(0, 1).unsqueeze(0)
             piece_mass, piece_moment = self.center_of_mass.moments(maps, peak, part)
             mass, moment = mass + piece_mass, moment + piece_moment
-        points, valid = self.center_of_mass.points(mass, moment)
-        if self.symmetric:
-            valid = valid & ~self._answers_to_nothing(peak)
+        points, valid = self._without_empty(self.center_of_mass.points(mass, moment), peak)
         # the slice axis came first; put it where it belongs
         order = [1, 2]
         order.insert(axis, 0)
@@ -215,14 +210,10 @@ def _content_box(volume: Tensor, margin: int = 2) -> tuple[tuple[slice, ...], Te
     """
     box: list[slice] = []
     for axis, size in enumerate(volume.shape):
-        other = [a for a in range(volume.dim()) if a != axis]
-        used = torch.nonzero(volume.amax(dim=other) > 0).flatten()
-        first, last = (int(used[0]), int(used[-1])) if used.numel() > 0 else (0, size - 1)
-        box.append(slice(max(0, first - margin), min(size, last + margin + 1)))
+        used = (volume.movedim(axis, 0).flatten(1).amax(dim=1) > 0).nonzero().flatten().tolist() or [0, size - 1]
+        box.append(slice(max(0, used[0] - margin), min(size, used[-1] + margin + 1)))
     return tuple(box), torch.tensor([float(part.start) for part in box], device=volume.device)
 
 
 def _shrink(image: Tensor, factor: int) -> Tensor:
-    if image.dim() == 4:
-        return F.avg_pool2d(image, factor)
-    return F.avg_pool3d(image, factor)
+    return F.avg_pool2d(image, factor) if image.dim() == 4 else F.avg_pool3d(image, factor)

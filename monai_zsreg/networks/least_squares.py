@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
+from monai_zsreg.networks.coordinates import map_points
 
 __all__ = ["TRANSFORMS", "LeastSquaresAffine"]
 
@@ -18,8 +18,9 @@ class LeastSquaresAffine(nn.Module):
     The affine solution comes from the normal equations of the centered points, the rigid and the similarity solution
     from Umeyama's closed form, which never mirrors.
 
-    With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), transforms are fitted to many random
-    minimal subsets, the one that most pairs agree with is kept, and refitted to the pairs that agree with weights that
+    With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), a transform is fitted to each of many random
+    subsets of D pairs: a rotation and shift for ``"rigid"``, else a similarity, which needs fewer points and lets fewer
+    accidents through than an affine map. The one that most pairs agree with is refitted to those, with weights that
     fall off smoothly with the residual. The subsets are drawn with a fixed seed, so one input has one answer, and a
     pair's answer does not depend on its neighbors in the batch.
 
@@ -31,11 +32,9 @@ class LeastSquaresAffine(nn.Module):
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
         consensus: look for agreeing pairs first.
         threshold: residual beyond which a pair counts as disagreeing, in the unit of the points.
-        hypotheses: number of minimal subsets.
-        hypothesis: kind of transform fitted to the subsets; a similarity needs fewer points and lets fewer accidents
-            through than an affine one. By default a similarity for ``transform="affine"``, else ``transform``.
-        scale_range: hypotheses whose scale leaves this range are dropped.
-        least_agreement: share of the weight that must agree, from 0 to 1, for the consensus to count.
+        hypotheses: number of subsets.
+        scale_range: subsets whose scale leaves this range are dropped.
+        least_agreement: fraction of the weight that must agree, from 0 to 1, for the consensus to count.
         seed: seed of the subsets.
 
     Raises:
@@ -52,18 +51,15 @@ class LeastSquaresAffine(nn.Module):
         consensus: bool = False,
         threshold: float = 0.03,
         hypotheses: int = 4096,
-        hypothesis: str | None = None,
         scale_range: tuple[float, float] = (0.6, 1.6),
         least_agreement: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        hypothesis = hypothesis or ("similarity" if transform == "affine" else transform)
         if spatial_dims not in (2, 3):
             raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
-        for name, kind in (("transform", transform), ("hypothesis", hypothesis)):
-            if kind not in TRANSFORMS:
-                raise RegistrationError(name, kind, f"one of {TRANSFORMS}")
+        if transform not in TRANSFORMS:
+            raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
         if not threshold > 0:
             raise RegistrationError("threshold", threshold, "a positive number")
         if hypotheses < 1:
@@ -73,7 +69,6 @@ class LeastSquaresAffine(nn.Module):
         self.consensus = consensus
         self.threshold = float(threshold)
         self.hypotheses = int(hypotheses)
-        self.hypothesis = hypothesis
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
         self.least_agreement = float(least_agreement)
         self.seed = int(seed)
@@ -97,10 +92,13 @@ class LeastSquaresAffine(nn.Module):
             ``[B, D, D+1]``, fixed to moving; NaN where the points do not determine it.
 
         Raises:
-            RegistrationError: shapes that do not fit.
+            RegistrationError: shapes that do not fit (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
-            _check_points(fixed_points, moving_points, self.spatial_dims)
+            shapes = f"[B, N, {self.spatial_dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})"
+            for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
+                if points.dim() != 3 or points.shape[2] != self.spatial_dims or points.shape != fixed_points.shape:
+                    raise RegistrationError(name, tuple(points.shape), shapes)
         if weights is None:
             weights = torch.ones_like(fixed_points[..., 0])
         if self.consensus:
@@ -114,35 +112,30 @@ class LeastSquaresAffine(nn.Module):
     def agreement(self, fixed_points: Tensor, moving_points: Tensor, weights: Tensor, threshold: float) -> Tensor:
         """Weights ``[B, N]`` in [0, 1] of the pairs that agree on one transform; 0 for those that do not."""
         batch, count, dims = fixed_points.shape
-        size = dims + 1 if self.hypothesis == "affine" else dims
-        if count < size:
+        if count < dims:
             return torch.zeros_like(weights)
+        kind = "rigid" if self.transform == "rigid" else "similarity"
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.rand(self.hypotheses, count, generator=generator).to(fixed_points)
         # valid pairs come first, so a subset holds an invalid one only where there are too few
-        subset = (order + (weights > 0).to(order).unsqueeze(1)).topk(size, dim=2).indices  # [B, H, size]
-        flat = subset.reshape(batch, -1, 1).expand(-1, -1, dims)
-        shape = (batch * self.hypotheses, size, dims)
-        picked = weights.gather(1, subset.reshape(batch, -1)).reshape(shape[:2])
-        solve = _affine_from_subset if self.hypothesis == "affine" else _similarity_from_subset
-        matrix, scale = solve(
-            fixed_points.gather(1, flat).reshape(shape),
-            moving_points.gather(1, flat).reshape(shape),
-            self.hypothesis == "rigid",
-        )
-        matrix = matrix.reshape(batch, self.hypotheses, dims, dims + 1)
-        low, high = self.scale_range
+        subset = (order + (weights > 0).to(order).unsqueeze(1)).topk(dims, dim=2).indices.flatten(1)  # [B, H * D]
+        picked = subset.unsqueeze(2).expand(-1, -1, dims)
+        shape = (batch * self.hypotheses, dims, dims)
+        x, y = fixed_points.gather(1, picked).view(shape), moving_points.gather(1, picked).view(shape)
+        matrix, scale = _fit_subsets(x, y, kind)
         # a subset with an invalid pair, or of points on one another, gives no transform
-        plausible = ((scale >= low) & (scale <= high) & (picked > 0).all(dim=1)).reshape(batch, -1)
-        matrix = torch.where(plausible[..., None, None], matrix, torch.zeros_like(matrix))
-        residual = (apply_affine(matrix, fixed_points.unsqueeze(1)) - moving_points.unsqueeze(1)).norm(dim=-1)
+        low, high = self.scale_range
+        valid = (weights.gather(1, subset).view(shape[:2]) > 0).all(dim=1)
+        plausible = ((scale >= low) & (scale <= high) & valid).view(batch, -1)
+        matrix = torch.where(plausible[..., None, None], matrix.view(batch, -1, dims, dims + 1), 0.0)
+        residual = (map_points(matrix, fixed_points.unsqueeze(1)) - moving_points.unsqueeze(1)).norm(dim=-1)
         score = (_falloff(residual, threshold) * weights.unsqueeze(1)).sum(dim=2) * plausible
         best = score.argmax(dim=1)
         rows = torch.arange(batch, device=best.device)
         agreed = _falloff(residual[rows, best], threshold) * plausible[rows, best].unsqueeze(1)
         for _ in range(5):
-            refined = _fit(fixed_points, moving_points, weights * agreed, self.hypothesis)
-            residual = (apply_affine(refined, fixed_points) - moving_points).norm(dim=-1)
+            refined = _fit(fixed_points, moving_points, weights * agreed, kind)
+            residual = (map_points(refined, fixed_points) - moving_points).norm(dim=-1)
             # a refit that is no longer determined keeps the weights it had
             agreed = torch.where(residual.isnan(), agreed, _falloff(residual, threshold))
         return agreed
@@ -152,30 +145,18 @@ def _falloff(residual: Tensor, threshold: float) -> Tensor:
     return (1.0 - (residual / threshold) ** 2).clamp(min=0.0)
 
 
-def _similarity_from_subset(x: Tensor, y: Tensor, rigid: bool) -> tuple[Tensor, Tensor]:
-    """Transform that takes D points to D points, exactly in their first direction: frame onto frame, no SVD.
-
-    Args:
-        x: ``[H, D, D]``, H subsets of D points.
-        y: ``[H, D, D]``.
-        rigid: leave the scale out.
-
-    Returns:
-        ``[H, D, D+1]`` and the scale ``[H]``, 0 or NaN where the points do not determine the transform.
-    """
-    size_x, size_y = _spread(x), _spread(y)
+def _fit_subsets(x: Tensor, y: Tensor, transform: str) -> tuple[Tensor, Tensor]:
+    """Rigid or similarity transforms ``[H, D, D+1]`` that lay the frame of D points ``x [H, D, D]`` on that of ``y``:
+    exact along their first edge, and without an SVD. And their scales ``[H]``, 0 where they are not determined."""
+    size_x, size_y = ((points - points.mean(dim=1, keepdim=True)).flatten(1).norm(dim=1) for points in (x, y))
     scale = size_y / size_x.clamp(min=1e-12)
     linear = _frame(y).transpose(1, 2) @ _frame(x)
-    if not rigid:
+    if transform == "similarity":
         linear = linear * scale.view(-1, 1, 1)
     shift = y.mean(dim=1) - (linear @ x.mean(dim=1).unsqueeze(2)).squeeze(2)
     matrix = torch.cat([linear, shift.unsqueeze(2)], dim=2)
     bad = ~matrix.isfinite().flatten(1).all(dim=1) | (size_x < 1e-6)
     return matrix.masked_fill(bad.view(-1, 1, 1), 0.0), scale.masked_fill(bad, 0.0)
-
-
-def _spread(points: Tensor) -> Tensor:
-    return (points - points.mean(dim=1, keepdim=True)).flatten(1).norm(dim=1)
 
 
 def _frame(points: Tensor) -> Tensor:
@@ -190,33 +171,6 @@ def _frame(points: Tensor) -> Tensor:
     return torch.stack([first, second, torch.linalg.cross(first, second)], dim=1)
 
 
-def _affine_from_subset(x: Tensor, y: Tensor, rigid: bool) -> tuple[Tensor, Tensor]:
-    """Affine transform through D + 1 point pairs, ``[H, D, D+1]``, and its scale ``[H]``; the scale is 0 where a
-    mirror image or a strong distortion shows that the subset is an accident."""
-    dims = x.shape[2]
-    edges_x, edges_y = x[:, 1:] - x[:, :1], y[:, 1:] - y[:, :1]
-    inverse, info = torch.linalg.inv_ex(edges_x)
-    linear = (inverse @ edges_y).transpose(1, 2)
-    shift = y[:, 0] - (linear @ x[:, 0].unsqueeze(2)).squeeze(2)
-    matrix = torch.cat([linear, shift.unsqueeze(2)], dim=2)
-    matrix = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
-    scale = torch.linalg.det(matrix[:, :, :dims]).clamp(min=0.0) ** (1.0 / dims)
-    # the mean of the squared singular values is scale^2 for a similarity and grows with anisotropy
-    distorted = matrix[:, :, :dims].square().sum(dim=(1, 2)) > 2.0 * dims * scale**2
-    bad = (info != 0) | distorted
-    return matrix, scale.masked_fill(bad, 0.0)
-
-
-def _check_points(fixed_points: Tensor, moving_points: Tensor, dims: int) -> None:
-    for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
-        if points.dim() != 3 or points.shape[2] != dims or points.shape != fixed_points.shape:
-            raise RegistrationError(
-                name,
-                tuple(points.shape),
-                f"[B, N, {dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})",
-            )
-
-
 def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform: str, flat: float = 1e-3) -> Tensor:
     """Weighted least-squares fit ``[B, D, D+1]``; NaN where the fixed points are flat, that is where the ratio of
     their smallest to their largest spread is below ``flat``."""
@@ -224,28 +178,27 @@ def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform
     # single precision loses the small spread of close points
     x, y, w = fixed_points.double(), moving_points.double(), weights.double().unsqueeze(2)
     total = w.sum(dim=1, keepdim=True)
-    share = w / torch.where(total > 0, total, torch.ones_like(total))
-    x_mean, y_mean = (share * x).sum(dim=1, keepdim=True), (share * y).sum(dim=1, keepdim=True)
+    w = w / torch.where(total > 0, total, torch.ones_like(total))
+    x_mean, y_mean = (w * x).sum(dim=1, keepdim=True), (w * y).sum(dim=1, keepdim=True)
     x, y = x - x_mean, y - y_mean
-    spread = (share * x).transpose(1, 2) @ x
-    cross = (share * y).transpose(1, 2) @ x
+    spread = (w * x).transpose(1, 2) @ x
+    cross = (w * y).transpose(1, 2) @ x
     eigenvalues = torch.linalg.eigvalsh(spread)
     # a rotation needs points that span all dimensions but one, an affine map all of them
     smallest = eigenvalues[:, 0 if transform == "affine" else 1]
     determined = (total[:, 0, 0] > 0) & (smallest > flat**2 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
+    known = determined.view(-1, 1, 1)
     eye = torch.eye(dims, dtype=x.dtype, device=x.device)
     if transform == "affine":
-        safe = torch.where(determined.view(-1, 1, 1), spread, eye.expand_as(spread))
-        linear = torch.linalg.solve(safe, cross.transpose(1, 2)).transpose(1, 2)
+        linear = torch.linalg.solve(torch.where(known, spread, eye), cross.transpose(1, 2)).transpose(1, 2)
     else:
-        u, s, vt = torch.linalg.svd(torch.where(determined.view(-1, 1, 1), cross, eye.expand_as(cross)))
-        flip = torch.ones_like(s)
-        flip[:, dims - 1] = torch.where(torch.linalg.det(u @ vt) < 0, -1.0, 1.0).to(s.dtype)
-        linear = (u * flip.unsqueeze(1)) @ vt
+        u, s, vt = torch.linalg.svd(torch.where(known, cross, eye))
+        sign = torch.ones_like(s)
+        sign[:, dims - 1] = torch.where(torch.linalg.det(u @ vt) < 0, -1.0, 1.0).to(s.dtype)
+        linear = (u * sign.unsqueeze(1)) @ vt
         if transform == "similarity":
             variance = eigenvalues.sum(dim=1).clamp(min=1e-20)
-            linear = linear * ((s * flip).sum(dim=1) / variance).view(-1, 1, 1)
+            linear = linear * ((s * sign).sum(dim=1) / variance).view(-1, 1, 1)
     shift = y_mean.transpose(1, 2) - linear @ x_mean.transpose(1, 2)
     matrix = torch.cat([linear, shift], dim=2)
-    nothing = torch.full_like(matrix, float("nan"))
-    return torch.where(determined.view(-1, 1, 1), matrix, nothing).to(fixed_points.dtype)
+    return torch.where(known, matrix, torch.full_like(matrix, float("nan"))).to(fixed_points.dtype)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network that turns pairs of keypoints into an affine matrix (paper, section 2.5 and figure 2).
+"""The network that turns pairs of keypoints into an affine matrix (section 2.5 and figure 2), and its weights.
 
-``AffineRegressor`` is a multi-layer perceptron over the flattened pairs. It never sees an image, so one trained network
-serves every modality; the training data are random points, see :mod:`monai_zsreg.training`.
+It never sees an image, so one trained network serves every modality; the training data are random points, see
+:mod:`monai_zsreg.training`.
 """
 
 # no "from __future__ import annotations" here: torch.jit.script reads the annotations of this module
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +20,11 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.networks.least_squares import TRANSFORMS
 
-__all__ = ["AffineRegressor", "number_of_outputs"]
+__all__ = ["AffineRegressor", "load_regressor", "number_of_outputs", "shipped_weights", "training_facts"]
 
 
 def number_of_outputs(transform: str, spatial_dims: int) -> int:
-    """How many raw numbers the last layer gives for a transform.
+    """How many raw numbers the last layer gives for a transform; no two kinds give the same.
 
     affine: the D x (D+1) matrix entries. rigid: rotation (2 numbers in 2D, 6 in 3D) and D translations. similarity: one
     more, the logarithm of the scale.
@@ -31,54 +35,17 @@ def number_of_outputs(transform: str, spatial_dims: int) -> int:
     if spatial_dims not in (2, 3):
         raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
     if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, "one of " + ", ".join(TRANSFORMS))
+        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
     if transform == "affine":
         return spatial_dims * (spatial_dims + 1)
-    rotation = 2 if spatial_dims == 2 else 6
-    return rotation + spatial_dims + (1 if transform == "similarity" else 0)
-
-
-def _direction(vector: Tensor, fallback: Tensor) -> Tensor:
-    """``vector`` ``[..., D]`` scaled to length 1, or ``fallback`` where it has no direction."""
-    shortest = 1e-8
-    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return torch.where(length > shortest, vector / length.clamp(min=shortest), fallback)
-
-
-def _rotation_2d(raw: Tensor) -> Tensor:
-    """Rotation ``[B, 2, 2]`` from (cosine, sine) up to a common positive factor, ``[B, 2]``."""
-    fallback = torch.zeros_like(raw)
-    fallback[:, 0] = 1.0
-    unit = _direction(raw, fallback)
-    cosine, sine = unit[:, 0], unit[:, 1]
-    return torch.stack([cosine, -sine, sine, cosine], dim=-1).reshape(-1, 2, 2)
-
-
-def _rotation_3d(raw: Tensor) -> Tensor:
-    """Rotation ``[B, 3, 3]`` from two directions ``[B, 6]`` by Gram-Schmidt: continuous, unlike angles or quaternions.
-
-    Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019.
-    """
-    fallback = torch.zeros_like(raw[:, :3])
-    fallback[:, 0] = 1.0
-    first = _direction(raw[:, :3], fallback)
-    # should the second direction be parallel to the first, any direction at a right angle to it will do
-    axis = F.one_hot(first.abs().argmin(dim=-1), 3).to(raw.dtype)
-    perpendicular = _direction(torch.linalg.cross(first, axis, dim=-1), axis)
-    second = raw[:, 3:]
-    second = second - (first * second).sum(dim=-1, keepdim=True) * first
-    second = _direction(second, perpendicular)
-    # once more: after a cancellation the first pass leaves a remainder along ``first``
-    second = _direction(second - (first * second).sum(dim=-1, keepdim=True) * first, perpendicular)
-    third = torch.linalg.cross(first, second, dim=-1)
-    return torch.stack([first, second, third], dim=-1)
+    return (2 if spatial_dims == 2 else 6) + spatial_dims + int(transform == "similarity")
 
 
 class AffineRegressor(nn.Module):
     """The paper's transformation network: an MLP with ReLU and a linear last layer (section 2.5, figure 2).
 
-    Every pair enters as (x, y, x', y'), in 3D (x, y, z, x', y', z'), the pairs one after the other. Point coordinates
-    are "unit" coordinates (array axis order, divided by the longest side, so within [0, 1]) for the fixed points.
+    Every pair enters as (x, y, x', y'), in 3D (x, y, z, x', y', z'), the pairs one after the other, in unit
+    coordinates (see `monai_zsreg.networks.coordinates`).
 
     The first layer starts with the same weights for every pair and no weight between pairs, the second with the same
     weights for every pair: at the start the network cannot tell the pairs apart, as the task demands. All weights are
@@ -101,12 +68,8 @@ class AffineRegressor(nn.Module):
 
     Example::
 
-        >>> import torch
-        >>> from monai_zsreg.networks import AffineRegressor
-        >>> network = AffineRegressor(spatial_dims=2, transform="rigid")
-        >>> points = torch.rand(8, 64, 2)
-        >>> network(points, points).shape
-        torch.Size([8, 2, 3])
+        network = AffineRegressor(spatial_dims=2, transform="rigid")
+        matrix = network(points, points)  # twice [B, 64, 2] to [B, 2, 3]
     """
 
     def __init__(
@@ -121,10 +84,9 @@ class AffineRegressor(nn.Module):
         outputs = number_of_outputs(transform, spatial_dims)
         if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points <= spatial_dims:
             raise RegistrationError("num_points", num_points, f"a whole number of at least {spatial_dims + 1}")
-        if isinstance(hidden, str) or not isinstance(hidden, Sequence) or len(hidden) == 0:
-            raise RegistrationError("hidden", hidden, "a sequence of one or more layer widths")
-        if any(isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in hidden):
-            raise RegistrationError("hidden", hidden, "layer widths that are whole numbers of at least 1")
+        whole = isinstance(hidden, Sequence) and all(type(width) is int and width > 0 for width in hidden)
+        if not whole or len(hidden) == 0:
+            raise RegistrationError("hidden", hidden, "one or more layer widths, whole numbers of at least 1")
         self.spatial_dims = spatial_dims
         self.num_points = num_points
         self.transform = transform
@@ -153,12 +115,11 @@ class AffineRegressor(nn.Module):
         linear[-1].bias.zero_()
 
         first, second = linear[0], linear[1]
-        pair = 2 * self.spatial_dims
         units = first.out_features // self.num_points
         if units == 0:  # too narrow for units of its own for every pair
             return
         shared = units * self.num_points
-        weight = torch.randn(units, pair) / math.sqrt(self.spatial_dims)
+        weight = torch.randn(units, 2 * self.spatial_dims) / math.sqrt(self.spatial_dims)
         bias = torch.rand(units) * 2 - 1
         first.weight[:shared] = torch.block_diag(*[weight] * self.num_points)
         first.bias[:shared] = bias.repeat(self.num_points)
@@ -167,17 +128,11 @@ class AffineRegressor(nn.Module):
         second.weight[:, :shared] = weight.repeat(1, self.num_points)
 
     @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Tensor], prefix: str | None = None, normalize: bool = True
-    ) -> "AffineRegressor":
-        """Build the network that a state dict belongs to, and load it strictly.
-
-        The shapes tell all constructor arguments: every pair of ``transform`` and ``spatial_dims`` has its own number
-        of outputs.
+    def from_state_dict(cls, state: Mapping[str, Tensor], normalize: bool = True) -> "AffineRegressor":
+        """Build the network that a state dict belongs to, and load it strictly; the shapes tell its arguments.
 
         Args:
-            state: parameters by name.
-            prefix: what the names begin with, as "regressor." in the bundle's ``model.pt``. None: found out.
+            state: parameters by name, with or without a prefix such as the "regressor." of a `ZeroShotAffineNet`.
             normalize: as the network was trained.
 
         Returns:
@@ -186,42 +141,21 @@ class AffineRegressor(nn.Module):
         Raises:
             RegistrationError: these are not the parameters of an ``AffineRegressor``.
         """
-        wanted = "layers.0.weight"
-        if prefix is None:
-            starts = [name[: -len(wanted)] for name in state if name.endswith(wanted)]
-            prefix = starts[0] if len(starts) == 1 else ""
-        own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-        weights = [value for name, value in own.items() if name.endswith(".weight") and value.ndim == 2]
-        outputs = weights[-1].shape[0] if weights else 0
-        for transform in TRANSFORMS:
-            for spatial_dims in (2, 3):
-                if outputs == number_of_outputs(transform, spatial_dims) and wanted in own:
-                    network = cls(
-                        spatial_dims=spatial_dims,
-                        num_points=weights[0].shape[1] // (2 * spatial_dims),
-                        transform=transform,
-                        hidden=[weight.shape[0] for weight in weights[:-1]],
-                        normalize=normalize,
-                    )
-                    try:
-                        network.load_state_dict(own)
-                    except RuntimeError as error:
-                        raise RegistrationError(
-                            "state", list(state), f"parameters of an AffineRegressor ({error})"
-                        ) from error
-                    return network.eval()
-        raise RegistrationError("state", list(state), f"parameters of an AffineRegressor, with a {wanted!r}")
-
-    @torch.jit.unused
-    def _check(self, fixed_points: Tensor, moving_points: Tensor) -> None:
-        wanted = f"a [B, {self.num_points}, {self.spatial_dims}] tensor of floats"
-        for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
-            if not isinstance(points, Tensor) or not points.is_floating_point():
-                raise RegistrationError(name, points, wanted)
-            if points.ndim != 3 or tuple(points.shape[1:]) != (self.num_points, self.spatial_dims):
-                raise RegistrationError(name, tuple(points.shape), wanted)
-        if len(fixed_points) != len(moving_points):
-            raise RegistrationError("moving_points", tuple(moving_points.shape), f"{len(fixed_points)} sets, as fixed")
+        own = {name[max(0, name.rfind("layers.")) :]: value for name, value in state.items()}
+        weights = [value for name, value in own.items() if name.startswith("layers.") and name.endswith(".weight")]
+        kinds = [(dims, transform) for dims in (2, 3) for transform in TRANSFORMS]
+        for dims, transform in kinds if weights else []:
+            if len(weights[-1]) == number_of_outputs(transform, dims):
+                hidden = [len(weight) for weight in weights[:-1]]
+                try:
+                    network = cls(dims, weights[0].shape[1] // (2 * dims), transform, hidden, normalize)
+                    network.load_state_dict(own)
+                except (RuntimeError, IndexError, RegistrationError) as error:
+                    raise RegistrationError(
+                        "state", list(state), f"an AffineRegressor's parameters ({error})"
+                    ) from error
+                return network.eval()
+        raise RegistrationError("state", list(state), "an AffineRegressor's parameters, layers.0.weight and so on")
 
     def forward(self, fixed_points: Tensor, moving_points: Tensor) -> Tensor:
         """Estimate one matrix for each set of pairs.
@@ -237,7 +171,11 @@ class AffineRegressor(nn.Module):
             RegistrationError: wrong shape or type (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
-            self._check(fixed_points, moving_points)
+            wanted = f"floats [B, {self.num_points}, {self.spatial_dims}], B alike for fixed and moving"
+            for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
+                shape = (len(fixed_points), self.num_points, self.spatial_dims)
+                if tuple(points.shape) != shape or not points.is_floating_point():
+                    raise RegistrationError(name, f"{tuple(points.shape)} {points.dtype}", wanted)
         fixed_center = torch.full_like(fixed_points[:, :1], 0.5)
         moving_center = torch.zeros_like(fixed_center)
         spread = torch.full_like(fixed_center[..., :1], math.sqrt(1.0 / 12.0))  # of U(0, 1)
@@ -248,8 +186,7 @@ class AffineRegressor(nn.Module):
             spread = ((fixed_points - fixed_center).square().mean(dim=[1, 2], keepdim=True) + 1e-12).sqrt()
         fixed = (fixed_points - fixed_center) / spread
         moving = (moving_points - moving_center) / (spread * self.moving_std)
-        raw = self.layers(torch.cat([fixed, moving], dim=-1).flatten(1))
-        linear, translation = self._matrix(raw)
+        linear, translation = self._matrix(self.layers(torch.cat([fixed, moving], dim=-1).flatten(1)))
         if self.normalize:  # back to the frame of the points
             translation = spread * translation + moving_center - fixed_center @ linear.transpose(1, 2)
         return torch.cat([linear, translation.transpose(1, 2)], dim=-1)
@@ -265,3 +202,81 @@ class AffineRegressor(nn.Module):
             # within bounds, so that the scale is always positive and finite
             linear = linear * raw[:, -dims - 1].clamp(-5.0, 5.0).exp()[:, None, None]
         return linear, raw[:, -dims:].unsqueeze(1)
+
+
+def _direction(vector: Tensor, fallback: Tensor) -> Tensor:
+    """``vector`` ``[..., D]`` scaled to length 1, or ``fallback`` where it has no direction."""
+    shortest = 1e-8
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return torch.where(length > shortest, vector / length.clamp(min=shortest), fallback)
+
+
+def _rotation_2d(raw: Tensor) -> Tensor:
+    """Rotation ``[B, 2, 2]`` from (cosine, sine) up to a common positive factor, ``[B, 2]``."""
+    unit = _direction(raw, F.one_hot(torch.zeros_like(raw[:, 0]).long(), 2).to(raw.dtype))
+    return torch.stack([unit, torch.stack([-unit[:, 1], unit[:, 0]], dim=-1)], dim=-1)
+
+
+def _rotation_3d(raw: Tensor) -> Tensor:
+    """Rotation ``[B, 3, 3]`` from two directions ``[B, 6]`` by Gram-Schmidt: continuous, unlike angles or quaternions.
+
+    Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019.
+    """
+    first = _direction(raw[:, :3], F.one_hot(torch.zeros_like(raw[:, 0]).long(), 3).to(raw.dtype))
+    # should the second direction be parallel to the first, any direction at a right angle to it will do
+    axis = F.one_hot(first.abs().argmin(dim=-1), 3).to(raw.dtype)
+    perpendicular = _direction(torch.linalg.cross(first, axis, dim=-1), axis)
+    second = raw[:, 3:]
+    for _ in range(2):  # after a cancellation the first pass leaves a remainder along ``first``
+        second = _direction(second - (first * second).sum(dim=-1, keepdim=True) * first, perpendicular)
+    return torch.stack([first, second, torch.linalg.cross(first, second, dim=-1)], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights on disk
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def shipped_weights(spatial_dims: int) -> Path:
+    """The shipped state dict of the affine regressor for 2 or 3 spatial dimensions.
+
+    An installed package holds the bundle's ``models`` folder as ``monai_zsreg/pretrained_models``; a checkout has it
+    in the bundle.
+
+    Raises:
+        RegistrationError: it is in neither place.
+    """
+    package = Path(__file__).parents[1]
+    bundle = package.parent / "bundles" / "zero_shot_affine_registration"
+    file = "model.pt" if spatial_dims == 2 else "model_3d.pt"
+    for folder in (package / "pretrained_models", bundle / "models"):
+        if (folder / file).is_file():
+            return folder / file
+    raise RegistrationError("regressor_weights", None, f"a state dict file: this installation lacks the shipped {file}")
+
+
+def training_facts(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON that training wrote beside a state dict; empty if there is none."""
+    beside = Path(path).with_suffix(".json")
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+
+
+def load_regressor(path: str | os.PathLike, argument: str = "regressor_weights") -> AffineRegressor:
+    """Load a network from a plain state dict, such as the bundle's ``models/model.pt``.
+
+    The shapes of the parameters tell the architecture. Only whether it was trained without ``normalize`` comes from the
+    JSON beside the file, if there is one.
+
+    Args:
+        path: the file; half precision becomes single.
+        argument: what to call it in an error.
+
+    Raises:
+        RegistrationError: no such file, or not the parameters of an ``AffineRegressor``.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return AffineRegressor.from_state_dict(state, bool(training_facts(path).get("normalize", True)))
+    except Exception as error:  # torch.load raises a dozen kinds; all mean that this file will not do
+        expected = f"a regressor's state dict ({type(error).__name__}: {error})"
+        raise RegistrationError(argument, os.fspath(path), expected) from error

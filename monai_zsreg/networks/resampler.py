@@ -36,13 +36,11 @@ class AffineResampler(nn.Module):
 
         Args:
             image: ``[B, C, *spatial]``.
-            theta: ``[B, D, D+1]``, output grid coordinates to input grid coordinates, as `geometry.theta_from_unit`
-                and `geometry.theta_from_index` give it.
+            theta: ``[B, D, D+1]``, output to input coordinates, as ``affine_grid`` takes them; see `theta_from_unit`.
             size: spatial shape of the output.
 
         Returns:
             ``[B, C, *size]``.
         """
-        full = [image.shape[0], image.shape[1]] + size
-        grid = F.affine_grid(theta.to(image.dtype), full, align_corners=False)
+        grid = F.affine_grid(theta.to(image.dtype), [image.shape[0], image.shape[1]] + size, align_corners=False)
         return F.grid_sample(image, grid, mode=self.mode, padding_mode=self.padding_mode, align_corners=False)

@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's pipeline as one network: features, keypoints, regressor, resampler."""
 
+import os
 import warnings
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import (
-    apply_affine,
-    compose_affine,
-    index_to_unit,
-    theta_from_unit,
-    unit_points_without_padding,
-    unit_without_padding,
-)
+from monai_zsreg.networks.coordinates import compose, index_to_unit, map_points, theta_from_unit, without_padding
 from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
 from monai_zsreg.networks.resampler import AffineResampler
-from monai_zsreg.networks.vgg import IMAGENET, VGG19Features
+from monai_zsreg.networks.vgg import VGG19Features
 
 __all__ = ["AffineEstimate", "Status", "ZeroShotAffineNet", "equalize", "foreground", "scale_to_unit_range"]
 
@@ -37,19 +33,17 @@ class Status(IntEnum):
     FLAT_POINTS = 2
     MIRRORED = 3
     UNDETERMINED = 4
-    DIFFERENT = 5
 
     @property
     def reason(self) -> str:
         """In words."""
-        return {
-            Status.OK: "estimated",
-            Status.TOO_FEW_POINTS: "too few feature maps have a keypoint in both images",
-            Status.FLAT_POINTS: "the keypoints lie on one line (in 3D: on one plane)",
-            Status.MIRRORED: "the estimated matrix has a determinant of 0 or below (a mirror image or a collapse)",
-            Status.UNDETERMINED: "too few keypoints of the two images agree on one transform",
-            Status.DIFFERENT: "the images do not look alike at any transform that was tried",
-        }[self]
+        return (
+            "estimated",
+            "too few feature maps have a keypoint in both images",
+            "the keypoints lie on one line (in 3D: on one plane)",
+            "the estimated matrix has a determinant of 0 or below (a mirror image or a collapse)",
+            "too few keypoints of the two images agree on one transform",
+        )[self]
 
 
 class AffineEstimate(NamedTuple):
@@ -107,9 +101,10 @@ class ZeroShotAffineNet(nn.Module):
         consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
             padded side. Each later pass halves it, down to ``final_threshold``.
         final_threshold: None for 0.009 in 2D and 0.018 in 3D, where keypoints come from coarser images.
-        least_agreement: share of the keypoints that must agree in the last passes of ``"consensus"``; None for what was
-            measured to tell right from wrong, 0.068 in 2D and 0.1 in 3D.
+        least_agreement: fraction of the keypoints that must agree in the last passes of ``"consensus"``; None for what
+            was measured to tell right from wrong, 0.068 in 2D and 0.1 in 3D.
         hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
+        normalize: see `AffineRegressor`.
         vgg19_weights: see `VGG19Features`.
         seed: seed of the draws. One object gives one input the same answer every time.
         slice_batch: slices of a volume in memory at once.
@@ -128,6 +123,7 @@ class ZeroShotAffineNet(nn.Module):
     """
 
     draws: Tensor
+    corners: Tensor
 
     def __init__(
         self,
@@ -149,23 +145,25 @@ class ZeroShotAffineNet(nn.Module):
         consensus_threshold: float = 0.07,
         final_threshold: float | None = None,
         least_agreement: float | None = None,
-        hidden: tuple[int, ...] = (),
-        vgg19_weights: str = IMAGENET,
+        hidden: Sequence[int] = (),
+        normalize: bool = True,
+        vgg19_weights: str | os.PathLike | None = None,
         seed: int = 0,
         slice_batch: int = 8,
     ) -> None:
         super().__init__()
-        _check_choice("spatial_dims", spatial_dims, (2, 3))
-        _check_choice("estimator", estimator, ESTIMATORS)
-        _check_whole("num_points", num_points, spatial_dims + 1)
-        _check_whole("num_sets", num_sets, 1)
-        _check_whole("iterations", iterations, 1)
-        if not 0.0 < rate <= 1.0:
-            raise RegistrationError("rate", rate, "0 < rate <= 1")
-        if not 0.0 <= padding <= 2.0:
-            raise RegistrationError("padding", padding, "0 <= padding <= 2")
-        if not consensus_threshold > 0.0:
-            raise RegistrationError("consensus_threshold", consensus_threshold, "a positive number")
+        for name, value, good, allowed in (
+            ("spatial_dims", spatial_dims, spatial_dims in (2, 3), "2 or 3"),
+            ("estimator", estimator, estimator in ESTIMATORS, f"one of {ESTIMATORS}"),
+            ("num_points", num_points, _is_whole(num_points, spatial_dims + 1), "a whole number above spatial_dims"),
+            ("num_sets", num_sets, _is_whole(num_sets, 1), "a whole number of at least 1"),
+            ("iterations", iterations, _is_whole(iterations, 1), "a whole number of at least 1"),
+            ("rate", rate, 0.0 < rate <= 1.0, "0 < rate <= 1"),
+            ("padding", padding, 0.0 <= padding <= 2.0, "0 <= padding <= 2"),
+            ("consensus_threshold", consensus_threshold, consensus_threshold > 0.0, "a positive number"),
+        ):
+            if not good:
+                raise RegistrationError(name, value, allowed)
         self.spatial_dims = spatial_dims
         self.consensus = estimator == "consensus"
         self.num_points = num_points
@@ -175,34 +173,35 @@ class ZeroShotAffineNet(nn.Module):
         self.rate = float(rate)
         self.tolerance = float(tolerance)
         # the last pass is never a coarse one
-        coarse = estimator == "consensus" and transform == "affine"
-        self.coarse_passes = min(coarse_passes, iterations - 1) if coarse else 0
+        self.coarse_passes = min(coarse_passes, iterations - 1) if self.consensus and transform == "affine" else 0
         self.padding = float(padding)
         self.consensus_threshold = float(consensus_threshold)
         if final_threshold is None:
             final_threshold = 0.009 if spatial_dims == 2 else 0.018
         self.final_threshold = float(final_threshold)
+        # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
+        # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
+        if least_agreement is None:
+            least_agreement = 0.068 if spatial_dims == 2 else 0.1
         self.features = VGG19Features(vgg19_weights, layers)
         self.keypoints = KeypointDetector(
             self.features, CenterOfMass(threshold), symmetric, scales=scales, slice_batch=slice_batch
         )
         self.resampler = AffineResampler()
-        # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
-        # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
-        if least_agreement is None:
-            least_agreement = 0.068 if spatial_dims == 2 else 0.1
-        consensus: dict[str, Any] = {"consensus": True, "threshold": consensus_threshold, "seed": seed}
-        self.coarse = LeastSquaresAffine(spatial_dims, "similarity", **consensus)
+        self.coarse = LeastSquaresAffine(spatial_dims, "similarity", True, seed=seed)
         self.regressor: nn.Module
         if estimator == "mlp":
-            widths: dict[str, Any] = {"hidden": tuple(hidden)} if hidden else {}
-            self.regressor = AffineRegressor(spatial_dims, num_points, transform, **widths)
+            widths = {"hidden": tuple(hidden)} if hidden else {}
+            self.regressor = AffineRegressor(spatial_dims, num_points, transform, normalize=normalize, **widths)
         else:
-            options = consensus | {"least_agreement": least_agreement} if self.consensus else {}
-            self.regressor = LeastSquaresAffine(spatial_dims, transform, **options)
+            self.regressor = LeastSquaresAffine(
+                spatial_dims, transform, self.consensus, least_agreement=least_agreement, seed=seed
+            )
         draws = num_points if replacement else self.keypoints.count(spatial_dims)
         self.register_buffer("draws", torch.empty(num_sets, draws), persistent=False)
         self.draw(torch.Generator().manual_seed(seed))
+        corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * spatial_dims)
+        self.register_buffer("corners", corners, persistent=False)
 
     @torch.jit.unused
     def draw(self, generator: torch.Generator) -> None:
@@ -225,10 +224,8 @@ class ZeroShotAffineNet(nn.Module):
                 "some pairs could not be registered: their moving images come back as they were", stacklevel=2
             )
         size: list[int] = list(image.shape[2:])
-        theta = theta_from_unit(estimate.matrix.nan_to_num(), size)
-        moved = self.resampler(image[:, :1], theta, size)
-        keep = failed.view([-1] + [1] * (image.dim() - 1))
-        return torch.where(keep, image[:, :1], moved)
+        moved = self.resampler(image[:, :1], theta_from_unit(estimate.matrix.nan_to_num(), size), size)
+        return torch.where(failed.view([-1] + [1] * (image.dim() - 1)), image[:, :1], moved)
 
     @torch.jit.export
     def predict_affine(self, image: Tensor) -> Tensor:
@@ -244,30 +241,28 @@ class ZeroShotAffineNet(nn.Module):
             image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed, on one isotropic grid.
 
         Raises:
-            RegistrationError: another shape.
+            RegistrationError: another shape (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
-            _check_pair(image, self.spatial_dims)
+            if image.dim() != self.spatial_dims + 2 or image.shape[1] != 2:
+                axes = ", ".join("HWD"[: self.spatial_dims])
+                raise RegistrationError("image", tuple(image.shape), f"[B, 2, {axes}], channel 0 moving, 1 fixed")
         longest = float(max(list(image.shape[2:])))
         margin = int(self.padding * longest)
-        scaled = scale_to_unit_range(image.float())
-        scaled = F.pad(scaled, [margin, margin] * self.spatial_dims)
+        side = longest + 2.0 * margin
+        scaled = F.pad(scale_to_unit_range(image.float()), [margin, margin] * self.spatial_dims)
         moving, fixed = scaled[:, :1], scaled[:, 1:]
         moving_foreground, fixed_foreground = foreground(moving), foreground(fixed)
         if self.keypoints.symmetric:
             moving = equalize(moving, moving_foreground, self.keypoints.level)
             fixed = equalize(fixed, fixed_foreground, self.keypoints.level)
         size: list[int] = list(fixed.shape[2:])
-        side = longest + 2.0 * margin
 
         fixed_points, fixed_valid = self._detect(fixed, fixed_foreground, side)
         first_points, first_valid = self._detect(moving, moving_foreground, side)
         points, valid = first_points, first_valid
         batch = image.shape[0]
         identity = torch.eye(self.spatial_dims, self.spatial_dims + 1, device=image.device).expand(batch, -1, -1)
-        corners = torch.cartesian_prod(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])).to(image.device)
-        if self.spatial_dims == 3:
-            corners = torch.cat([F.pad(corners, [0, 1]), F.pad(corners, [0, 1], value=1.0)])
         total = identity
         status = torch.zeros(batch, dtype=torch.long, device=image.device)
         passes = torch.zeros_like(status)
@@ -284,22 +279,16 @@ class ZeroShotAffineNet(nn.Module):
             status = torch.where(active, code, status)
             active = active & (code == 0)
             update = identity + self.rate * (matrix.nan_to_num() - identity)
-            total = torch.where(active.view(-1, 1, 1), compose_affine(total, update), total)
+            total = torch.where(active.view(-1, 1, 1), compose(total, update), total)
             passes = passes + active.long()
-            moved = torch.linalg.vector_norm(apply_affine(update, corners) - corners, dim=2).amax(dim=1)
+            moved = torch.linalg.vector_norm(map_points(update, self.corners) - self.corners, dim=2).amax(dim=1)
             active = active & ((moved > self.tolerance) | (step < self.coarse_passes))
             if not bool(active.any()):
                 break
-        result = unit_without_padding(total, float(margin), longest)
-        result = torch.where((status > 0).view(-1, 1, 1), torch.full_like(result, float("nan")), result)
-        return AffineEstimate(
-            result,
-            status,
-            unit_points_without_padding(fixed_points, float(margin), longest),
-            unit_points_without_padding(first_points, float(margin), longest),
-            fixed_valid & first_valid,
-            passes,
-        )
+        first_points, _ = without_padding(first_points, total, float(margin), longest)
+        fixed_points, total = without_padding(fixed_points, total, float(margin), longest)
+        total = torch.where((status > 0).view(-1, 1, 1), torch.full_like(total, float("nan")), total)
+        return AffineEstimate(total, status, fixed_points, first_points, fixed_valid & first_valid, passes)
 
     def _detect(self, image: Tensor, inside: Tensor, side: float) -> tuple[Tensor, Tensor]:
         points, valid = self.keypoints(image, inside)
@@ -309,11 +298,10 @@ class ZeroShotAffineNet(nn.Module):
         """One matrix a pair, ``[B, D, D+1]``, fixed to moving unit coordinates."""
         if self.consensus:
             return self._agree(fixed_points, moving_points, valid, step)
-        chosen = self._choose(valid)  # [B, S, N]
         batch, dims = fixed_points.shape[0], self.spatial_dims
-        flat = chosen.reshape(batch, -1, 1).expand(-1, -1, dims)
+        chosen = self._choose(valid).reshape(batch, -1, 1).expand(-1, -1, dims)
         shape = [batch * self.num_sets, -1, dims]
-        x, y = fixed_points.gather(1, flat).reshape(shape), moving_points.gather(1, flat).reshape(shape)
+        x, y = fixed_points.gather(1, chosen).reshape(shape), moving_points.gather(1, chosen).reshape(shape)
         return self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
 
     @torch.jit.unused
@@ -326,12 +314,11 @@ class ZeroShotAffineNet(nn.Module):
         """Positions ``[B, num_sets, num_points]`` of the keypoints in each set; they depend on no other pair."""
         batch = valid.shape[0]
         count = valid.sum(dim=1).clamp(min=1).view(-1, 1, 1)
-        order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
         if self.replacement:
+            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
             place = (self.draws * count).long().clamp(max=valid.shape[1] - 1)
             return order.gather(1, place.reshape(batch, -1)).reshape(batch, self.num_sets, self.num_points)
-        priority = self.draws + valid.unsqueeze(1).to(self.draws.dtype)
-        ranked = priority.argsort(dim=2, descending=True)
+        ranked = (self.draws + valid.unsqueeze(1).to(self.draws.dtype)).argsort(dim=2, descending=True)
         # where there are fewer keypoints than a set takes, they come round again
         place = torch.arange(self.num_points, device=valid.device) % count
         return ranked.gather(2, place.expand(-1, self.num_sets, -1))
@@ -401,26 +388,10 @@ def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 
     keypoints of a constant image all lie at its middle but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
-    centered = (points - (weight * points).sum(dim=1, keepdim=True) / total) * weight
-    spread = torch.linalg.eigvalsh(centered.double().transpose(1, 2) @ centered.double())
-    floor = least**2 * total[:, 0, 0].double()
-    return spread[:, 0] <= torch.maximum(ratio**2 * spread[:, -1], floor)
+    centered = ((points - (weight * points).sum(dim=1, keepdim=True) / total) * weight).double()
+    spread = torch.linalg.eigvalsh(centered.transpose(1, 2) @ centered)
+    return spread[:, 0] <= torch.maximum(ratio**2 * spread[:, -1], least**2 * total[:, 0, 0].double())
 
 
-def _check_pair(image: Tensor, spatial_dims: int) -> None:
-    if image.dim() != spatial_dims + 2 or image.shape[1] != 2:
-        raise RegistrationError(
-            "image",
-            tuple(image.shape),
-            f"[B, 2, {', '.join('HWD'[:spatial_dims])}], channel 0 moving and channel 1 fixed",
-        )
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise RegistrationError(name, value, f"one of {allowed}")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RegistrationError(name, value, f"a whole number of at least {least}")
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

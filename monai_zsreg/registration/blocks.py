@@ -134,6 +134,24 @@ class Blocks:
         full, right, cost, overlap = (part.cpu().double() for part in parts)
         return full, right, cost, overlap
 
+    def differences(self, pull: Tensor) -> tuple[Tensor, Tensor]:
+        """How much each block differs from the other image, for comparing transforms on the same points.
+
+        Args:
+            pull: ``[2, K, D+1, D+1]``, own frame to other frame.
+
+        Returns:
+            Summed clipped difference of the descriptors, ``[K, 2 B]``, where what the other image does not show counts
+            as unrelated; weight of the blocks, ``[2 B]``. Both float64 on the CPU.
+        """
+        features, weight = self.compare(pull)
+        count = features.shape[2]
+        square = (self.features[:, None] - features.flatten(4)).square().mean(3).flatten(2)
+        worst = self.describe.worst
+        lost = (square.clamp(max=worst) - worst) * weight + worst * self.weight[:, None]
+        blocks = lost.unflatten(2, (count, -1)).sum(3).transpose(0, 1).flatten(1)
+        return blocks.cpu().double(), self.weight.unflatten(1, (count, -1)).sum(2).flatten().cpu().double()
+
     def other_slopes(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals and slopes of the other images at the blocks.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,12 +13,23 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
-from monai_zsreg.registration.descriptors import DESCRIPTORS, Descriptor
-from monai_zsreg.registration.refine import Evidence, Refinement, refine, weigh
+from monai_zsreg.registration.correlate import correlate, seen_region
+from monai_zsreg.registration.descriptors import DESCRIPTORS
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
-__all__ = ["COARSE", "DOUBTFUL", "EFFORTS", "Effort", "SEARCHES", "TRANSFORMS", "Found", "Settings", "find"]
+__all__ = [
+    "COARSE",
+    "EFFORTS",
+    "Effort",
+    "SEARCHES",
+    "TRANSFORMS",
+    "Found",
+    "Hypothesis",
+    "Settings",
+    "find",
+]
 
 TRANSFORMS = ("rigid", "similarity", "affine")
 SEARCHES = ("global", "local", "none")
@@ -24,8 +37,19 @@ COARSE = ("search", "keypoints")
 
 # lattice steps along the longest side that a level needs: below, blocks would be larger than what they show
 _SIDE = 24
-# descriptors of two scans of one brain differ by less at the finest level
-DOUBTFUL = 0.085
+# descriptors of two scans of one brain differ by less at the finest level; by somewhat more where the coarser image
+# shows nothing there, but then their slopes agree
+_LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
+# how far the correlation's best score stands above all others where it is right
+_MARGIN = 0.1
+# distance of candidates that mean the same place, frame units
+_SAME = 0.35
+# steps along the longest side that edges are found on
+_EDGES = {2: 256, 3: 80}
+# lattice steps between two answers that are not the same
+_APART = 3.0
+# standard errors that a rival is behind by where it is given up
+_BEATEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,18 +71,24 @@ class Effort:
     """How hard to look.
 
     Attributes:
+        source: where candidates come from, a key of `SOURCES`.
+        reach: of the correlation, degrees about what the headers say; None for every rotation.
         points: samples of the search.
         keep: candidates that the search improves.
         trials: trials for each of them in a round.
         results: candidates that are refined.
+        followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
 
-    points: int
-    keep: int
-    trials: int
-    results: int
+    source: str = "information"
+    reach: float | None = None
+    points: int = 2500
+    keep: int = 24
+    trials: int = 24
+    results: int = 4
+    followed: int = 3
     catch: tuple[_Stage, ...] = ()
     faint: bool = False
 
@@ -66,14 +96,22 @@ class Effort:
 #: first attempt, and those for pairs that do not look alike after it; the last for images that fade into the background
 EFFORTS = {
     2: (
-        Effort(1000, 16, 16, 4),
-        Effort(4000, 30, 48, 12),
-        Effort(4000, 30, 48, 12, (_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)), faint=True),
+        Effort(points=1000, keep=16, trials=16),
+        Effort("correlation", points=1000, results=10, followed=6),
+        Effort(
+            points=4000,
+            keep=30,
+            trials=48,
+            results=12,
+            catch=(_Stage(8, 12, 100, 4), _Stage(4, 8, 40, 12)),
+            faint=True,
+        ),
     ),
     3: (
-        Effort(2500, 24, 24, 4),
-        Effort(5000, 64, 48, 12),
-        Effort(5000, 64, 48, 12, faint=True),
+        Effort(),
+        Effort("correlation", reach=45.0, results=10, followed=6),
+        Effort("correlation", results=10, followed=6),
+        Effort(points=5000, keep=64, trials=48, results=12, faint=True),
     ),
 }
 
@@ -120,74 +158,247 @@ class Settings:
                 raise RegistrationError(name, number, "a whole number of at least 8, or None")
 
 
+@dataclass(frozen=True)
+class Hypothesis:
+    """A transform that is followed down the levels beside others.
+
+    Attributes:
+        kind: ``"header"``, what the headers or the user say; ``"second"``, another; ``"mirror"``, a reflection.
+        transform: ``(D+1, D+1)``, fixed frame to moving frame.
+        cost: mean clipped difference of the descriptors at the last level where it was followed.
+        overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
+        behind: how much more its descriptors differ than those of the answer.
+        errors: the same in standard errors.
+    """
+
+    kind: str
+    transform: Tensor
+    cost: float = math.inf
+    overlap: float = 0.0
+    behind: float = math.inf
+    errors: float = math.inf
+
+
 @dataclass
 class Found:
     """
     Attributes:
         pair: the two images, in whose frames the transform is.
-        transform: ``(D+1, D+1)``, fixed frame to moving frame.
-        costs: mean clipped difference of the descriptors at each level, coarse to fine.
-        overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
+        answer: the best hypothesis.
+        rivals: the others that ended apart from it, each as of the last level where it was followed.
+        costs: of the answer at each level, coarse to fine.
         evidence: what the blocks of the finest level say of it.
+        agreement: see `Evidence`, at the resolution of the coarser image.
+        margin: how far the correlation's score of the answer stands above the best score apart from it; None where
+            candidates came from elsewhere.
     """
 
     pair: Pair
-    transform: Tensor
+    answer: Hypothesis
+    rivals: list[Hypothesis]
     costs: list[float]
-    overlap: float
     evidence: Evidence
+    agreement: float
+    margin: float | None = None
+
+    @property
+    def convincing(self) -> bool:
+        """Whether the images look so alike at the answer that there is no need to look further."""
+        cost = self.costs[-1]
+        alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
+        return alike or (self.margin is not None and self.margin >= _MARGIN)
+
+    def affine(self) -> Tensor:
+        """The answer, ``(D+1, D+1)``, fixed world to moving world, its last row exact."""
+        affine = self.pair.to_world(self.answer.transform)
+        affine[-1] = torch.eye(len(affine), dtype=torch.float64)[-1]
+        return affine
+
+    def measures(self) -> dict[str, float]:
+        """What the verdict rests on; see `monai_zsreg.registration.confidence.Limits`."""
+        found = {
+            "agreement": self.agreement,
+            "cost": self.costs[-1],
+            "coarse_cost": self.costs[0],
+            "overlap": self.answer.overlap,
+        }
+        if self.margin is not None:
+            found["margin"] = self.margin
+        mirrored = [rival.errors for rival in self.rivals if rival.kind == "mirror"]
+        if mirrored:
+            found["mirror"] = mirrored[0]
+        second = min(
+            (rival for rival in self.rivals if rival.kind != "mirror"), key=lambda rival: rival.errors, default=None
+        )
+        if second is not None:
+            away = float(distance(second.transform, self.answer.transform)) * self.pair.unit
+            found |= {"second": second.errors, "second_mm": away}
+        return found
 
     def covariance(self) -> Tensor:
         """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows from that of a motion of the fixed frame."""
         pair, dims = self.pair, self.pair.dims
         to_fixed = torch.linalg.inv(pair.fixed_frame.to_world)
-        change = (pair.moving_frame.to_world @ self.transform) @ self.evidence.basis @ to_fixed
+        change = (pair.moving_frame.to_world @ self.answer.transform) @ self.evidence.basis @ to_fixed
         change = change[:, :dims].flatten(-2)  # [P, D(D+1)]
         return change.mT @ self.evidence.covariance @ change
 
 
-def find(pair: Pair, settings: Settings, effort: Effort) -> Found:
+def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None) -> Found:
     """One attempt: candidates, then level by level down to the images' own resolution.
 
-    1. Rotations spread over all directions are scored by normalized mutual information of coarse images
-       (`PoseSearch`); the best are shaken until they no longer improve. Where the user or the headers put the images
-       is a candidate too.
-    2. All are refined by Gauss-Newton on local descriptors (`refine`); the one whose descriptors agree best at the
-       coarsest level goes on.
+    1. Candidates come from one of `SOURCES`. Where the user or the headers put the images is one too.
+    2. All are refined by Gauss-Newton on local descriptors (`refine`). What ends apart from the best, and the best
+       reflection of it, are its rivals: they are followed as long as they are not clearly behind.
 
     Args:
         pair: the two images.
         settings: options of the method.
         effort: how hard to look.
+        earlier: what an earlier attempt found, ``[K, D+1, D+1]``, fixed world to moving world.
     """
     describe = DESCRIPTORS[settings.features](pair.dims, settings.vgg19_weights).to(pair.fixed.coarse.values.device)
     stages = list(_STAGES[pair.dims])
     if settings.blocks is not None:
         stages[-1] = replace(stages[-1], blocks=settings.blocks)
-    transforms, costs, first = _candidates(pair, settings, effort), [], -len(effort.catch)
-    for number, stage in enumerate((*effort.catch, *stages), start=first):
-        spacing = stage.step * pair.base
-        if spacing > pair.extent / _SIDE and stage is not stages[-1]:
-            continue
+    levels = [
+        (number, stage)
+        for number, stage in enumerate((*effort.catch, *stages), start=-len(effort.catch))
+        if stage is stages[-1] or stage.step * pair.base <= pair.extent / _SIDE
+    ]
+    # the level where the coarser image still shows something
+    shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))[1]
+    candidates = _candidates(pair, settings, effort, earlier)
+    going: list[Hypothesis] = []
+    beaten: list[Hypothesis] = []
+    costs: list[float] = []
+    for number, stage in levels:
         # no negative seeds
-        blocks = Blocks(pair, describe, spacing, stage.size, stage.blocks, settings.seed + number % 64)
-        result = refine(blocks, transforms, settings.transform, stage.iterations)
-        transforms = result.transform
+        blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
+        if not going:
+            going = _begin(blocks, candidates, settings, effort, stage.iterations)
+        else:
+            going = _followed(blocks, going, settings.transform, stage.iterations)
+        going, lost = _compared(blocks, going)
+        beaten += lost
         if number >= 0:
             # a level that was left out shows the next one's
-            costs += [float(result.cost[0])] * (number + 1 - len(costs))
-    evidence = weigh(blocks, transforms[0], settings.transform)
-    return Found(pair, transforms[0], costs, float(result.overlap[0]), evidence)
+            costs += [going[0].cost] * (number + 1 - len(costs))
+        if stage is shown or stage is stages[-1]:
+            evidence = weigh(blocks, going[0].transform, settings.transform)
+        if stage is shown:
+            agreement = evidence.agreement
+    margin = None if candidates.scores is None else _margin(candidates, going[0].transform)
+    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, margin)
 
 
-def _candidates(pair: Pair, settings: Settings, effort: Effort) -> Tensor:
-    """Where to start, ``[K, D+1, D+1]``, fixed frame to moving frame."""
-    if settings.search == "none":
-        return pair.start[None]
+@dataclass
+class _Candidates:
+    """Where to start: first what the headers say, then what an earlier attempt found, then what a source gives.
+
+    Attributes:
+        pose: the search, which also finds reflections.
+        starts: ``[K, D+1, D+1]``, fixed frame to moving frame.
+        scores: of the last ones, ``[J]``; None for sources without.
+    """
+
+    pose: PoseSearch
+    starts: Tensor
+    scores: Tensor | None = None
+
+
+def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None) -> _Candidates:
     pose = PoseSearch(
         pair, settings.transform != "rigid", effort.points, effort.keep, effort.trials, seed=settings.seed
     )
+    header = pair.start[None]
+    if settings.search == "none":
+        return _Candidates(pose, header)
     if settings.search == "local":
-        return pose.around(pair.start, effort.results)
-    rotations = settings.rotations or {2: 60, 3: 4000}[pair.dims]
-    return torch.cat([pose.everywhere(rotations, effort.results), pair.start[None]])
+        return _Candidates(pose, pose.around(pair.start, effort.results))
+    known = header[:0] if earlier is None else pair.to_frames(earlier)
+    found, scores = SOURCES[effort.source](pair, pose, settings, effort)
+    return _Candidates(pose, torch.cat([header, known, found]), scores)
+
+
+def _begin(
+    blocks: Blocks, candidates: _Candidates, settings: Settings, effort: Effort, iterations: int
+) -> list[Hypothesis]:
+    """Hypotheses after the first level, best first."""
+    starts = candidates.starts
+    proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
+    kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
+    mirrored = refine(blocks, candidates.pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
+    return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
+
+
+def _margin(candidates: _Candidates, answer: Tensor) -> float:
+    assert candidates.scores is not None
+    there = distance(candidates.starts[-len(candidates.scores) :], answer) < _SAME
+    best = [float(candidates.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
+    return best[0] - best[1]
+
+
+def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
+    """Rotations spread over all directions, scored by mutual information of coarse images, the best shaken."""
+    return pose.everywhere(settings.rotations or {2: 60, 3: 4000}[pair.dims], effort.results), None
+
+
+def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
+    """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
+    step = max(pair.base, pair.extent / _EDGES[pair.dims])
+    fixed, moving = pair.fixed.at(step), pair.moving.at(step)
+    found = correlate(
+        fixed.values,
+        moving.values,
+        fixed.grid.affine,
+        moving.grid.affine,
+        seen_region(fixed.values),
+        seen_region(moving.values),
+        reach=effort.reach,
+        scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.85, 1.0, 1.18),
+        count=effort.results,
+        seed=settings.seed,
+    )
+    return pair.to_frames(found.transform), found.score
+
+
+#: candidates of the coarse stage, ``[K, D+1, D+1]``, fixed frame to moving frame, and their scores if they have any. A
+#: new source is an entry here.
+SOURCES: dict[str, Callable[[Pair, PoseSearch, Settings, Effort], tuple[Tensor, Tensor | None]]] = {
+    "information": _by_information,
+    "correlation": _by_correlation,
+}
+
+
+def _followed(blocks: Blocks, going: list[Hypothesis], transform: str, iterations: int) -> list[Hypothesis]:
+    starts = torch.stack([hypothesis.transform for hypothesis in going])
+    result = refine(blocks, starts, transform, iterations, results=len(going))
+    return _hypotheses([going[int(origin)].kind for origin in result.origin], result)
+
+
+def _hypotheses(kinds: list[str], result: Refinement) -> list[Hypothesis]:
+    rows = zip(kinds, result.transform, result.cost.tolist(), result.overlap.tolist(), strict=True)
+    return [Hypothesis(*row) for row in rows]
+
+
+def _compared(blocks: Blocks, going: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+    """The hypotheses to follow, the answer first, and those that are clearly behind it."""
+    # a reflection is no answer, however well it fits
+    going = sorted(going, key=lambda hypothesis: (hypothesis.kind == "mirror", hypothesis.cost))
+    transforms = torch.stack([hypothesis.transform for hypothesis in going])
+    apart = distance(transforms, transforms[0]) > _APART * blocks.step
+    # what met the answer is no rival
+    going = [going[0]] + [hypothesis for hypothesis, far in zip(going, apart, strict=True) if far]
+    if len(going) == 1:
+        return going, []
+    behind, errors = lead_of(blocks, torch.stack([hypothesis.transform for hypothesis in going]))
+    going = [
+        replace(hypothesis, behind=mean, errors=error)
+        for hypothesis, mean, error in zip(going, behind.tolist(), errors.tolist(), strict=True)
+    ]
+    rivals = going[1:]
+    return (
+        going[:1] + [rival for rival in rivals if rival.errors < _BEATEN],
+        [rival for rival in rivals if rival.errors >= _BEATEN],
+    )

@@ -22,11 +22,12 @@ from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
-from monai_zsreg.registration.engine import DOUBTFUL, EFFORTS, TRANSFORMS, Settings, find
+from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.side import Pair, Side, finest_step, longest_extent
+from monai_zsreg.resample import resample
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Prepared", "check_options", "register", "resolve_device"]
 
@@ -37,6 +38,8 @@ PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 
 # voxels along the longest side that a working spacing may make
 _SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
+# difference of costs that tells nothing
+_TIE = 5e-4
 # sides of an image that are kept: one for each scale that moving images may ask for
 _KEPT = 3
 
@@ -229,34 +232,28 @@ def _estimate(
             fixed_channel=fixed.channel,
             moving_channel=moving.channel,
         )
-    found = None
+    found: Found | None = None
     for effort in EFFORTS[grids[0].dims]:
-        sides = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
-        again = find(Pair(*sides, initial), settings, effort)
-        if found is None or again.costs[-1] < found.costs[-1]:
+        one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
+        earlier = None if found is None else found.affine()[None]
+        again = find(Pair(one, two, initial), settings, effort, earlier)
+        # the later attempt had the earlier one's answer too, and more to compare it with
+        if found is None or again.costs[-1] < found.costs[-1] + _TIE:
             found = again
-        if found.costs[-1] <= DOUBTFUL or settings.coarse == "keypoints" or settings.search == "none":
+        if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine = found.pair.to_world(found.transform)
-    reasons = []
+    affine, reasons = found.affine(), []
     dims = len(affine) - 1
     if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
         affine = torch.eye(dims + 1, dtype=torch.float64)
-    affine[dims] = torch.eye(dims + 1, dtype=torch.float64)[dims]
     return Estimate(
         affine=affine.clone(),
         failed=bool(reasons),
         reasons=reasons,
         covariance=honest_covariance(found.covariance().numpy(), base),
-        measures={
-            "agreement": found.evidence.agreement,
-            "cost": found.costs[-1],
-            "coarse_cost": found.costs[0],
-            "overlap": found.overlap,
-            "step": base,
-        },
+        measures={"step": base} | found.measures(),
         keypoints=keypoints,
     )
 
@@ -268,7 +265,7 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
         ``seed`` as an int.
 
     Raises:
-        RegistrationError: ``transform`` is no kind of transform, ``seed`` no seed, an option unknown or out of its range.
+        RegistrationError: an argument that is out of its range, or unknown.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))
@@ -361,8 +358,6 @@ def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:
 
 def _mask_on(mask: ImageLike, image: Image, name: str) -> Tensor:
     """A mask on the grid of its image, ``[1, *spatial]`` bool."""
-    from monai_zsreg.resample import resample
-
     read = load_image(mask, name)
     if read.dims != image.dims:
         raise RegistrationError(name, f"{read.dims}D image", f"a {image.dims}D image, as its image is")

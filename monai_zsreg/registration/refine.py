@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = ["Evidence", "Refinement", "generators", "refine", "weigh"]
+__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "refine", "weigh"]
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
@@ -49,11 +49,13 @@ class Refinement:
         transform: ``[J, D+1, D+1]`` float64, fixed frame to moving frame, best first.
         cost: ``[J]`` mean clipped descriptor difference; lower is better.
         overlap: ``[J]`` fraction of the sampled points that lie in the other image's field of view.
+        origin: ``[J]`` which start each came from.
     """
 
     transform: Tensor
     cost: Tensor
     overlap: Tensor
+    origin: Tensor
 
 
 @dataclass
@@ -129,12 +131,14 @@ def refine(
     current = kept = starts
     best = torch.full((len(starts),), torch.inf, dtype=torch.float64)
     kept_overlap = torch.zeros_like(best)
+    origin = torch.arange(len(starts))
     memory = _Memory()
     for number in range(iterations):
         going = max(results, (len(current) + 1) // 2)
         if number > 0 and going < len(current):
             order = best.topk(going, largest=False).indices
             current, kept, best, kept_overlap = current[order], kept[order], best[order], kept_overlap[order]
+            origin = origin[order]
             memory.pick(order)
         inverse, singular = torch.linalg.inv_ex(current)
         if bool(singular.any()):  # images without sense led there: back to the best, which has an inverse
@@ -161,7 +165,37 @@ def refine(
     # a last update this small needs no trial
     kept = torch.where((better & (reach < 0.5))[:, None, None], current, kept)
     order = best.topk(min(results, len(best)), largest=False).indices
-    return Refinement(kept[order], best[order], kept_overlap[order])
+    return Refinement(kept[order], best[order], kept_overlap[order], origin[order])
+
+
+def lead_of(blocks: Blocks, transforms: Tensor) -> tuple[Tensor, Tensor]:
+    """How much better the first of several transforms fits than each of the others, on the same points.
+
+    Args:
+        blocks: of both images.
+        transforms: ``[K, D+1, D+1]``, fixed frame to moving frame.
+
+    Returns:
+        Mean difference of the costs, ``[K]``, and the same in standard errors, from how it varies between the blocks;
+        positive where the first is better.
+    """
+    sums, weight = blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)]))
+    total = weight.sum().clamp(min=1e-9)
+    gap = sums - sums[:1]
+    mean = gap.sum(1) / total
+    used = (weight > 0).sum().clamp(min=2)
+    scatter = (gap - mean[:, None] * weight).square().sum(1) * used / (used - 1)
+    return mean, mean / (scatter.sqrt() / total).clamp(min=1e-12)
+
+
+def distance(one: Tensor, other: Tensor) -> Tensor:
+    """Root mean square distance of where transforms ``[..., D+1, D+1]`` take the object, frame units, ``[...]``.
+
+    The object has a root mean square radius of one unit about the fixed frame's origin.
+    """
+    change = (one - other)[..., :-1, :]
+    dims = change.shape[-2]
+    return (change[..., :-1].square().sum((-1, -2)) / dims + change[..., -1].square().sum(-1)).sqrt()
 
 
 def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
@@ -191,8 +225,8 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
     used = float((each.abs().amax(-1) > 0).sum())
     own = blocks.tensor[:, square_index(dims, tensor.device).diagonal()].sum(1)
     squares = (tensor.diagonal(dim1=1, dim2=2).sum(-1), own, other.square().sum(3).flatten(2).sum(0))
-    common, own, others = (float((square * weight).sum().cpu().double()) for square in squares)
-    agreement = common / max((own * others) ** 0.5, 1e-12)
+    common, left, right = (float((square * weight).sum().cpu().double()) for square in squares)
+    agreement = common / max((left * right) ** 0.5, 1e-12)
     # as many equations as blocks: what the parameters use up makes residuals look small
     scatter = scatter * (used / max(used - len(basis), 1.0))
     if not bool(jacobian.isfinite().all() and scatter.isfinite().all()):

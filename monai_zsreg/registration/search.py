@@ -108,10 +108,22 @@ class PoseSearch:
         """Candidates around ``start (D+1, D+1)``, see `everywhere`."""
         return self.improve(start[None], results, spread=2.0)
 
-    def improve(self, candidates: Tensor, results: int, spread: float = 1.0) -> Tensor:
-        """The best of candidates ``[K, D+1, D+1]``, shaken ``spread`` times as wide as usual; see `everywhere`."""
-        dims, generator = self.pair.dims, self.generator
-        kept, values = apart(candidates, self.score(candidates), self.keep)
+    def mirrored(self, transform: Tensor, results: int) -> Tensor:
+        """What fits best after a reflection of the fixed image across a plane (2D: a line) through its center.
+
+        Args:
+            transform: ``(D+1, D+1)``, fixed frame to moving frame, without the reflection.
+            results: number of candidates, see `everywhere`.
+        """
+        dims = self.pair.dims
+        normals = _normals(dims)
+        flips = torch.eye(dims, dtype=torch.float64) - 2 * normals[:, :, None] * normals[:, None, :]
+        return self.improve(_turned(transform, flips), results, keep=2 * results)
+
+    def improve(self, candidates: Tensor, results: int, spread: float = 1.0, keep: int | None = None) -> Tensor:
+        """The best ``keep`` of candidates ``[K, D+1, D+1]``, shaken ``spread`` times as wide as usual."""
+        dims, generator, keep = self.pair.dims, self.generator, keep or self.keep
+        kept, values = apart(candidates, self.score(candidates), keep)
         for number, (angle, shift, scale) in enumerate(_ROUNDS):
             k = len(kept)
             draw = torch.randn(k, self.trials, 2 * dims + 1, generator=generator, dtype=torch.float64)
@@ -126,7 +138,7 @@ class PoseSearch:
             kept = torch.where(better[:, None, None], tried[torch.arange(k), top.indices], kept)
             values = torch.where(better, top.values, values)
             if number == 1:
-                kept, values = apart(kept, values, max(results, self.keep // 3))
+                kept, values = apart(kept, values, max(results, keep // 3))
         return apart(kept, values, results)[0]
 
     def _samples(self, count: int) -> tuple[Tensor, Tensor]:
@@ -192,6 +204,17 @@ _ROUNDS = (
     (3.0, 0.04, 0.03),
     (2.0, 0.03, 0.02),
 )
+
+
+def _normals(dims: int) -> Tensor:
+    """Directions of the half circle (36) or of the half sphere (150), spread evenly, ``[K, D]`` float64."""
+    if dims == 2:
+        angles = torch.arange(36, dtype=torch.float64) * (math.pi / 36)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    i = torch.arange(150, dtype=torch.float64) + 0.5
+    height, turn = i / 150, i * math.pi * (3 - math.sqrt(5))
+    across = (1 - height.square()).sqrt()
+    return torch.stack([across * turn.cos(), across * turn.sin(), height], dim=-1)
 
 
 def _framed(bins: Tensor) -> Tensor:

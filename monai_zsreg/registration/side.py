@@ -189,6 +189,7 @@ class Pair:
         initial: ``(D+1, D+1)``, fixed world to moving world, where to start; None for what the headers say.
 
     Attributes:
+        detail: resolution of the coarser image, the side of a cube of one voxel's volume, mm.
         start: ``initial``, fixed frame to moving frame.
         centered: likewise, the center of one foreground laid on that of the other, without a rotation of the world.
     """
@@ -198,6 +199,7 @@ class Pair:
         self.dims = fixed.grid.dims
         self.base = fixed.base
         self.extent = longest_extent(fixed.grid, moving.grid)
+        self.detail = max(float(torch.linalg.det(s.grid.affine).abs()) ** (1 / self.dims) for s in (fixed, moving))
         unit = max((fixed.radius * moving.radius) ** 0.5, self.base)
         self.unit = unit
         self.fixed_frame = Frame.of(fixed.grid, fixed.center, unit)

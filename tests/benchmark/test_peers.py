@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each peer's transform, converted to our convention, lands where the peer itself says and where the truth is."""
+"""Each peer's transform, converted to our convention, is the one that moved the image."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from monai.data import MetaTensor
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from monai_zsreg.benchmark.peers import SIFT, ANTs, Elastix, Identity, Options, SimpleElastix, make_methods
+from monai_zsreg.benchmark.methods import Method, Task, easy_pair, make_methods
+from monai_zsreg.benchmark.peers import PEERS, lattice_of, matrix_of
+from monai_zsreg.benchmark.perturb import about
+from monai_zsreg.benchmark.volumes import Volume, transformed
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, itk_lattice
 
-OPTIONS = Options(threads=1)
 # mm; the peers end 0.1 to 1.5 mm off on this small scene, a flipped axis or an inverse at least 6
 WRONG_SIGN_WOULD_EXCEED = 3.0
 
@@ -31,149 +31,128 @@ def _scene(points: np.ndarray) -> np.ndarray:
     return total * (np.linalg.norm(points, axis=-1) < 48)
 
 
-def _grid(dims: int, angle: float, spacing: tuple[float, ...], flip: bool) -> Grid:
-    """Oblique, anisotropic and (with ``flip``) left-handed lattice over 110 mm around the world's origin."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    rotation = np.eye(dims)
-    rotation[:2, :2] = [[cos, -sin], [sin, cos]]
-    if dims == 3:
-        rotation = rotation @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-    if flip:
-        rotation[:, 0] *= -1
+def _image(dims: int, angle: float, spacing: tuple[float, ...], flip: bool, back: np.ndarray) -> Volume:
+    """The scene at ``back(world)``, oblique, anisotropic and (with ``flip``) left-handed, 110 mm about the origin."""
+    rotation = Rotation.from_euler("zx", [angle, angle if dims == 3 else 0]).as_matrix()[:dims, :dims]
+    linear = rotation @ np.diag(spacing) @ np.diag([-1.0 if flip else 1.0, *[1.0] * (dims - 1)])
     shape = tuple(int(110 / s) for s in spacing)
-    affine = np.eye(dims + 1)
-    affine[:dims, :dims] = rotation @ np.diag(spacing)
-    affine[:dims, dims] = -affine[:dims, :dims] @ ((np.array(shape) - 1) / 2)
-    return Grid(shape, torch.from_numpy(affine))
+    affine = about(np.zeros(dims), linear, -linear @ ((np.array(shape) - 1) / 2))
+    index = np.moveaxis(np.indices(shape), 0, -1)
+    return Volume((100 * _scene(transformed(back, transformed(affine, index)))).astype(np.float32), affine)
 
 
-def _image(grid: Grid, pull_back: np.ndarray | None = None) -> MetaTensor:
-    """The scene on a grid, sampled at ``pull_back(world)``."""
-    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij"), -1).astype(float)
-    dims = grid.dims
-    world = index @ grid.affine[:dims, :dims].numpy().T + grid.affine[:dims, dims].numpy()
-    if pull_back is not None:
-        world = world @ pull_back[:dims, :dims].T + pull_back[:dims, dims]
-    affine = torch.eye(4, dtype=torch.float64)
-    affine[:dims, :dims] = grid.affine[:dims, :dims]
-    affine[:dims, 3] = grid.affine[:dims, dims]
-    return MetaTensor(torch.from_numpy(_scene(world).astype(np.float32) * 100)[None], affine=affine)
-
-
-def _case(dims: int) -> tuple[MetaTensor, MetaTensor, np.ndarray]:
-    truth = np.eye(dims + 1)
-    angle = math.radians(4)
-    truth[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    truth[:dims, dims] = [5.0, -3.0, 2.0][:dims]
-    fixed = _image(_grid(dims, 0.15, (1.0, 1.4) if dims == 2 else (2.0, 2.4, 3.0), flip=True))
-    moving = _image(_grid(dims, -0.1, (1.2, 1.0) if dims == 2 else (2.2, 2.0, 2.7), flip=False), np.linalg.inv(truth))
-    return fixed, moving, truth
+def _case(dims: int) -> tuple[Volume, Volume, np.ndarray]:
+    turn = Rotation.from_euler("z", 4, degrees=True).as_matrix()[:dims, :dims]
+    truth = about(np.zeros(dims), turn, np.array([5.0, -3.0, 2.0][:dims]))
+    spacings = ((1.0, 1.4), (1.2, 1.0)) if dims == 2 else ((2.0, 2.4, 3.0), (2.2, 2.0, 2.7))
+    fixed = _image(dims, 0.15, spacings[0], True, np.eye(dims + 1))
+    return fixed, _image(dims, -0.1, spacings[1], False, np.linalg.inv(truth)), truth
 
 
 def _error(matrix: np.ndarray, truth: np.ndarray) -> float:
-    dims = len(truth) - 1
-    points = np.random.default_rng(0).uniform(-35, 35, (200, dims))
-    gap = (matrix - truth)[:dims]
-    return float(np.linalg.norm(points @ gap[:, :dims].T + gap[:, dims], axis=1).max())
+    points = np.random.default_rng(0).uniform(-35, 35, (200, len(truth) - 1))
+    return float(np.linalg.norm(transformed(matrix - truth, points), axis=1).max())
 
 
-def _flip(point: np.ndarray) -> np.ndarray:
-    return np.concatenate([-point[:2], point[2:]])
-
-
-@pytest.mark.slow  # loading elastix takes most of it
-@pytest.mark.parametrize("dims", [2, 3])
-def test_elastix_matrix_is_its_own_transform(dims: int) -> None:
-    itk = pytest.importorskip("itk")
-    pytest.importorskip("itk.elxParameterObjectPython")
-    fixed, moving, truth = _case(dims)
-    method = Elastix(OPTIONS, "default")
-    images = method.prepare(fixed, moving)
-    done = method.align(images)
-    matrix = method.convert(done)
-    assert _error(matrix, truth) < WRONG_SIGN_WOULD_EXCEED
-    own = done.ConvertToItkTransform(done.GetCombinationTransform())
-    for point in np.random.default_rng(1).uniform(-30, 30, (5, dims)):
-        theirs = np.array(own.TransformPoint(itk.Point[itk.D, dims](_flip(point).tolist())))
-        assert np.allclose(_flip(theirs), matrix[:dims, :dims] @ point + matrix[:dims, dims], atol=1e-3)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_ants_matrix_is_its_own_transform(dims: int) -> None:
-    pytest.importorskip("ants")
-    fixed, moving, truth = _case(dims)
-    method = ANTs(OPTIONS, "default")
-    images = method.prepare(fixed, moving)
-    own = method.align(images)
-    matrix = method.convert(own)
-    assert _error(matrix, truth) < WRONG_SIGN_WOULD_EXCEED
-    for point in np.random.default_rng(1).uniform(-30, 30, (5, dims)):
-        theirs = np.array(own.apply_to_point(_flip(point).tolist()))
-        assert np.allclose(_flip(theirs), matrix[:dims, :dims] @ point + matrix[:dims, dims], atol=1e-3)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_simpleelastix_matrix_is_its_own_transform(dims: int) -> None:
-    if make_methods(["simpleelastix"], OPTIONS)[1]:
-        pytest.skip("SimpleITK-SimpleElastix is not installed")
-    fixed, moving, truth = _case(dims)
-    method = SimpleElastix(OPTIONS, "mass")
-    points = np.random.default_rng(1).uniform(-30, 30, (5, dims))
-    method.points = [_flip(point).tolist() for point in points]
+@pytest.mark.slow  # loading the libraries takes most of it
+@pytest.mark.parametrize("family", PEERS)
+def test_matrix_is_the_one_that_moved_the_image(family: str) -> None:
+    method = make_methods([family], Task(threads=1))[-1]
     try:
-        matrix, seconds = method.timed(method.prepare(fixed, moving))
+        reason = method.missing()
+        if reason is not None:
+            pytest.skip(reason)
+        for dims in method.dims if family != "sift" else ():
+            fixed, moving, truth = _case(dims)
+            for transform in (
+                ("rigid", "affine") if dims == 2 or family not in ("simpleitk", "elastix") else ("affine",)
+            ):
+                answer = method.register(fixed, moving, transform)
+                assert "failure" not in answer, answer
+                assert _error(answer["matrix"], truth) < WRONG_SIGN_WOULD_EXCEED, (dims, transform)
+                assert answer["seconds"] > 0 and answer["peak_mib"] >= 0
+                if transform == "rigid":
+                    turn = answer["matrix"][:dims, :dims]
+                    assert np.allclose(turn @ turn.T, np.eye(dims), atol=1e-4)
     finally:
         method.close()
-    assert seconds > 0
-    assert _error(matrix, truth) < WRONG_SIGN_WOULD_EXCEED
-    theirs = np.stack([_flip(np.array(p)) for p in method.mapped])
-    assert np.allclose(theirs, points @ matrix[:dims, :dims].T + matrix[:dims, dims], atol=1e-3)
 
 
-def test_sift_on_a_textured_pair() -> None:
-    pytest.importorskip("cv2")
-    rng = np.random.default_rng(0)
-    texture = ndimage.gaussian_filter(rng.normal(size=(260, 240)), 2.0)
-    truth = np.array([[math.cos(0.3), -math.sin(0.3), 12.0], [math.sin(0.3), math.cos(0.3), -7.0], [0, 0, 1]])
-    grid = Grid(texture.shape, torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)))
-    # indices of this grid are half its millimeters
-    pull = np.linalg.inv(np.linalg.inv(grid.affine.numpy()) @ truth @ grid.affine.numpy())
-    moved = ndimage.affine_transform(texture, pull[:2, :2], pull[:2, 2], order=3)
-    affine = torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0], dtype=torch.float64))
-    fixed, moving = (MetaTensor(torch.from_numpy(a.astype(np.float32))[None], affine=affine) for a in (texture, moved))
-    assert _error(SIFT(OPTIONS).run((fixed, moving)), truth) < 1.0
-    blank = MetaTensor(torch.zeros(fixed.shape), affine=affine)
-    with pytest.raises(RuntimeError, match="keypoints"):
-        SIFT(OPTIONS).run((fixed, blank))
+def test_matrix_of_a_known_transform() -> None:
+    # rotation by 90 degrees about z in LPS is the same in RAS; a shift along x and y changes its sign
+    def send(point: list[float]) -> list[float]:
+        x, y, z = point
+        return [-y + 1, x + 2, z + 3]
 
-
-def test_none_is_the_identity() -> None:
-    fixed, moving, _ = _case(3)
-    assert np.array_equal(Identity(OPTIONS).timed((fixed, moving))[0], np.eye(4))
+    expected = np.array([[0, -1, 0, -1], [1, 0, 0, -2], [0, 0, 1, 3], [0, 0, 0, 1.0]])
+    assert np.allclose(matrix_of(send, 3), expected)
 
 
 def test_lattice_agrees_with_itk() -> None:
     itk = pytest.importorskip("itk")
-    from monai_zsreg.benchmark.peers import _itk_image
-
     image = _case(3)[0]
-    grid = Grid.of(image)
-    made = _itk_image(image)
-    index = [3, 7, 11]
-    physical = np.array(made.TransformIndexToPhysicalPoint(index))
-    world = grid.affine.numpy() @ [*index, 1]
-    assert np.allclose(_flip(physical), world[:3], atol=1e-6)
-    assert made.GetPixel(index) == pytest.approx(float(image[0, 3, 7, 11]))
-    assert itk.size(made)[0] == grid.shape[0]
-    assert np.allclose(itk_lattice(grid)[0], grid.spacing)
+    spacing, origin, direction = lattice_of(image)
+    made = itk.image_from_array(np.ascontiguousarray(image.values.T))
+    made.SetSpacing(spacing.tolist())
+    made.SetOrigin(origin.tolist())
+    made.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
+    physical = np.array(made.TransformIndexToPhysicalPoint([3, 7, 11]))
+    assert np.allclose(physical * [-1, -1, 1], transformed(image.affine, np.array([3, 7, 11])), atol=1e-6)
+    assert made.GetPixel([3, 7, 11]) == pytest.approx(float(image.values[3, 7, 11]))
 
 
-def test_unknown_method() -> None:
-    with pytest.raises(RegistrationError, match="methods"):
-        make_methods(["flirt"], OPTIONS)
-    with pytest.raises(RegistrationError, match="methods"):
-        make_methods(["elastix/nowhere"], OPTIONS)
-    with pytest.raises(RegistrationError, match="methods"):
-        make_methods(["ours"], OPTIONS)
-    methods, _ = make_methods(["none", "ours:paper"], OPTIONS)
-    assert [m.name for m in methods] == ["none", "ours:paper"]
+def test_sift_on_a_textured_pair() -> None:
+    pytest.importorskip("cv2")
+    from monai_zsreg.benchmark.peers.sift import prepare
+
+    texture = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(260, 240)), 2.0)
+    truth = np.array([[math.cos(0.3), -math.sin(0.3), 12.0], [math.sin(0.3), math.cos(0.3), -7.0], [0, 0, 1]])
+    # indices of this grid are half its millimeters
+    affine = np.diag([2.0, 2.0, 1.0])
+    pull = np.linalg.inv(np.linalg.inv(affine) @ truth @ affine)
+    shown = ndimage.affine_transform(texture, pull[:2, :2], pull[:2, 2], order=3)
+    fixed, moving = Volume(texture, affine), Volume(shown, affine)
+    assert _error(prepare(fixed, moving, Task(threads=1))(), truth) < 1.0
+    with pytest.raises(RuntimeError, match="keypoints"):
+        prepare(fixed, Volume(np.zeros((50, 50)), affine), Task(threads=1))()
+
+
+def test_ours_says_what_it_thinks_of_itself() -> None:
+    method = make_methods(["ours:robust,search=none"], Task(threads=1))[0]
+    try:
+        answer = method.register(*easy_pair(2))
+        assert answer["verdict"] in ("PASS", "WARN", "FAIL") and answer["matrix"][:2, 2] == pytest.approx(
+            [2, 0], abs=0.1
+        )
+        assert 0 < answer["bounds"]["0.5"] < answer["bounds"]["0.95"] and len(answer["point"]) == 2
+        assert "cannot_run" in method.register(*easy_pair(2), "nonsense")
+    finally:
+        method.close()
+
+
+def test_what_cannot_run_says_why() -> None:
+    method = Method("no_such_peer", Task())
+    try:
+        assert "ModuleNotFoundError" in str(method.missing())
+    finally:
+        method.close()
+
+
+def test_a_process_that_dies_is_a_failure_and_the_next_one_starts() -> None:
+    method = make_methods(["none"], Task(threads=1))[0]
+    try:
+        assert np.array_equal(method.register(*easy_pair(2))["matrix"], np.eye(3))
+        method._process.kill()
+        method._process.join()
+        assert "process ended" in method.register(*easy_pair(2))["failure"]
+        assert np.array_equal(method.register(*easy_pair(3))["matrix"], np.eye(4))
+    finally:
+        method.close()
+
+
+def test_names() -> None:
+    for bad in ("flirt", "elastix/nowhere", "ours", "none/there"):
+        with pytest.raises(RegistrationError, match="methods"):
+            make_methods([bad], Task())
+    names = [m.name for m in make_methods(["none", "ours:paper", "elastix", "ants/identity"], Task())]
+    assert names == ["none", "ours:paper", "elastix/default", "elastix/mass", "ants/identity"]

@@ -17,7 +17,8 @@ from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.networks.regressors import AffineRegressor
+from monai_zsreg.networks import AffineRegressor, ZeroShotAffineNet
+from monai_zsreg.networks.coordinates import map_points
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration" / "configs"
 SMALL = {
@@ -112,7 +113,14 @@ def test_command_learns_and_resumes(tmp_path):
 
     state = torch.load(folder / "model.pt", weights_only=True)
     assert all(name.startswith("regressor.") for name in state)
-    assert AffineRegressor.from_state_dict(state).hidden == (256, 64)
+    network = AffineRegressor.from_state_dict(state)
+    assert network.hidden == (256, 64)
+    # half precision loses nothing to speak of
+    generator = torch.Generator().manual_seed(0)
+    matrix, fixed = 2 * torch.rand(500, 2, 3, generator=generator) - 1, torch.rand(500, 16, 2, generator=generator)
+    with torch.no_grad():
+        error = float((network(fixed, map_points(matrix, fixed)) - matrix).abs().mean())
+    assert error == pytest.approx(second["mean_absolute_error"], rel=0.1)
 
 
 def test_resumed_training_equals_one_without_a_stop(tmp_path):
@@ -147,6 +155,18 @@ def test_resume_without_a_checkpoint_says_so(tmp_path):
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     assert any(isinstance(cause, RegistrationError) and cause.argument == "output_dir" for cause in causes)
+
+
+def test_bundle_load_gives_the_network_of_the_metadata():
+    """Whatever configuration it is loaded from, with the shipped weights in it."""
+    bundle = CONFIGS.parent
+    network = monai.bundle.load(bundle.name, bundle_dir=bundle.parent, source="github", device="cpu")
+    assert isinstance(network, ZeroShotAffineNet)
+    state = torch.load(bundle / "models" / "model.pt", weights_only=True)
+    assert set(network.state_dict()) == set(state)
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, state[name].float())
 
 
 @pytest.mark.slow

@@ -15,15 +15,15 @@ from phantoms import diagonal, error, moved_by, padded, pooled, simulated, templ
 from scipy import ndimage
 
 from monai_zsreg import RegistrationResult, register
-from monai_zsreg.geometry import Grid
+from monai_zsreg.geometry import Grid, apply_affine
 
 pytestmark = pytest.mark.filterwarnings("ignore:registration failed")
 
 
 def within_its_bound(result: RegistrationResult, truth: np.ndarray, fixed: MetaTensor, level: float = 0.95) -> bool:
-    """Whether the mean error in the foreground is below what the result itself states."""
-    center = Grid.of(fixed).center.numpy()[None]
-    return error(result.affine, truth, fixed) < float(result.uncertainty_at(center, level)[0])
+    """Whether the mean error in the foreground is below the mean of what the result itself states there."""
+    points = apply_affine(Grid.of(fixed).affine, (fixed[0] > 0.05 * fixed.max()).as_tensor().nonzero()[::50].double())
+    return error(result.affine, truth, fixed) < float(result.uncertainty_at(points.numpy(), level).mean())
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +60,17 @@ def test_uptake_of_low_resolution(head: dict[str, MetaTensor]) -> None:
     scan = scanned(MetaTensor(blurred, affine=torch.from_numpy(affine)), truth, (64, 64, 48), (4.0, 4.0, 4.0))
     noise = torch.randn(scan.shape, generator=torch.Generator().manual_seed(0))
     scan = MetaTensor((scan + 0.05 * noise * scan.clamp(min=0).sqrt()).as_tensor(), affine=scan.affine)
-    result = register(head["t1"], scan, transform="rigid")
-    assert error(result.affine, truth, head["t1"]) < 1.5
+    fixed = pooled(template("t1"), 3)
+    result = register(fixed, scan, transform="rigid")
+    assert error(result.affine, truth, fixed) < 1.5
     assert result.verdict != "FAIL", result.reasons
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_left_and_right_exchanged(dims: int) -> None:
-    """A head that is not its own mirror image; the template is, so half of it is bent."""
-    t1 = pooled(template("t1"), 3)[0].numpy()
-    x = np.linspace(-1, 1, t1.shape[0])[:, None, None]
-    index = np.stack(np.meshgrid(*[np.arange(n, dtype=float) for n in t1.shape], indexing="ij"))
-    index[1] += 3.0 * np.sin(2.5 * np.pi * x) * np.cos(np.pi * x / 2)
-    index[2] += 2.5 * np.cos(3.0 * np.pi * x) * np.sin(np.pi * x / 2)
-    bent = torch.from_numpy(ndimage.map_coordinates(t1, index, order=1))[None]
-    values = bent if dims == 3 else bent[..., bent.shape[-1] // 2]
-    image = padded(MetaTensor(values, affine=diagonal(*[3.0] * dims)), 6)
+    values = pooled(template("t1"), 4).as_tensor()
+    values = values if dims == 3 else values[..., values.shape[-1] // 2]
+    image = padded(MetaTensor(values, affine=diagonal(*[4.0] * dims)), 6)
     result = register(image, MetaTensor(image.as_tensor().flip(1), affine=image.affine))
     assert result.verdict != "PASS", result.measures
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -58,6 +60,55 @@ def test_mode_is_that_of_a_plain_file(tmp_path, mask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    (tmp_path / "a.txt").touch(mode=0o600)
+    with atomic_path(tmp_path / "a.txt") as partial:
+        partial.write_text("x")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o600
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("there", "missing"):
+        (tmp_path / name).symlink_to(tmp_path / "data" / f"{name}.json")
+    (tmp_path / "data" / "there.json").write_text("old")
+    for name in ("there", "missing"):
+        write_json(tmp_path / name, {"new": name})
+        assert (tmp_path / name).is_symlink()
+        assert json.loads((tmp_path / "data" / f"{name}.json").read_text()) == {"new": name}
+    assert names(tmp_path / "data") == ["missing.json", "there.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_full_disk_is_named_and_leaves_nothing(tmp_path, number):
+    target = tmp_path / "result.json"
+    target.write_text("before")
+    with pytest.raises(OSError, match="no room to write it") as caught, atomic_path(target) as partial:
+        partial.write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number and str(target) in str(caught.value)
+    assert target.read_text() == "before" and names(tmp_path) == ["result.json"]
+
+
+def test_a_mode_that_threads_set_at_once(tmp_path):
+    """The umask belongs to the whole process: nobody may see it changed while a file is written."""
+    before, seen = os.umask(0o022), []
+
+    def write(number: int) -> None:
+        with atomic_path(tmp_path / f"{number}.txt") as partial:
+            (tmp_path / f"plain{number}").touch()
+            partial.write_text("x")
+        seen.append(stat.S_IMODE((tmp_path / f"plain{number}").stat().st_mode))
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, range(200)))
+    finally:
+        os.umask(before)
+    assert set(seen) == {0o644}
 
 
 def test_folder_that_cannot_be_made(tmp_path):

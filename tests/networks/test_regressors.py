@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
+from monai_zsreg.networks import regressors
+from monai_zsreg.networks.coordinates import map_points
 from monai_zsreg.networks.least_squares import TRANSFORMS
-from monai_zsreg.networks.regressors import AffineRegressor, number_of_outputs
+from monai_zsreg.networks.regressors import AffineRegressor, load_regressor, number_of_outputs, shipped_weights
 
-MODELS = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration" / "models"
 KINDS = [(dims, transform) for dims in (2, 3) for transform in TRANSFORMS]
 
 
@@ -111,8 +111,8 @@ def test_normalized_network_follows_a_change_of_frame(dims, transform):
     other = network(3 * fixed + shift[0], 3 * moving + shift[1])
     torch.testing.assert_close(other[..., :dims], matrix[..., :dims], atol=1e-4, rtol=1e-4)
     points = torch.rand(4, 5, dims)
-    expected = 3 * apply_affine(matrix, points) + shift[1]
-    torch.testing.assert_close(apply_affine(other, 3 * points + shift[0]), expected, atol=1e-3, rtol=1e-4)
+    expected = 3 * map_points(matrix, points) + shift[1]
+    torch.testing.assert_close(map_points(other, 3 * points + shift[0]), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_points_as_they_come():
@@ -202,16 +202,69 @@ def test_every_kind_has_its_own_number_of_outputs():
     assert len(set(counts)) == len(counts)
 
 
-@pytest.mark.parametrize(("name", "dims"), [("model.pt", 2), ("model_3d.pt", 3)])
-def test_shipped_weights(name, dims):
-    state = torch.load(MODELS / name, weights_only=True)
-    assert all(key.startswith("regressor.layers.") for key in state)
-    network = AffineRegressor(spatial_dims=dims)
-    network.load_state_dict({key.removeprefix("regressor."): value for key, value in state.items()}, strict=True)
+# ------------------------------------------------------------------------------------------------- weights on disk
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_shipped_weights(dims):
+    path = shipped_weights(dims)
+    state = torch.load(path, weights_only=True)
+    assert all(name.startswith("regressor.layers.") for name in state)
+    assert all(value.isfinite().all() for value in state.values())
+    network = load_regressor(path)
+    assert (network.spatial_dims, network.transform) == (dims, "affine")
+    assert len(state) == len(network.state_dict())  # a plain file for one network: no optimizer, no VGG-19
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     generator = torch.Generator().manual_seed(20240725)
     fixed = torch.rand(2000, 64, dims, generator=generator)
     matrix = torch.rand(2000, dims, dims + 1, generator=generator) * 2 - 1
     with torch.no_grad():
-        error = (network(fixed, apply_affine(matrix, fixed)) - matrix).abs().mean().item()
+        error = (network(fixed, map_points(matrix, fixed)) - matrix).abs().mean().item()
     assert math.isfinite(error) and error <= 0.05
-    assert (MODELS / name).stat().st_size < 20e6
+    assert path.stat().st_size < 3e6
+
+
+CHECKOUT = "../bundles/zero_shot_affine_registration/models"
+
+
+@pytest.mark.parametrize("places", [("pretrained_models", CHECKOUT), (CHECKOUT,)])
+def test_installed_package_comes_before_the_checkout(tmp_path, monkeypatch, places):
+    package = tmp_path / "site" / "monai_zsreg"
+    for place in places:
+        (package / place).mkdir(parents=True)
+        (package / place / "model.pt").touch()
+    monkeypatch.setattr(regressors, "__file__", str(package / "networks" / "regressors.py"))
+    assert shipped_weights(2).samefile(package / places[0] / "model.pt")
+    with pytest.raises(RegistrationError, match="model_3d.pt") as caught:
+        shipped_weights(3)
+    assert caught.value.argument == "regressor_weights"
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_file_knows_how_it_was_trained(tmp_path, normalize):
+    network = AffineRegressor(num_points=4, hidden=(8,), normalize=normalize)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text(json.dumps({"normalize": normalize}))
+    points = torch.rand(2, 4, 2)
+    torch.testing.assert_close(load_regressor(str(tmp_path / "model.pt"))(points, points), network(points, points))
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "empty", "text", "list", "nested", "module", "other"])
+def test_file_that_will_not_do(tmp_path, case):
+    path = tmp_path / "s.pt"
+    content = {
+        "list": [torch.ones(2)],
+        "nested": {"state_dict": {"a": torch.ones(2)}},
+        "module": torch.nn.Linear(2, 2),
+        "other": torch.nn.Linear(2, 2).state_dict(),
+    }
+    if case == "folder":
+        path.mkdir()
+    elif case in content:
+        torch.save(content[case], path)
+    elif case != "missing":
+        path.write_text("weights" if case == "text" else "")
+    with pytest.raises(RegistrationError) as caught:
+        load_regressor(path, "some_argument")
+    assert caught.value.argument == "some_argument"
+    assert str(path) in str(caught.value)

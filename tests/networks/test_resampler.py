@@ -9,8 +9,9 @@ import scipy.ndimage
 import torch
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import theta_from_index, theta_from_unit
+from monai_zsreg.geometry import theta_from_index
 from monai_zsreg.networks import AffineResampler
+from monai_zsreg.networks.coordinates import theta_from_unit
 
 SHAPES = [(12, 17), (9, 7, 8)]
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
 from monai_zsreg.networks import AffineRegressor, Status, ZeroShotAffineNet
+from monai_zsreg.networks.coordinates import map_points
 from monai_zsreg.networks.zero_shot import scale_to_unit_range
-from monai_zsreg.registration.presets import preset_options
+from monai_zsreg.paper import PRESETS
 
-KEYPOINTS = preset_options("keypoints")
+KEYPOINTS = PRESETS["keypoints"]
 # one pass, so the threshold that the passes of the preset come down to
 FAST = KEYPOINTS | {"scales": (1,), "iterations": 1, "consensus_threshold": 0.035}
 
@@ -59,8 +59,8 @@ def error_px(matrix: torch.Tensor, true: torch.Tensor, image: torch.Tensor) -> f
     """Mean distance over the foreground, pixels."""
     points = (image[0, 0] > 0.05 * image.max()).nonzero().double()
     longest = max(image.shape[2:])
-    got = apply_affine(matrix.double(), (points + 0.5) / longest) * longest - 0.5
-    return float((got - apply_affine(true, points)).norm(dim=1).mean())
+    got = map_points(matrix.double(), (points + 0.5) / longest) * longest - 0.5
+    return float((got - map_points(true, points)).norm(dim=1).mean())
 
 
 def pair_of(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_shift_of_a_volume(make, volume):
     expected = torch.eye(3, 4)
     expected[:, 3] = torch.tensor([-1.0, 1.0, -2.0]) / longest
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
-    gap = (apply_affine(estimate.matrix[0], corners) - apply_affine(expected, corners)).norm(dim=1)
+    gap = (map_points(estimate.matrix[0], corners) - map_points(expected, corners)).norm(dim=1)
     assert float(gap.max()) * longest < 0.5
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from nibabel.affines import apply_affine
+from scipy import ndimage
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import AffineParameters, Grid, compose_parameters
@@ -36,9 +37,11 @@ AFFINE = {
 POINTS = np.random.default_rng(0).uniform(-150, 150, (20, 3))
 FORMATS = {
     "t.tfm": None, "t.txt": None, "t.h5": None, "t.hdf5": None, "t.mat": None, "t.json": None, "t.lta": None,
-    "fsl.mat": "fsl", "t.xfm": "fsl", "plain.txt": "text", "t.aff": "text",
+    "fsl.mat": "fsl", "flirt.xfm": "fsl", "plain.txt": "text", "t.aff": "text", "g.mat": "greedy", "n.txt": "niftyreg",
+    "m.txt": "mrtrix", "t.aff12.1D": None, "T.1D": "afni", "t.xfm": None, "t.x5": None, "e.txt": "elastix",
 }  # fmt: skip
-FLAT = [name for name in FORMATS if name != "t.lta" and FORMATS[name] != "fsl"]
+# in 2D, and without images
+FLAT = ["t.tfm", "t.txt", "t.h5", "t.hdf5", "t.mat", "t.json", "plain.txt", "t.aff", "g.mat"]
 
 
 def header(
@@ -112,8 +115,8 @@ def test_round_trip_leaves_one_file(pair: tuple[Path, Path], tmp_path: Path, nam
     path = tmp_path / "out" / name
     write_transform(path, AFFINE[3], *pair, format=FORMATS[name])
     assert [p.name for p in path.parent.iterdir()] == [name]
-    # the names of FSL's .mat and of a plain .txt leave the format open: the content tells
-    stated = FORMATS[name] if path.suffix not in (".mat", ".txt") else None
+    # the names of FSL's .mat and of a plain .txt leave the format open: the content tells, but for greedy's
+    stated = FORMATS[name] if path.suffix not in (".mat", ".txt") or name == "g.mat" else None
     np.testing.assert_allclose(read_transform(path, *pair, format=stated), AFFINE[3], rtol=0, atol=1e-10)
 
 
@@ -121,7 +124,7 @@ def test_round_trip_leaves_one_file(pair: tuple[Path, Path], tmp_path: Path, nam
 def test_round_trip_in_2d_and_without_images(tmp_path: Path, name: str) -> None:
     for dims in (2, 3):
         write_transform(tmp_path / name, torch.as_tensor(AFFINE[dims]), format=FORMATS[name])
-        stated = FORMATS[name] if name == "t.aff" else None
+        stated = FORMATS[name] if name in ("t.aff", "g.mat") else None
         matrix = read_transform(tmp_path / name, format=stated)
         assert matrix.dtype == np.float64
         np.testing.assert_allclose(matrix, AFFINE[dims], rtol=0, atol=1e-12)
@@ -267,7 +270,7 @@ def test_flirt_goes_by_the_voxel_sizes_in_the_header(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "t.mat", np.block([[np.eye(3), np.array([[4.0], [0.0], [0.0]])], [np.eye(4)[3:]]]))
     other = Grid((10, 8, 6), torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64)))
     # index (3, 1, 1) is (6, 2, 2) in scaled voxels, less 4: (2, 2, 2) of the other image is its index, world (-2, 2, 2)
-    matrix = read_transform(tmp_path / "t.mat", tmp_path / "odd.nii", other)
+    matrix = read_transform(tmp_path / "t.mat", tmp_path / "odd.nii", other, "fsl")
     np.testing.assert_allclose(apply_affine(matrix, [-3.0, 1.0, 1.0]), [-2.0, 2.0, 2.0], atol=1e-12)
 
 
@@ -278,7 +281,7 @@ def test_nitransforms_reads_and_writes_flirt_as_we_do(pair: tuple[Path, Path], t
     judged = linear.Affine.from_filename(str(tmp_path / "ours.mat"), fmt="fsl", reference=fixed, moving=moving)
     same_points(judged.matrix, AFFINE[3])
     linear.Affine(AFFINE[3], reference=fixed).to_filename(str(tmp_path / "theirs.mat"), fmt="fsl", moving=moving)
-    same_points(read_transform(tmp_path / "theirs.mat", *pair), AFFINE[3])
+    same_points(read_transform(tmp_path / "theirs.mat", *pair, format="fsl"), AFFINE[3])
 
 
 # ----------------------------------------------------------------------------------------------------- FreeSurfer
@@ -417,6 +420,153 @@ def test_reads_ltas_that_freesurfer_wrote() -> None:
     same_points(read_transform(voxels), judged)
 
 
+# --------------------------------------------------------------------------------------------- greedy and Convert3D
+
+
+def test_greedy_resamples_as_we_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """greedy reads our matrix and reslices with it."""
+    greedy = pytest.importorskip("picsl_greedy")
+    write_transform(tmp_path / "t.mat", AFFINE[3], format="greedy")
+    out = tmp_path / "moved.nii.gz"
+    greedy.Greedy3D().execute(f"-d 3 -rf {pair[0]} -rm {pair[1]} {out} -r {tmp_path / 't.mat'} -ri LINEAR")
+    ours = resampled(*pair, AFFINE[3])
+    assert (ours > 0).mean() > 0.1
+    np.testing.assert_allclose(nib.load(out).get_fdata(), ours, atol=2e-3)
+
+
+def test_a_text_of_two_tools_asks_for_the_format(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Four rows with single blanks may be greedy's, Convert3D's, or from FSL's matrix written by another program."""
+    np.savetxt(tmp_path / "t.mat", AFFINE[3], fmt="%g")
+    for given_ in ((), pair):
+        with pytest.raises(RegistrationError, match="format= one of fsl, greedy"):
+            read_transform(tmp_path / "t.mat", *given_)
+    np.testing.assert_allclose(read_transform(tmp_path / "t.mat", format="greedy"), AFFINE[3], atol=1e-4)
+    np.savetxt(tmp_path / "flat.mat", AFFINE[2], fmt="%g")
+    np.testing.assert_allclose(read_transform(tmp_path / "flat.mat"), AFFINE[2], atol=1e-4)
+
+
+def resampled(fixed: Path, moving: Path, matrix: np.ndarray) -> np.ndarray:
+    """The moving image on the fixed grid by SciPy, from nothing but the two affines and the pull matrix."""
+    one, two = nib.load(fixed), nib.load(moving)
+    index = np.linalg.inv(two.affine) @ matrix @ one.affine
+    return ndimage.affine_transform(two.get_fdata(), index[:3, :3], index[:3, 3], one.shape, order=1, cval=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- elastix
+
+
+def test_transformix_resamples_as_we_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("itk.itkTransformixFilterPython")
+    write_transform(tmp_path / "t.txt", AFFINE[3], *pair, format="elastix")
+    parameters = itk.ParameterObject.New()
+    parameters.AddParameterFile(str(tmp_path / "t.txt"))
+    moved = itk.transformix_filter(itk.imread(str(pair[1]), itk.F), transform_parameter_object=parameters)
+    np.testing.assert_allclose(itk.array_from_image(moved).T, resampled(*pair, AFFINE[3]), atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Translation", "Euler", "Similarity", "Affine"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_elastix_kinds_are_those_of_itk(tmp_path: Path, kind: str, dims: int) -> None:
+    """elastix' transforms are ITK's with the same parameters, in the fixed image's LPS."""
+    count = {"Translation": dims, "Euler": 3 * (dims - 1), "Similarity": 3 * dims - 2, "Affine": dims * (dims + 1)}[
+        kind
+    ]
+    values = " ".join(map(repr, np.random.default_rng(dims).uniform(0.1, 0.4, count).tolist()))
+    center = "3.0 -4.0 5.0" if dims == 3 else "3.0 -4.0"
+    name = f"{kind}{dims}DTransform" if kind in ("Euler", "Similarity") else f"{kind}Transform"
+    (tmp_path / "itk.tfm").write_text(
+        f"#Insight Transform File V1.0\nTransform: {name}_double_{dims}_{dims}\n"
+        f"Parameters: {values}\nFixedParameters: {center if kind != 'Translation' else ''}\n"
+    )
+    start = "NoInitialTransform"
+    (tmp_path / "e.txt").write_text(elastix(f"{kind}Transform", values, center, dims, start))
+    expected = read_transform(tmp_path / "itk.tfm")
+    np.testing.assert_allclose(read_transform(tmp_path / "e.txt"), expected, atol=1e-12)
+    # a second stage acts on what the first one gives
+    (tmp_path / "e2.txt").write_text(elastix(f"{kind}Transform", values, center, dims, "/elsewhere/e.txt"))
+    np.testing.assert_allclose(read_transform(tmp_path / "e2.txt"), expected @ expected, atol=1e-12)
+
+
+def elastix(kind: str, values: str, center: str, dims: int, start: str) -> str:
+    return (
+        f'(Transform "{kind}") // a comment\n(TransformParameters {values})\n'
+        f'(InitialTransformParametersFileName "{start}")\n(HowToCombineTransforms "Compose")\n'
+        f"(FixedImageDimension {dims})\n(MovingImageDimension {dims})\n(CenterOfRotationPoint {center})\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"EulerTransform": "BSplineTransform"}, "BSplineTransform instead of one of"),
+        ({"NoInitialTransform": "self.txt"}, "do not end"),
+        ({"(FixedImageDimension": '(UseDirectionCosines "false")\n(FixedImageDimension'}, "without the directions"),
+        ({"0.1 0.2 0.3 1 2 3": "0.1 0.2 0.3 1"}, "4 parameters instead of 6"),
+    ],
+)
+def test_refuses_elastix_files_it_cannot_use(tmp_path: Path, changes: dict[str, str], reason: str) -> None:
+    text = elastix("EulerTransform", "0.1 0.2 0.3 1 2 3", "0 0 0", 3, "NoInitialTransform")
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "self.txt").write_text(text)
+    with pytest.raises(RegistrationError, match=f"^path: .*{reason}"):
+        read_transform(tmp_path / "self.txt")
+
+
+# ----------------------------------------------------------------------------------------------- AFNI, MINC, X5
+
+
+def test_nitransforms_reads_and_writes_afni_as_we_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    linear = pytest.importorskip("nitransforms.linear")
+    fixed, moving = (nib.load(path) for path in pair)
+    write_transform(tmp_path / "ours.aff12.1D", AFFINE[3], *pair)
+    judged = linear.Affine.from_filename(str(tmp_path / "ours.aff12.1D"), fmt="afni", reference=fixed, moving=moving)
+    # it rounds voxel sizes, and writes six digits
+    same_points(judged.matrix, AFFINE[3], 2e-2)
+    linear.Affine(AFFINE[3], reference=fixed).to_filename(str(tmp_path / "theirs.1D"), fmt="afni", moving=moving)
+    same_points(read_transform(tmp_path / "theirs.1D", *pair), AFFINE[3], 2e-2)
+
+
+def test_afni_by_hand(tmp_path: Path) -> None:
+    # base to source, x to the left and y to the back
+    (tmp_path / "t.aff12.1D").write_text("# 3dAllineate matrices\n 1 0 0 5 0 1 0 -6 0 0 1 7\n")
+    np.testing.assert_array_equal(read_transform(tmp_path / "t.aff12.1D")[:3, 3], [-5, 6, 7])
+
+
+def test_minc_by_hand(tmp_path: Path) -> None:
+    head = "MNI Transform File\n% made by hand; with = signs\n\n"
+    shift = "Transform_Type = Linear;\n{}Linear_Transform =\n 1 0 0 10\n 0 1 0 20\n 0 0 1 30;\n"
+    scale = "Transform_Type = Linear;\nLinear_Transform =\n 2 0 0 0\n 0 2 0 0\n 0 0 2 0;\n"
+    # from the moving image to the fixed one, and ours leads the other way
+    for content, point in (
+        (shift.format(""), [-10, -20, -30]),
+        (shift.format("Invert_Flag = True;\n"), [10, 20, 30]),
+        (shift.format("") + scale, [-10, -20, -30]),
+        (scale + shift.format(""), [-5, -10, -15]),
+    ):
+        (tmp_path / "t.xfm").write_text(head + content)
+        matrix = read_transform(tmp_path / "t.xfm")
+        np.testing.assert_allclose(matrix[:3, 3], point)
+        np.testing.assert_allclose(matrix[0, 0], 0.5 if scale in content else 1.0)
+
+
+def test_nitransforms_reads_and_writes_x5_as_we_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    linear = pytest.importorskip("nitransforms.linear")
+    write_transform(tmp_path / "ours.x5", AFFINE[3])
+    same_points(linear.Affine.from_filename(str(tmp_path / "ours.x5"), fmt="X5").matrix, AFFINE[3])
+    for name in ("theirs.x5", "theirs.h5"):
+        linear.Affine(AFFINE[3], reference=nib.load(pair[0])).to_filename(str(tmp_path / name), fmt="X5")
+        same_points(read_transform(tmp_path / name), AFFINE[3])
+
+
+def test_mrtrix_may_leave_out_the_last_row(tmp_path: Path) -> None:
+    np.savetxt(tmp_path / "t.txt", AFFINE[3][:3], header="command_history: mrregister")
+    np.testing.assert_array_equal(read_transform(tmp_path / "t.txt", format="mrtrix"), AFFINE[3])
+    with pytest.raises(RegistrationError, match="four rows"):
+        read_transform(tmp_path / "t.txt")
+
+
 # --------------------------------------------------------------------------------------------------- text and JSON
 
 
@@ -462,18 +612,20 @@ def rows(matrix: np.ndarray) -> str:
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("t.mat", "hello", "could not convert"),
-        ("t.mat", "", "four rows of four numbers"),
-        ("t.mat", rows(np.eye(3)), "four rows of four numbers"),
+        ("t.mat", "hello", "the content of a file of format itk or fsl or greedy"),
+        ("t.mat", "", "the content of a file"),
         ("t.mat", rows(np.eye(4)[:, :3]), "four rows of four numbers"),
-        ("t.mat", rows(np.diag([1.0, 0.0, 1.0, 1.0])), "Singular"),
-        ("t.mat", b"\x00\x01garbage", "ITK can read"),
+        ("t.mat", "1  0  0  0  \n0  0  0  0  \n0  0  1  0  \n0  0  0  1  \n", "Singular"),
+        ("t.mat", rows(np.eye(4)), "format= one of fsl, greedy"),
+        ("t.mat", b"\x00\x01garbage", "format 'itk'"),
+        ("t.mat", b"MATLAB 5.0 MAT-file" + bytes(200), "the content of a file"),
         ("t.txt", rows(np.eye(5)), "three of three"),
         ("t.txt", rows(np.diag([1.0, np.nan, 1.0, 1.0])), "finite, invertible"),
         ("t.txt", rows(np.diag([1.0, 1e-20, 1.0, 1.0])), "finite, invertible"),
         ("t.txt", rows(np.diag([1.0, 1.0, 1.0, 2.0])), "last row"),
-        ("t.txt", b"\xff\xfe\x00", "can't decode"),
-        ("t.txt", "#Insight Transform File V1.0\nnothing", "ITK can read"),
+        ("t.txt", b"\xff\xfe\x01", "the content of a file of format itk or text or elastix"),
+        ("t.txt", "#Insight Transform File V1.0\nnothing", "0 transforms instead of one"),
+        ("t.tfm", "#Insight Transform File V1.0\nParameters: 1 2", "format 'itk'"),
         ("t.json", "{", "format 'json'"),
         ("t.json", "[[1, 0], [0, 1]]", 'no "matrix"'),
         ("t.json", '{"matrix": [[1, 2], [3]]}', "inhomogeneous"),
@@ -483,7 +635,10 @@ def rows(matrix: np.ndarray) -> str:
         ("t.json", json.dumps({"matrix": np.eye(4).tolist(), "maps": "moving to fixed"}), "'moving to fixed' instead"),
         ("t.lta", "type = 1\n", "1 4 4"),
         ("t.lta", "nothing", "could not convert"),
-        ("t.xfm", rows(np.eye(4)), "format= one of"),
+        ("t.xfm", rows(np.eye(4)), "MNI Transform File"),
+        ("t.xfm", "MNI Transform File\nTransform_Type = Grid_Transform;", "Grid_Transform instead of Linear"),
+        ("t.aff12.1D", "1 0 0 0 0 1 0 0 0 0 1 0\n" * 3, "3 transforms instead of"),
+        ("t.x5", "hello", "h5py|signature|format"),
         ("t", rows(np.eye(4)), "format= one of"),
     ],
 )
@@ -516,10 +671,10 @@ def test_refuses_missing_files_and_unknown_formats(tmp_path: Path) -> None:
     for path in (tmp_path / "none.mat", tmp_path):
         with pytest.raises(RegistrationError, match="^path: .*a file that exists"):
             read_transform(path)
-    with pytest.raises(RegistrationError, match="^format: got 'afni', expected one of itk, fsl"):
-        read_transform(tmp_path / "none.mat", format="afni")
-    with pytest.raises(RegistrationError, match="^format: got 'afni'"):
-        write_transform(tmp_path / "t.mat", np.eye(4), format="afni")
+    with pytest.raises(RegistrationError, match="^format: got 'spm', expected one of itk, fsl"):
+        read_transform(tmp_path / "none.mat", format="spm")
+    with pytest.raises(RegistrationError, match="^format: got 'spm'"):
+        write_transform(tmp_path / "t.mat", np.eye(4), format="spm")
     with pytest.raises(RegistrationError, match="^path: .*t.nii.*ends in one of .tfm"):
         write_transform(tmp_path / "t.nii", np.eye(4))
     with pytest.raises(RegistrationError, match="^path: got None"):
@@ -553,10 +708,10 @@ def test_refuses_images_it_cannot_use(tmp_path: Path) -> None:
         (tmp_path / "broken.nii.gz", "an image that can be read"),
         (singular, "a finite, invertible matrix"),
         (lps, "an affine in RAS"),
-        (np.eye(4), "a path, an image of nibabel, a MetaTensor or a Grid"),
+        (np.eye(4), "a path, an image of nibabel, a MetaTensor, an Image or a Grid"),
     ):
         with pytest.raises(RegistrationError, match=f"^moving.*{reason}"):
-            read_transform(tmp_path / "t.mat", good, image)
+            read_transform(tmp_path / "t.mat", good, image, "fsl")
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of co-registered brains and photographs: known transforms of the moving image, and damage on top."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from monai_zsreg.benchmark import damage
+from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
+from monai_zsreg.benchmark.pairs import Pair
+from monai_zsreg.benchmark.perturb import draw, limits_of, padding
+from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume
+
+__all__ = ["ROWS", "STRESS", "Slicing", "brain_cases"]
+
+STRESS = {
+    "noise": "5 % noise in both images",
+    "bias": "40 % bias field in both images",
+    "scale": "moving image 20 % larger or smaller",
+    "cut": "a third of the moving image's slices cut off",
+    "thick": "moving image in 5 mm slices",
+    "cavity": "a cavity blackened in the moving image",
+    "skull": "skull in one image only",
+    "stack": "4 to 12 slices of 4 mm of the moving image",
+}
+
+ROWS = (
+    Row("paper", 2, "real", 120, 10),
+    Row("paper", 2, "exact", 60, 4),
+    Row("so3", 2, "real", 200, 8),
+    Row("mild", 3, "exact", 40, 2),
+    Row("mild", 3, "real", 40, 2),
+    Row("so3", 3, "real", 100, 2),
+    Row("natural", 2, "natural", 24, 2),
+    *[Row(name, 2, "real", 30, 1) for name in STRESS if name not in ("thick", "skull", "stack")],
+    *[Row(name, 3, "real", 32 if name == "stack" else 10, 0) for name in STRESS],
+    Row("between", 3, "between", 8, 0),
+)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Which slices of volumes 2D rows use."""
+
+    slices: int = 5  # of a volume and plane
+    planes: tuple[str, ...] = ("axial",)  # or coronal, sagittal
+    min_side: int = 128  # no perturbation in pixels suits smaller ones
+
+    def spots(self, image: Volume) -> list[tuple[int, int]]:
+        """Axis and index of each slice."""
+        codes = nib.orientations.io_orientation(image.affine)[:, 0]
+        names = {2: "axial", 1: "coronal", 0: "sagittal"}
+        seen = foreground(image.values)
+        spots = []
+        for plane in self.planes:
+            axis = next(a for a in range(3) if names[int(codes[a])] == plane)
+            sides = [n for a, n in enumerate(image.shape) if a != axis]
+            one, two = np.delete(image.spacing, axis)
+            # pixels are the unit in 2D, so they must be square
+            if min(sides) >= self.min_side and 0.95 < one / two < 1.05:
+                spots += [(axis, index) for index in full_slices(seen, axis, self.slices)]
+        return spots
+
+
+def full_slices(mask: np.ndarray, axis: int, count: int) -> list[int]:
+    """Indices of slices with a large foreground, spread over those with at least 60 % of the largest area."""
+    area = mask.sum(axis=tuple(a for a in range(mask.ndim) if a != axis))
+    good = np.flatnonzero(area >= 0.6 * area.max()) if area.max() else np.empty(0, int)
+    return sorted({int(good[round(q)]) for q in np.linspace(0, len(good) - 1, count + 2)[1:-1]}) if len(good) else []
+
+
+def brain_cases(row: Row, pairs: Iterable[Pair], count: int, seed: int, slicing: Slicing | None = None) -> list[Case]:
+    """The first ``count`` cases of a row, subjects taking turns.
+
+    Args:
+        row: of `ROWS`.
+        pairs: pairs in one direction; both directions are used.
+        count: number of cases. Pairs repeat with fresh transforms when there are fewer.
+        seed: seed of the run.
+        slicing: which slices (2D).
+
+    Returns:
+        At most ``count`` cases; none where no pair suits the row.
+    """
+    slicing = slicing or Slicing()
+    by_subject: dict[str, list[tuple[Pair, int | None, int | None]]] = {}
+    for pair in pairs:
+        if pair.kind != row.kind:
+            continue
+        spots: list[tuple[int | None, int | None]] = [(None, None)]
+        if row.kind != "natural":
+            image = read_volume(pair.fixed)
+            if image.dims < row.dims or (row.protocol == "skull" and not _has_skull(pair)):
+                continue
+            if image.dims > row.dims:
+                spots = [*slicing.spots(image)]
+        directions = (pair,) if row.kind == "between" else (pair, pair.reversed())
+        by_subject.setdefault(pair.subject, []).extend((p, *spot) for p in directions for spot in spots)
+    queues = []
+    for subject, units in sorted(by_subject.items()):
+        order = np.random.default_rng([seed, zlib.crc32(f"{row.name}|{subject}".encode())]).permutation(len(units))
+        queues += [[units[i] for i in order]] if units else []
+    if row.kind == "between":
+        # every ordered pair of people once: there is nothing to draw
+        count = min(count, len(queues))
+    make = _between if row.kind == "between" else _make
+    cases = []
+    for index in range(count if queues else 0):
+        queue = queues[index % len(queues)]
+        pair, axis, where = queue[index // len(queues) % len(queue)]
+        name = pair.name if axis is None else f"{pair.name}:{'ijk'[axis]}{where}"
+        group = (
+            "photographs"
+            if row.kind == "natural"
+            else "slabs of heads" if row.protocol == "stack" else f"brains {row.dims}D"
+        )
+        notes = {"group": group, "fixed_modality": pair.fixed_modality, "moving_modality": pair.moving_modality}
+        maker = partial(make, pair=pair, axis=axis, where=where)
+        cases.append(Case(row, index, pair.subject, name, seed, maker, notes))
+    return cases
+
+
+def _has_skull(pair: Pair) -> bool:
+    if pair.mask is None:
+        return False
+    brain = read_volume(pair.mask).values > 0
+    images = [read_volume(path).values for path in (pair.fixed, pair.moving)]
+    return all(bool((foreground(image) & ~brain).sum() > 0.1 * brain.sum()) for image in images)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# making a case
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample:
+    protocol, dims = case.row.protocol, case.row.dims
+    fixed, moving, mask, brain = _source(pair, axis, where)
+    limits = limits_of(protocol, dims)
+    pad, affine = padding(fixed, mask | foreground(moving.values), limits)
+    truth, info = draw(limits, fixed, case.rng("transform"))
+    rng = case.rng("damage")
+    if protocol == "skull":
+        assert brain is not None
+        bare = [
+            Volume(np.where(brain, image.values, 0.0).astype(np.float32), image.affine) for image in (fixed, moving)
+        ]
+        fixed, moving = (bare[0], moving) if case.index % 2 else (fixed, bare[1])
+    if protocol == "cavity":
+        moving = damage.blacken_cavity(moving, mask, rng)
+    shape = tuple(int(n) for n in fixed.shape + 2 * pad)
+    head_foot = int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0]) if dims == 3 else 0
+    pull = np.linalg.inv(truth)
+    if protocol in ("thick", "stack"):
+        shown = damage.thick_slices(moving, shape, affine, pull, head_foot, 4.0 if protocol == "stack" else 5.0)
+    else:
+        shown = moved(moving, shape, affine, pull)
+    if protocol == "cut":
+        shown = damage.cut_end(shown, head_foot, 1 / 3, bool(rng.integers(2)))
+    if protocol == "stack":
+        first, last = damage.seen_slices(shown, head_foot)
+        count = min(int(rng.integers(4, 13)), last - first)
+        start = int(rng.integers(first, last - count + 1))
+        shown = damage.crop(shown, head_foot, start, start + count)
+    around = [(int(p), int(p)) for p in pad]
+    still = np.pad(fixed.values, around, constant_values=background_value(fixed.values))
+    seen = np.pad(mask, around)
+    still = _degrade(case, "fixed", pair.fixed_modality, still, seen)
+    degraded = _degrade(case, "moving", pair.moving_modality, shown.values, foreground(shown.values))
+    one, two = Volume(still, affine), Volume(degraded, shown.affine)
+
+    shift = np.eye(dims + 1)
+    if pair.residual is not None:
+        along = np.array(pair.residual) / read_volume(pair.fixed).spacing
+        shift[:-1, -1] = fixed.affine[:-1, :-1] @ (along if axis is None else np.delete(along, axis))
+    known = pair.residual is not None or case.row.kind != "real"
+    return Sample(
+        fixed=one,
+        moving=two,
+        points=one.points(seen),
+        truth=truth,
+        corrected=truth @ shift if known else None,
+        info={**info, **shapes(one, two)},
+    )
+
+
+def _source(pair: Pair, axis: int | None, where: int | None) -> tuple[Volume, Volume, np.ndarray, np.ndarray | None]:
+    """Fixed and moving image before the perturbation, the fixed foreground, and the brain where a file tells it."""
+    if pair.kind == "natural":
+        return *_photograph(pair), None
+
+    def cut(path: Path) -> np.ndarray:
+        values = read_volume(path).values
+        return values if axis is None or where is None else np.take(values, where, axis=axis)
+
+    fixed, moving = cut(pair.fixed), cut(pair.moving)
+    brain = None if pair.mask is None else cut(pair.mask) > 0
+    tissue = None if pair.tissue is None else np.rint(cut(pair.tissue))
+    if pair.kind == "exact":
+        # the brain is where the T1 has signal, also where a mask file is a little larger
+        inside = foreground(fixed) if brain is None else brain & (fixed > background_value(fixed))
+        t2 = damage.simulated_t2(fixed, inside, tissue)
+        fixed, moving = (t2, fixed) if pair.fixed_modality == "t2-sim" else (fixed, t2)
+    mask = foreground(fixed) if brain is None or not brain.any() else brain
+    # a slice is measured in pixels, as the paper does
+    affine = read_volume(pair.fixed).affine if axis is None else np.eye(3)
+    return Volume(fixed, affine), Volume(moving, affine), mask, brain
+
+
+def _photograph(pair: Pair) -> tuple[Volume, Volume, np.ndarray]:
+    from skimage import data
+    from skimage.transform import downscale_local_mean
+
+    image = getattr(data, pair.fixed.name)().astype(np.float32)
+    if max(image.shape[:2]) > 400:
+        image = downscale_local_mean(image, (2, 2, 1)).astype(np.float32)
+    names = ("red", "green", "blue")
+    one, two = (image[..., names.index(name)] for name in (pair.fixed_modality, pair.moving_modality))
+    return Volume(one, np.eye(3)), Volume(two, np.eye(3)), np.ones(one.shape, dtype=bool)
+
+
+def _degrade(case: Case, role: str, modality: str, image: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Noise and bias fields, drawn for each image on its own grid so that no interpolation smooths them."""
+    rng = case.rng(f"noise {role}")
+    if case.row.protocol == "bias":
+        return damage.add_bias(image, 0.4, rng)
+    if case.row.protocol == "noise":
+        return damage.add_noise(image, seen, 0.05, rng)
+    if modality != "t2-sim":
+        return image
+    support = image != background_value(image)
+    biased = damage.add_bias(image, 0.2, rng)
+    # a stripped image is masked after the scan, so its outside stays clean
+    return np.where(support, damage.add_noise(biased, support, 0.03, rng), image).astype(np.float32)
+
+
+def _between(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample:
+    fixed, moving = read_volume(pair.fixed), read_volume(pair.moving)
+    assert pair.labels is not None
+    labels = read_volume(pair.labels[0]), read_volume(pair.labels[1])
+    points = fixed.points(foreground(fixed.values))
+    return Sample(fixed, moving, points, None, info=shapes(fixed, moving), labels=labels)

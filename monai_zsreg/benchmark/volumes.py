@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-channel images as numpy arrays, and a resampling that the judge does not share with what it judges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from monai_zsreg.errors import RegistrationError
+
+__all__ = ["Volume", "background_value", "foreground", "labels_dice", "moved", "read_volume", "transformed"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image with one channel."""
+
+    values: np.ndarray  # [*spatial], 2D or 3D
+    affine: np.ndarray  # (D+1, D+1), index to world: RAS mm, pixels for slices and photographs
+
+    @property
+    def dims(self) -> int:
+        return self.values.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def spacing(self) -> np.ndarray:
+        return np.linalg.norm(self.affine[:-1, :-1], axis=0)
+
+    @property
+    def center(self) -> np.ndarray:
+        return transformed(self.affine, (np.array(self.shape) - 1) / 2)
+
+    def points(self, mask: np.ndarray) -> np.ndarray:
+        """World coordinates ``[N, D]`` of the voxels of a mask."""
+        return transformed(self.affine, np.argwhere(mask))
+
+
+def transformed(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points ``[..., D]`` through a ``(D+1, D+1)`` matrix."""
+    return np.asarray(points @ matrix[:-1, :-1].T + matrix[:-1, -1])
+
+
+@lru_cache(maxsize=10)
+def read_volume(path: Path) -> Volume:
+    """Read one image; values that are not finite become 0.
+
+    Raises:
+        RegistrationError: the file cannot be read or holds more than one channel.
+    """
+    from monai_zsreg.io.images import load_image
+
+    image = load_image(path)
+    if len(image.values) != 1:
+        raise RegistrationError("data", str(path), "images with one channel")
+    values = np.nan_to_num(image.values[0].numpy().astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    values.setflags(write=False)
+    return Volume(values, image.affine.numpy())
+
+
+def background_value(image: np.ndarray) -> float:
+    """Median of the values on the border of the image."""
+    faces = [np.take(image, (0, -1), axis=axis).ravel() for axis in range(image.ndim)]
+    return float(np.median(np.concatenate(faces)))
+
+
+def foreground(image: np.ndarray) -> np.ndarray:
+    """The object: other than the border's value where much of the image has it, otherwise by Otsu's classes.
+
+    The product's definition may change from release to release; the points at which errors are measured must not.
+
+    Returns:
+        Boolean, same shape. All true where the image has no background.
+    """
+    from skimage.filters import threshold_otsu
+
+    flat = image == background_value(image)
+    if flat.mean() > 0.1:
+        return ~flat
+    clipped = np.minimum(image, np.percentile(image, 99.5))
+    if clipped.max() <= clipped.min():
+        return np.ones_like(image, dtype=bool)
+    above = clipped > threshold_otsu(clipped)
+    # between two far apart classes Otsu's threshold is arbitrary; a third of the way up keeps dark tissue
+    low, high = float(clipped[~above].mean()), float(clipped[above].mean())
+    mask = np.asarray(image > low + (high - low) / 3)
+    # photographs fill their frame: a threshold would call the dark half of the scene background
+    return mask if mask.mean() < 0.8 else np.ones_like(mask)
+
+
+def moved(
+    image: Volume,
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    pull: np.ndarray,
+    order: int = 3,
+    fill: float | None = None,
+) -> Volume:
+    """An image on another lattice: the voxel at world y takes the image's value at ``pull(y)``.
+
+    Args:
+        image: what to show.
+        shape: of the result.
+        affine: of the result.
+        pull: ``(D+1, D+1)``, the result's world to the image's.
+        order: of the spline; 0 for labels. Overshoot is cut off at the image's own range.
+        fill: value where the image has nothing; its background if None.
+    """
+    back = background_value(image.values) if fill is None else fill
+    out = np.full(shape, back, dtype=np.float32)
+    index = np.linalg.inv(image.affine) @ pull @ affine
+    # compute only where something other than background can land
+    used = ndimage.find_objects((image.values != back).astype(np.int8))
+    if not used:
+        return Volume(out, affine)
+    corners = np.array(list(product(*[(s.start - 1, s.stop) for s in used[0]])))
+    landed = transformed(np.linalg.inv(index), corners)
+    first = np.clip(np.floor(landed.min(axis=0)).astype(int), 0, shape)
+    size = np.clip(np.ceil(landed.max(axis=0)).astype(int) + 1, 0, shape) - first
+    if (size > 0).all():
+        values, offset = image.values.astype(np.float32) - back, transformed(index, first)
+        window = ndimage.affine_transform(values, index[:-1, :-1], offset, tuple(size), order=order, mode="constant")
+        out[tuple(map(slice, first, first + size))] = np.clip(window, values.min(), values.max()) + back
+    return Volume(out, affine)
+
+
+def labels_dice(fixed: Volume, moving: Volume, matrix: np.ndarray) -> float:
+    """Mean Dice over the labels that both images have, the moving labels by nearest neighbor on the fixed grid."""
+    still = np.rint(fixed.values).astype(int)
+    shown = np.rint(moved(moving, fixed.shape, fixed.affine, matrix, order=0, fill=0.0).values).astype(int)
+    shared = set(np.unique(still)) & set(np.unique(np.rint(moving.values).astype(int))) - {0}
+    scores = [2 * ((still == k) & (shown == k)).sum() / ((still == k).sum() + (shown == k).sum()) for k in shared]
+    return float(np.mean(scores)) if scores else math.nan

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Affine transforms in the files of other tools, read and written as our pull matrices.
+
+A matrix here is always ours: it maps points of the fixed image to points of the moving image, RAS, mm. What files hold:
+
+=========  ========================  ==================================================================================
+format     names                     content
+=========  ========================  ==================================================================================
+itk        .tfm .txt .h5 .hdf5 .mat  ITK, ANTs (``0GenericAffine.mat``), 3D Slicer: fixed to moving, LPS; 2D and 3D
+fsl        .mat                      FLIRT: four rows, **moving** (``-in``) to **fixed** (``-ref``), in scaled voxels
+lta        .lta                      FreeSurfer: source to destination, RAS or voxels, with the geometry of both
+text       .txt                      the rows of our matrix; 2D and 3D
+json       .json                     ``{"matrix", "maps", "unit", "space"}``, and our ``report.json``; 2D and 3D
+greedy     .mat                      greedy and Convert3D: the rows of our matrix; 2D and 3D
+niftyreg   by ``format=`` only       NiftyReg (``reg_aladin -aff``): the rows of our matrix
+mrtrix     by ``format=`` only       MRtrix3 (``mrregister``): the rows of our matrix, the last of them optional
+afni       .aff12.1D .1D             ``3dAllineate -1Dmatrix_save``: twelve numbers, base to source, LPS, as if no
+                                     image were oblique
+minc       .xfm                      MINC, and FreeSurfer's ``talairach.xfm``: **moving to fixed**, RAS
+elastix    .txt                      ``TransformParameters.0.txt``, with the transforms it starts from; 2D and 3D
+x5         .x5 .h5                   NiTransforms: the rows of our matrix (needs h5py)
+=========  ========================  ==================================================================================
+
+A name that several formats share is decided by the content, and where that may be either by ``format=``. Formats that
+depend on where images lie ask for these. To add a format, write a file with its functions and enter it in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io.files import atomic_path, exists
+from monai_zsreg.io.transforms import afni, elastix, fsl, itk, json_file, lta, minc, text, x5
+from monai_zsreg.io.transforms.images import GridLike, Images
+
+__all__ = ["FORMATS", "TRANSFORM_FORMATS", "GridLike", "read_transform", "write_transform"]
+
+
+class Format(NamedTuple):
+    """How the files of one tool are known, read and written.
+
+    Args:
+        suffixes: what its names end in, lower case; the first format in the table with a suffix writes it.
+        sniff: whether a file with this content can be of the format.
+        read: path and images to the pull matrix ``(D+1, D+1)``.
+        write: path, pull matrix and images; the path has the suffix of the final name.
+    """
+
+    suffixes: tuple[str, ...]
+    sniff: Callable[[bytes], bool]
+    read: Callable[[Path, Images], np.ndarray]
+    write: Callable[[Path, np.ndarray, Images], None]
+
+
+FORMATS = {
+    "itk": Format((".tfm", ".txt", ".h5", ".hdf5", ".mat"), itk.sniff, itk.read, itk.write),
+    "fsl": Format((".mat",), fsl.sniff, fsl.read, fsl.write),
+    "lta": Format((".lta",), lta.sniff, lta.read, lta.write),
+    "text": Format((".txt",), text.sniff, text.read, text.write),
+    "json": Format((".json",), json_file.sniff, json_file.read, json_file.write),
+    "greedy": Format((".mat",), text.sniff_greedy, text.read, text.write),
+    "niftyreg": Format((), text.sniff, text.read, text.write),
+    "mrtrix": Format((), text.sniff, text.read, text.write),
+    "afni": Format((".aff12.1d", ".1d"), afni.sniff, afni.read, afni.write),
+    "minc": Format((".xfm",), minc.sniff, minc.read, minc.write),
+    "elastix": Format((".txt",), elastix.sniff, elastix.read, elastix.write),
+    "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write),
+}
+TRANSFORM_FORMATS = tuple(FORMATS)
+
+
+def read_transform(
+    path: str | os.PathLike,
+    fixed: GridLike | None = None,
+    moving: GridLike | None = None,
+    format: str | None = None,
+) -> np.ndarray:
+    """Read an affine transform from a file of another tool.
+
+    Args:
+        path: the file.
+        fixed: the fixed image; needed for FSL, for an LTA in voxels without valid geometry, and for AFNI where it is
+            oblique. An image without a file is taken to have the voxel sizes of its affine; FSL goes by those in a
+            file's header.
+        moving: the moving image, likewise.
+        format: one of `FORMATS`. None: by name and content.
+
+    Returns:
+        ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm.
+
+    Raises:
+        RegistrationError: the file is missing, unreadable, of an unknown format, of one of several formats, or holds
+            no invertible affine transform, or an image that its format needs is missing or cannot be used.
+    """
+    file = _path(path)
+    if format is not None:
+        _check_format(format)
+    if not exists(file) or not file.is_file():
+        raise RegistrationError("path", str(path), "a file that exists")
+    try:
+        chosen = format or _format_by_content(file, file.read_bytes())
+        matrix = FORMATS[chosen].read(file, Images(fixed, moving, chosen))
+    except (RegistrationError, ImportError):
+        raise
+    except OSError as error:
+        raise RegistrationError("path", str(path), f"a file that can be read ({error})") from error
+    except (ValueError, TypeError, KeyError, IndexError, struct.error, np.linalg.LinAlgError) as error:
+        allowed = f"a transform file of format {chosen!r} ({error})"
+        raise RegistrationError("path", str(path), allowed) from error
+    return _checked(matrix, "path", str(path))
+
+
+def write_transform(
+    path: str | os.PathLike,
+    matrix: np.ndarray | Tensor | Sequence[Sequence[float]],
+    fixed: GridLike | None = None,
+    moving: GridLike | None = None,
+    format: str | None = None,
+) -> None:
+    """Write a pull matrix for another tool. The file gets its name when it is complete.
+
+    Args:
+        path: the file.
+        matrix: ``(D+1, D+1)``, fixed world to moving world, RAS mm, D = 2 or 3.
+        fixed: the fixed image; needed for FSL, LTA and elastix, and for AFNI where it is oblique. ITK's files state
+            its center as the center of rotation, which changes where no point goes.
+        moving: the moving image, needed for FSL and LTA, and for AFNI where it is oblique.
+        format: one of `FORMATS`; None: by the name, which makes ``.mat`` and ``.txt`` ITK's.
+
+    Raises:
+        RegistrationError: a matrix, image, name or format that cannot be used, or a folder that cannot be written to.
+    """
+    file = _path(path)
+    try:
+        array = np.array(matrix.detach().cpu().numpy() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RegistrationError("matrix", matrix, "a 3x3 or 4x4 matrix of numbers") from error
+    checked = _checked(array, "matrix", array.tolist())
+    if format is None:
+        chosen = _formats_by_name(file)[0]
+    else:
+        chosen = format
+        _check_format(chosen)
+    if len(checked) != 4 and chosen in ("fsl", "lta", "niftyreg", "mrtrix", "afni", "minc", "x5"):
+        raise RegistrationError("matrix", array.shape, f"a 4x4 matrix: format {chosen!r} is 3D only")
+    with atomic_path(file) as partial:
+        FORMATS[chosen].write(partial, checked, Images(fixed, moving, chosen))
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise RegistrationError("path", path, "the path of a file")
+    return Path(path)
+
+
+def _check_format(format: Any) -> None:
+    if format not in FORMATS:
+        raise RegistrationError("format", format, "one of " + ", ".join(FORMATS))
+
+
+def _formats_by_name(path: Path) -> list[str]:
+    found = [name for name, known in FORMATS.items() if path.name.lower().endswith(known.suffixes or ("\0",))]
+    if not found:
+        suffixes = dict.fromkeys(suffix for known in FORMATS.values() for suffix in known.suffixes)
+        allowed = f"a name that ends in one of {', '.join(suffixes)}, or format= one of {', '.join(FORMATS)}"
+        raise RegistrationError("path", str(path), allowed)
+    return found
+
+
+def _format_by_content(path: Path, content: bytes) -> str:
+    named = _formats_by_name(path)
+    found = [name for name in named if FORMATS[name].sniff(content)]
+    if len(found) == 1 or len(named) == 1:
+        return (found or named)[0]
+    if not found:
+        raise RegistrationError("path", str(path), f"the content of a file of format {' or '.join(named)}")
+    raise RegistrationError("path", str(path), f"format= one of {', '.join(found)}: the content can be of either")
+
+
+def _checked(matrix: np.ndarray, argument: str, value: Any) -> np.ndarray:
+    if matrix.shape not in ((3, 3), (4, 4)):
+        raise RegistrationError(argument, value, f"a 3x3 or 4x4 matrix (its shape is {matrix.shape})")
+    dims = len(matrix) - 1
+    last_row = np.eye(dims + 1)[dims]
+    usable = bool(np.isfinite(matrix).all()) and np.allclose(matrix[dims], last_row)
+    if not usable or np.linalg.matrix_rank(matrix[:dims, :dims]) < dims:
+        allowed = f"a finite, invertible matrix with last row {last_row.tolist()}"
+        raise RegistrationError(argument, value, allowed if argument == "matrix" else f"{allowed} in it")
+    matrix[dims] = last_row
+    return matrix

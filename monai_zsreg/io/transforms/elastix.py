@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""elastix' ``TransformParameters``: fixed to moving, LPS, with the transforms that it starts from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from monai_zsreg.geometry import itk_lattice, lps_to_ras, ras_to_lps
+from monai_zsreg.io.transforms.images import Images
+from monai_zsreg.io.transforms.itk import centered_matrix
+
+__all__ = ["read", "sniff", "write"]
+
+_KINDS = {
+    "TranslationTransform": "TranslationTransform",
+    "EulerTransform": "Euler{}DTransform",
+    "SimilarityTransform": "Similarity{}DTransform",
+    "AffineTransform": "AffineTransform",
+}
+_INITIAL = ("InitialTransformParameterFileName", "InitialTransformParametersFileName")
+_LONGEST_CHAIN = 20
+
+
+def sniff(content: bytes) -> bool:
+    return re.search(rb"^\s*\(Transform\s", content, re.MULTILINE) is not None
+
+
+def read(path: Path, images: Images) -> np.ndarray:
+    return lps_to_ras(_read(path, _LONGEST_CHAIN))
+
+
+def _read(path: Path, chain: int) -> np.ndarray:
+    content = re.sub(r"//.*", "", path.read_text(encoding="utf-8-sig"))
+    fields = {key: re.findall(r'"([^"]*)"|(\S+)', value) for key, value in re.findall(r"\(\s*(\w+)([^)]*)\)", content)}
+    words = {key: [quoted or plain for quoted, plain in values] for key, values in fields.items()}
+    kind, dims = words["Transform"][0], int(words["FixedImageDimension"][0])
+    if kind not in _KINDS:
+        raise ValueError(f"a transform of kind {kind} instead of one of {', '.join(_KINDS)}")
+    if words.get("UseDirectionCosines", ["true"])[0] == "false":
+        raise ValueError("it was made without the directions of the images (UseDirectionCosines false)")
+    parameters = np.array(words["TransformParameters"], dtype=np.float64)
+    fixed = np.array(words.get("CenterOfRotationPoint", [0.0] * dims), dtype=np.float64)
+    if words.get("ComputeZYX", ["false"])[0] == "true":
+        fixed = np.append(fixed, 1.0)
+    matrix = centered_matrix(f"{_KINDS[kind].format(dims)}_double_{dims}_{dims}", parameters, fixed)
+    start = next((words[key][0] for key in _INITIAL if key in words), "NoInitialTransform")
+    if start == "NoInitialTransform":
+        return matrix
+    if chain == 0:
+        raise ValueError("the transforms that it starts from do not end")
+    # the stated folder may be another machine's
+    beside = path.parent / Path(start.replace("\\", "/")).name
+    initial = _read(Path(start) if Path(start).is_file() else beside, chain - 1)
+    if words.get("HowToCombineTransforms", ["Compose"])[0] == "Add":
+        return matrix + initial - np.eye(dims + 1)
+    return matrix @ initial
+
+
+def write(path: Path, matrix: np.ndarray, images: Images) -> None:
+    dims = len(matrix) - 1
+    grid = images.need("fixed", dims).grid
+    spacing, origin, direction = itk_lattice(grid)
+    lps = ras_to_lps(matrix)
+    parameters = [*lps[:dims, :dims].ravel(), *lps[:dims, dims]]
+    fields: dict[str, list] = {
+        "Transform": ["AffineTransform"],
+        "NumberOfParameters": [len(parameters)],
+        "TransformParameters": parameters,
+        "InitialTransformParameterFileName": ["NoInitialTransform"],
+        "HowToCombineTransforms": ["Compose"],
+        "FixedImageDimension": [dims],
+        "MovingImageDimension": [dims],
+        "FixedInternalImagePixelType": ["float"],
+        "MovingInternalImagePixelType": ["float"],
+        "Size": list(grid.shape),
+        "Index": [0] * dims,
+        "Spacing": list(spacing),
+        "Origin": list(origin),
+        # column by column
+        "Direction": list(direction.T.ravel()),
+        "UseDirectionCosines": ["true"],
+        "CenterOfRotationPoint": [0.0] * dims,
+        "ResampleInterpolator": ["FinalLinearInterpolator"],
+        "Resampler": ["DefaultResampler"],
+        "DefaultPixelValue": [0],
+        "ResultImageFormat": ["nii.gz"],
+        "ResultImagePixelType": ["float"],
+    }
+    lines = [f"({key} {' '.join(_word(value) for value in values)})" for key, values in fields.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _word(value: str | int | float) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value) if isinstance(value, int) else repr(float(value))

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the images lie that a transform file depends on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import SpatialImage
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, checked_affine
+from monai_zsreg.io.images import Image, load_image
+
+__all__ = ["GridLike", "Images", "Volume"]
+
+#: what tells where an image lies: a file, an image of nibabel or MONAI or ours, or its grid
+GridLike = str | os.PathLike | SpatialImage | Tensor | Image | Grid
+
+
+class Volume(NamedTuple):
+    """The lattice of an image, the voxel sizes that its header states, and the name of its file."""
+
+    grid: Grid
+    spacing: tuple[float, ...]
+    name: str
+
+
+@dataclass
+class Images:
+    """The fixed and the moving image, for formats that depend on them.
+
+    Args:
+        fixed: what tells where the fixed image lies, or None.
+        moving: likewise.
+        format: for messages.
+    """
+
+    fixed: Any
+    moving: Any
+    format: str
+
+    @cached_property
+    def known_fixed(self) -> Volume | None:
+        """The fixed image if it was given."""
+        return None if self.fixed is None else _volume(self.fixed, "fixed")
+
+    @cached_property
+    def known_moving(self) -> Volume | None:
+        """The moving image if it was given."""
+        return None if self.moving is None else _volume(self.moving, "moving")
+
+    def need(self, name: str, dims: int = 3) -> Volume:
+        """The ``"fixed"`` or the ``"moving"`` image.
+
+        Raises:
+            RegistrationError: it was not given, or is of another dimension.
+        """
+        volume = self.known_fixed if name == "fixed" else self.known_moving
+        if volume is None:
+            allowed = f"the {name} image: transforms of format {self.format!r} depend on it"
+            raise RegistrationError(name, None, allowed)
+        if volume.grid.dims != dims:
+            allowed = f"a {dims}D image: so is this transform of format {self.format!r}"
+            raise RegistrationError(name, f"{volume.grid.dims}D image", allowed)
+        return volume
+
+
+def _volume(image: Any, name: str) -> Volume:
+    if isinstance(image, Grid):
+        return Volume(image, image.spacing, "unknown")
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        try:
+            # the header is enough
+            image = nib.load(image)
+        except Exception:  # not one of nibabel's formats, or broken: the general reader knows or says why
+            pass
+    if isinstance(image, SpatialImage):
+        return _of_nibabel(image, name)
+    if not isinstance(image, (str, os.PathLike, Tensor, Image)):
+        allowed = "a path, an image of nibabel, a MetaTensor, an Image or a Grid"
+        raise RegistrationError(name, type(image).__name__, allowed)
+    loaded = load_image(image, name)
+    return Volume(loaded.grid, loaded.grid.spacing, str(loaded.meta.get("path", "unknown")))
+
+
+def _of_nibabel(image: Any, name: str) -> Volume:
+    shape, affine = (*image.shape, 1, 1)[:3], getattr(image, "affine", None)
+    if affine is None or len(image.shape) < 2:
+        raise RegistrationError(name, f"an image of shape {image.shape}", "a volume with an affine")
+    grid = Grid(tuple(int(n) for n in shape), checked_affine(affine, 3, name))
+    spacing = (*(float(zoom) for zoom in image.header.get_zooms()[:3]), *grid.spacing[len(image.shape) :])
+    if not all(np.isfinite(zoom) and zoom > 0 for zoom in spacing):
+        raise RegistrationError(name, f"voxel sizes {spacing}", "positive voxel sizes in the header")
+    return Volume(grid, spacing, str(image.get_filename() or "unknown"))

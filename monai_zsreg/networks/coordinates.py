@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks' coordinates, in functions that compile with TorchScript.
+
+Unit coordinates are ``(index + 0.5) / longest side``, in array axis order: isotropic, with the origin at the corner of
+the first voxel. Points and matrices of the regressor are in them. ``torch.nn.functional.affine_grid`` wants each axis
+normalized to [-1, 1] (``align_corners=False``) and the axes in reversed order instead.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["compose", "index_to_unit", "map_points", "shrunk_to_index", "theta_from_unit", "without_padding"]
+
+
+def map_points(matrix: Tensor, points: Tensor) -> Tensor:
+    """Points ``[..., N, D]`` through matrices ``[..., D, D+1]``."""
+    dims = points.shape[-1]
+    return points @ matrix[..., :dims].transpose(-1, -2) + matrix[..., dims].unsqueeze(-2)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """The matrix ``[..., D, D+1]`` that maps by ``inner`` and then by ``outer``."""
+    dims = inner.shape[-2]
+    matrix = outer[..., :dims] @ inner
+    return torch.cat([matrix[..., :dims], matrix[..., dims:] + outer[..., dims:]], dim=-1)
+
+
+def index_to_unit(points: Tensor, longest: float) -> Tensor:
+    """Indices ``[..., D]`` to unit coordinates of a grid whose longest side has ``longest`` voxels."""
+    return (points + 0.5) / longest
+
+
+def shrunk_to_index(points: Tensor, factor: float) -> Tensor:
+    """Indices ``[..., D]`` in an image of averaged blocks of ``factor`` voxels a side, to those in the image itself."""
+    return (points + 0.5) * factor - 0.5
+
+
+def without_padding(points: Tensor, matrix: Tensor, margin: float, longest: float) -> tuple[Tensor, Tensor]:
+    """Unit coordinates of a padded grid to those of the grid before padding.
+
+    Args:
+        points: ``[..., N, D]``.
+        matrix: ``[..., D, D+1]``, between two images that were padded alike.
+        margin: voxels that were added on every side.
+        longest: longest side before padding, voxels.
+    """
+    dims = matrix.shape[-2]
+    scale, offset = (longest + 2.0 * margin) / longest, margin / longest
+    linear, shift = matrix[..., :dims], matrix[..., dims]
+    shift = shift * scale + offset * linear.sum(dim=-1) - offset
+    return points * scale - offset, torch.cat([linear, shift.unsqueeze(-1)], dim=-1)
+
+
+def theta_from_unit(matrix: Tensor, size: list[int]) -> Tensor:
+    """A pull matrix between two images on one grid, from unit coordinates to what ``affine_grid`` takes.
+
+    Args:
+        matrix: ``[..., D, D+1]``.
+        size: spatial shape of the grid.
+    """
+    dims = len(size)
+    # unit = (grid + 1) * half, axis by axis
+    half = torch.tensor([0.5 * float(n) / float(max(size)) for n in size], dtype=matrix.dtype, device=matrix.device)
+    linear = matrix[..., :dims] * (half.unsqueeze(0) / half.unsqueeze(1))
+    shift = (torch.sum(matrix[..., :dims] * half, dim=-1) + matrix[..., dims]) / half - 1.0
+    return torch.cat([linear.flip([-2, -1]), shift.flip([-1]).unsqueeze(-1)], dim=-1)
