@@ -41,9 +41,9 @@ _LEVELS = ((8, 10), (4, 12), (2, 12), (1, 7))
 _SMALLEST = 6
 # most points of the finest level
 _MOST = {2: 2**20, 3: 5 * 2**20}
-# local correlation after the affine stage beyond which two images count as of one contrast: between people 0.16 to 0.21
-# for T1-T1 and T2-T2, at most 0 for T1-T2
-_ALIKE = 0.08
+# local correlation after the affine stage beyond which two images count as of one contrast: between people 0.09 to 0.16
+# for T1-T1, T1-T1ce and T2-T2, -0.15 to -0.02 for T1-T2 and T1-FLAIR
+_ALIKE = 0.04
 # levels of less than so many finest steps smooth by the same length, coarser ones by as many of their own steps
 _GROWTH = 1.6
 # smallest Jacobian determinant that the map keeps
@@ -226,13 +226,20 @@ class _Scene:
         return [on_fixed[0], on_moving[0]], [on_fixed[1] if len(on_fixed) > 1 else None, seen]
 
     def agreement(self) -> float:
-        """Correlation of the two images' local z-scores, at half the resolution, where either shows something."""
+        """Correlation of the two images' local z-scores, at half the resolution, inside both foregrounds.
+
+        Their rims look alike whatever the contrast is.
+        """
         shape = [-(-n // 2) for n in self.shape]
-        one, two = (_local(_resized(image, shape), 0.8) for image in self.images)
-        shown = _resized(self.shown, shape)
+        images = [_resized(image, shape) for image in self.images]
+        both = torch.stack([appearance(image[0]).foreground for image in images]).all(0)[None].to(images[0])
+        weight = (_blurred(both, [1.5] * self.dims) > 0.97).to(images[0])
+        if not bool(weight.any()):
+            weight = _resized(self.shown, shape)
         for count in self.counts:
-            shown = shown if count is None else shown * _resized(count, shape)
-        common, *own = ((a * b * shown).double().sum() for a, b in ((one, two), (one, one), (two, two)))
+            weight = weight if count is None else weight * _resized(count, shape)
+        one, two = (_local(image, 0.8) for image in images)
+        common, *own = ((a * b * weight).double().sum() for a, b in ((one, two), (one, one), (two, two)))
         return float(common / (own[0] * own[1]).clamp(min=1e-20).sqrt())
 
     def deformation(self, shift: Tensor, affine: Tensor) -> Deformation:
