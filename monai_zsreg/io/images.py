@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageLike", "load_image", "read_image", "write_image"]
 
 _SMALLEST_AXIS = 4
+# characters; what a library says may fill pages
+_LONGEST_REASON = 400
 # as ITU-R BT.601 weighs red, green and blue, and with it Pillow and most cameras
 _LUMINANCE = (0.299, 0.587, 0.114)
 # what torch computes with in place of types that it has only by name, or not at all
@@ -254,7 +256,8 @@ def _from_file(path: Path, name: str) -> Image:
     except (RegistrationError, MemoryError, ImportError):
         raise
     except Exception as error:  # the libraries raise whatever they raise
-        allowed = f"an image that can be read ({type(error).__name__}: {error})"
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        allowed = f"an image that can be read ({type(error).__name__}: {reason})"
         raise RegistrationError(name, str(path), allowed) from error
     stored.meta["path"] = str(path)
     return _from_stored(stored, name)

@@ -60,19 +60,19 @@ def from_nibabel(file: Any) -> Stored:
     """An image of nibabel, from whatever file."""
     if not isinstance(file, SpatialImage) or file.affine is None:
         raise ValueError(f"{type(file).__name__} holds no image on a grid")
-    stored_type = file.get_data_dtype()
+    stored_type = file.get_data_dtype().newbyteorder("=")
     meta: dict[str, Any] = {"dtype": stored_type.name, "unit": "mm", "notes": _doubts(file)}
     array = np.asanyarray(file.dataobj)
+    array = array.reshape(*array.shape, *(1,) * (3 - array.ndim))
     if stored_type.names:  # NIfTI's RGB and RGBA
         array = np.stack([array[name] for name in "RGB"], axis=-1)
         meta |= {"dtype": array.dtype.name, "color": True}
-    elif array.dtype != stored_type:
+    elif array.dtype.newbyteorder("=") != stored_type:
         slope, intercept = (getattr(file.dataobj, name, None) for name in ("slope", "inter"))
         if isinstance(slope, Real) and isinstance(intercept, Real):
             meta |= {"slope": float(slope), "intercept": float(intercept)}
         # nibabel scales in double precision, of which 16 stored bits need no more than single
         array = array.astype(np.float32) if stored_type.itemsize <= 2 else array
-    array = array.reshape(*array.shape, *(1,) * (3 - array.ndim))
     further = [n for n in array.shape[3:] if n > 1]
     if len(further) > 1:
         raise ValueError(f"an image of shape {array.shape}: more than one axis beyond the third")
@@ -115,13 +115,13 @@ def read_itk(path: Path) -> Stored:
     import itk
 
     try:
-        image = itk.imread(str(path))
-    except (TypeError, KeyError):
-        image = itk.imread(str(path), _widest_type(itk, str(path)))
+        image, stored_type = itk.imread(str(path)), None
+    except (TypeError, KeyError):  # ITK's Python knows not every type of pixel
+        image, stored_type = _read_as_doubles(itk, str(path))
     dims = int(image.GetImageDimension())
     # from [z, y, x, components] to [components, x, y, z]
     array = itk.array_from_image(image).T
-    array = array[None] if array.ndim == dims else array
+    array = (array[None] if array.ndim == dims else array).astype(stored_type or array.dtype)
     if dims == 4:
         array = np.moveaxis(array, -1, 1).reshape(-1, *array.shape[1:4])
     solid = min(dims, 3)
@@ -130,18 +130,23 @@ def read_itk(path: Path) -> Stored:
     return _colored(array, affine)
 
 
-def _widest_type(itk: Any, path: str) -> Any:
-    """A pixel type with as many components as the file has: ITK's Python knows many of them as float only."""
+def _read_as_doubles(itk: Any, path: str) -> tuple[Any, np.dtype]:
+    """An image of any type in double precision, and the type that its file has."""
     io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
     io.SetFileName(path)
     io.ReadImageInformation()
-    count = int(io.GetNumberOfComponents())
-    return itk.F if count == 1 else itk.Vector[itk.F, count]
+    kind = itk.Image if int(io.GetNumberOfComponents()) == 1 else itk.VectorImage
+    reader = itk.ImageFileReader[kind[itk.D, int(io.GetNumberOfDimensions())]].New(FileName=path)
+    reader.Update()
+    name = io.GetComponentTypeAsString(io.GetComponentType())
+    codes = {"char": "b", "short": "h", "int": "i", "long": "l", "long_long": "q", "float": "f", "double": "d"}
+    code = codes[name.removeprefix("unsigned_")]
+    return reader.GetOutput(), np.dtype(code.upper() if name.startswith("unsigned_") else code)
 
 
 def _colored(channels: np.ndarray, affine: np.ndarray) -> Stored:
     # a picture without a resolution is the identity, but for the sign of the axes
-    unit = "pixel" if np.array_equal(np.abs(affine), np.eye(3)) else "mm"
+    unit = "pixel" if len(affine) == 3 and np.allclose(np.abs(affine), np.eye(3)) else "mm"
     meta = {"dtype": channels.dtype.name, "unit": unit}
     if len(channels) in (3, 4) and channels.dtype.kind == "u":
         return Stored(channels[:3], affine, meta | {"color": True})

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM: folders of slices and files of many frames, written here, against the image they were cut from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io import load_image
+
+CLASSES = {"MR": "1.2.840.10008.5.1.4.1.1.4", "CT": "1.2.840.10008.5.1.4.1.1.2"}
+SHAPE = (24, 20, 12)
+EVEN = np.arange(12.0)
+
+
+def brightness(world: np.ndarray) -> np.ndarray:
+    """What is to be seen at points ``[..., 3]`` in LPS mm: smooth, and the same at no two places."""
+    blobs = [((2.0, 3.0, 1.0), 14.0, 300.0), ((-10.0, -9.0, 8.0), 9.0, 200.0), ((8.0, 11.0, -9.0), 8.0, 150.0)]
+    return 500 + sum(h * np.exp(-(((world - np.array(c)) / s) ** 2).sum(-1)) for c, s, h in blobs)
+
+
+def header(
+    spacing: tuple[float, ...] = (2.0, 2.0, 3.0), tilt: float = 0.0, axes: np.ndarray | None = None
+) -> np.ndarray:
+    """Index to world, LPS, of a volume around the origin; with a tilt the slices shift along the second axis."""
+    affine = np.eye(4)
+    affine[:3, :3] = (np.eye(3) if axes is None else axes) * spacing
+    affine[:3, 2] += spacing[2] * np.tan(np.deg2rad(tilt)) * affine[:3, 1] / spacing[1]
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(SHAPE) - 1) / 2)
+    return affine
+
+
+def pixels(affine: np.ndarray, at: np.ndarray) -> np.ndarray:
+    index = np.stack(np.meshgrid(*map(np.arange, SHAPE[:2]), at, indexing="ij"), -1)
+    return np.rint(brightness(index @ affine[:3, :3].T + affine[:3, 3])).astype(np.int16)
+
+
+def write_series(
+    folder: Path,
+    affine: np.ndarray,
+    at: np.ndarray = EVEN,
+    add: int = 0,
+    kind: str = "MR",
+    uid: str = "1.2.3.1",
+    **tags: Any,
+) -> Path:
+    """A file a slice, at ``at`` slice distances from the first, in an order that tells nothing."""
+    folder.mkdir(exist_ok=True)
+    before = len(list(folder.iterdir()))
+    spacing = np.linalg.norm(affine[:3, :2], axis=0)
+    for number, place in enumerate(np.random.default_rng(before).permutation(len(at))):
+        data = dataset(pixels(affine, at[[place]])[..., 0] + add, kind, f"{uid}.{before + number + 1}", uid)
+        data.ImageOrientationPatient = (affine[:3, :2] / spacing).T.ravel().tolist()
+        data.ImagePositionPatient = np.round(affine[:3, :3] @ [0, 0, at[place]] + affine[:3, 3], 6).tolist()
+        data.PixelSpacing = spacing[::-1].tolist()
+        data.SliceThickness, data.InstanceNumber = float(np.linalg.norm(affine[:3, 2])), number + 1
+        for tag, value in tags.items():
+            setattr(data, tag, value)
+        data.save_as(folder / f"{before + number:04d}.dcm", enforce_file_format=True)
+    return folder
+
+
+def dataset(plane: np.ndarray, kind: str, instance: str, series: str) -> Dataset:
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = instance
+    data.Modality, data.SeriesInstanceUID, data.StudyInstanceUID, data.SeriesNumber = kind, series, "1.2.3", 3
+    data.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
+    data.Columns, data.Rows = plane.shape[:2]
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.PixelData = np.ascontiguousarray(plane.T).tobytes()
+    if kind == "CT":
+        data.RescaleSlope, data.RescaleIntercept = 1, -1024
+    else:
+        data.EchoTime, data.RepetitionTime, data.ScanningSequence = 30.0, 2000.0, "GR"
+    return data
+
+
+def off(values: torch.Tensor, affine: torch.Tensor) -> np.ndarray:
+    """Difference of every voxel from what is to be seen where the affine (RAS) puts it."""
+    index = np.stack(np.meshgrid(*map(np.arange, values.shape), indexing="ij"), -1)
+    world = index @ affine[:3, :3].numpy().T + affine[:3, 3].numpy()
+    return np.abs(values.numpy() - brightness(world * [-1, -1, 1]))
+
+
+TURNED = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+OBLIQUE = np.linalg.qr(np.array([[1.0, 0.2, 0.1], [-0.2, 1.0, 0.3], [0.1, -0.3, 1.0]]))[0]
+STACKS = {
+    "straight": header(),
+    "tilted": header(tilt=20.0),
+    "tilted back": header(tilt=-18.5),
+    "sagittal": header(axes=TURNED),
+    "oblique": header(axes=OBLIQUE),
+    "head first down": header(axes=np.diag([1.0, 1.0, -1.0])),
+}
+
+
+@pytest.mark.parametrize("kind", ["MR", "CT"])
+@pytest.mark.parametrize("name", STACKS)
+def test_every_voxel_is_where_its_header_says(tmp_path: Path, name: str, kind: str) -> None:
+    image = load_image(write_series(tmp_path / "s", STACKS[name], kind=kind))
+    assert image.values.shape == (1, *SHAPE) and image.meta["dtype"] == "int16" and image.meta["notes"] == []
+    assert off(image.values[0] + (1024 if kind == "CT" else 0), image.affine).max() < 0.6
+    # the tilt as a shear, not lost and not resampled
+    step = STACKS[name][:3, 2] * [-1, -1, 1]
+    np.testing.assert_allclose(np.abs(image.affine[:3, 2]), np.abs(step), atol=1e-4)
+
+
+def test_missing_slices_are_not_seen(tmp_path: Path) -> None:
+    at = np.delete(EVEN, [5, 6, 7])
+    image = load_image(write_series(tmp_path / "s", header(), at))
+    assert image.values.shape == (1, *SHAPE)
+    assert image.seen is not None
+    seen = image.seen[0].numpy()
+    # the order of the slices is the reader's
+    assert sorted(np.flatnonzero(~seen.any(axis=(0, 1)))) in ([5, 6, 7], [4, 5, 6])
+    assert off(image.values[0], image.affine)[seen].max() < 0.6
+    assert len(image.meta["notes"]) == 1 and "3.00 to 12.00 mm apart" in image.meta["notes"][0]
+
+
+@pytest.mark.parametrize("tilt", [0.0, 15.0])
+def test_uneven_slices_are_resampled_and_said(tmp_path: Path, tilt: float) -> None:
+    at = np.array([0, 1, 2, 3, 4, 5, 6, 6.5, 7.5, 8.5, 9.5, 10.5])
+    image = load_image(write_series(tmp_path / "s", header(tilt=tilt), at))
+    assert "1.50 to 3.00 mm" in image.meta["notes"][0] or tilt
+    assert len(image.meta["notes"]) == 1 and image.seen is None
+    # linear interpolation of a smooth image
+    assert off(image.values[0], image.affine).max() < 12
+
+
+def test_slices_out_of_line_are_refused_with_their_positions(tmp_path: Path) -> None:
+    write_series(tmp_path / "s", header())
+    for path in sorted((tmp_path / "s").iterdir())[:1]:
+        data = pydicom.dcmread(path)
+        data.ImagePositionPatient = [data.ImagePositionPatient[0] + 8, *data.ImagePositionPatient[1:]]
+        data.save_as(path)
+    with pytest.raises(RegistrationError, match="do not lie on one line.*-16.50, -13.50"):
+        load_image(tmp_path / "s")
+
+
+def test_times_and_echoes_are_channels(tmp_path: Path) -> None:
+    for time in range(3):
+        tags = {"TemporalPositionIdentifier": time + 1, "AcquisitionNumber": time + 1, "NumberOfTemporalPositions": 3}
+        write_series(tmp_path / "times", header(), add=100 * time, **tags)
+    for echo in range(2):
+        write_series(tmp_path / "echoes", header(), add=100 * echo, EchoTime=10.0 + 20 * echo, EchoNumbers=echo + 1)
+    for folder, count in (("times", 3), ("echoes", 2)):
+        image = load_image(tmp_path / folder)
+        assert image.values.shape == (count, *SHAPE)
+        for number, values in enumerate(image.values):
+            assert off(values - 100 * number, image.affine).max() < 0.6
+    assert "echo time 30 ms" in image.meta["channels"][1]
+    # one echo alone
+    assert load_image(f"{tmp_path / 'echoes'}#3_e2").values.shape == (1, *SHAPE)
+
+
+def test_a_time_without_all_slices_is_refused(tmp_path: Path) -> None:
+    for time in range(3):
+        write_series(tmp_path / "s", header(), EVEN[: 12 - (time == 2)], AcquisitionNumber=time + 1)
+    with pytest.raises(RegistrationError, match="not divisible"):
+        load_image(tmp_path / "s")
+
+
+def test_two_series_are_listed_and_chosen(tmp_path: Path) -> None:
+    write_series(tmp_path / "s", header(), SeriesDescription="first")
+    write_series(tmp_path / "s", header(axes=TURNED), add=50, uid="1.2.3.2", SeriesNumber=7, SeriesDescription="second")
+    with pytest.raises(
+        RegistrationError, match=r"#3 \(first, .*#7 \(second, .*name one volume as in \"s#3\""
+    ) as caught:
+        load_image(tmp_path / "s", "moving")
+    assert caught.value.argument == "moving"
+    for number, add in ((3, 0), (7, 50)):
+        image = load_image(f"{tmp_path / 's'}#{number}")
+        assert off(image.values[0] - add, image.affine).max() < 0.6
+    with pytest.raises(RegistrationError, match="the folder holds #3"):
+        load_image(f"{tmp_path / 's'}#4")
+
+
+def test_a_single_slice_is_an_image_in_2d_with_its_place(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s", header(axes=TURNED, spacing=(1.5, 2.0, 3.0)), EVEN[4:5])
+    for source in (folder, next(folder.iterdir())):
+        image = load_image(source)
+        assert image.dims == 2 and sorted(image.grid.spacing) == [1.5, 2.0]
+        place = torch.tensor(image.meta["place"])
+        assert off(image.values[0][..., None], place).max() < 0.6
+
+
+def enhanced(path: Path, affine: np.ndarray, at: np.ndarray = EVEN) -> Path:
+    """One file of many frames, each with its own position."""
+    data = dataset(pixels(affine, at), "MR", "1.2.3.9", "1.2.3.8")
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    data.NumberOfFrames = len(at)
+    data.PixelData = np.ascontiguousarray(pixels(affine, at).T).tobytes()
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shared, measures, plane = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = spacing[1::-1].tolist(), float(spacing[2])
+    plane.ImageOrientationPatient = (affine[:3, :2] / spacing[:2]).T.ravel().tolist()
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Sequence([measures]), Sequence([plane])
+    data.SharedFunctionalGroupsSequence = Sequence([shared])
+    frames = []
+    for number, place in enumerate(at):
+        frame, where, content = Dataset(), Dataset(), Dataset()
+        where.ImagePositionPatient = np.round(affine[:3, :3] @ [0, 0, place] + affine[:3, 3], 6).tolist()
+        content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", number + 1, [1, number + 1]
+        frame.PlanePositionSequence, frame.FrameContentSequence = Sequence([where]), Sequence([content])
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("tilt", [0.0, 12.0])
+def test_enhanced_files_are_volumes(tmp_path: Path, tilt: float) -> None:
+    image = load_image(enhanced(tmp_path / "e.dcm", header(tilt=tilt)))
+    assert image.values.shape == (1, *SHAPE)
+    assert off(image.values[0], image.affine).max() < 0.6
+
+
+def test_a_film_has_its_frames_as_channels(tmp_path: Path) -> None:
+    frames = pixels(header(), EVEN)
+    data = dataset(frames, "MR", "1.2.3.9", "1.2.3.8")
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"  # ultrasound
+    data.Modality, data.NumberOfFrames, data.PixelData = "US", 12, np.ascontiguousarray(frames.T).tobytes()
+    data.save_as(tmp_path / "film.dcm", enforce_file_format=True)
+    image = load_image(tmp_path / "film.dcm")
+    np.testing.assert_array_equal(image.values.numpy(), np.moveaxis(frames, -1, 0))
+
+
+def test_folders_without_an_image_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(RegistrationError, match="dcm2niix"):
+        load_image(tmp_path)
