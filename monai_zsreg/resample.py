@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def _cut(channel: Tensor, part: list[tuple[int, int]], outside: float, dtype: to
     inside = [(max(first, 0), min(last, n)) for (first, last), n in zip(part, channel.shape, strict=True)]
     seen = channel[tuple(slice(*ends) for ends in inside)]
     if inside == part:
-        return seen.to(dtype or channel.dtype).contiguous()
+        return seen.to(dtype or channel.dtype)
     size = [last - first for first, last in part]
     cut = torch.full(size, outside, dtype=dtype or channel.dtype, device=channel.device)
     cut[tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(inside, part, strict=True))] = seen
@@ -173,37 +174,45 @@ def _cut(channel: Tensor, part: list[tuple[int, int]], outside: float, dtype: to
 
 
 def _look_up(cut: Tensor, points: list[list[Tensor]]) -> Tensor:
-    index: Tensor | int = 0
-    for steps, n in zip(points, cut.shape, strict=True):
-        index = index * n + sum(steps).round_().clamp_(0, n - 1).int()
-    bits = cut.view(_BITS[cut.element_size()]).flatten()
-    return bits.index_select(0, index.flatten()).view(cut.dtype).view(index.shape)
+    nearest = [reduce(torch.add, steps).round_().clamp_(0, n - 1) for steps, n in zip(points, cut.shape, strict=True)]
+    flat, index = _flat(cut.view(_BITS[cut.element_size()]), nearest)
+    return flat.index_select(0, index.flatten()).view(cut.dtype).view(index.shape)
+
+
+def _flat(cut: Tensor, points: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The memory that a part of an image lies in, and where in it the voxels at or below some points are."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(cut.shape, cut.stride(), strict=True))
+    whole = torch.int32 if span < 2**31 else torch.int64
+    index = torch.zeros((), dtype=whole, device=cut.device)
+    for point, stride in zip(points, cut.stride(), strict=True):
+        index = torch.add(index, point.to(whole), alpha=stride)
+    return cut.as_strided((span,), (1,)), index
 
 
 def _interpolate(cut: Tensor, points: list[list[Tensor]], mode: str, hole: bool) -> Tensor:
     before, after = MODES[mode]
-    index: Tensor | int = 0
-    weights = []
-    for steps, n in zip(points, cut.shape, strict=True):
-        point = sum(steps).clamp_(before, n - 1 - after)
-        index = torch.add(point.int() - before, index, alpha=n)
-        weights.append(point.frac_().flatten().to(cut.dtype))
+    where = [reduce(torch.add, steps).clamp_(before, n - 1 - after) for steps, n in zip(points, cut.shape, strict=True)]
+    seen = cut.isfinite() if hole else None
+    cut = cut if seen is None else torch.where(seen, cut, 0.0).contiguous()
+    flat, index = _flat(cut, where)
     shape, index = index.shape, index.flatten()
+    if before:
+        index -= before * sum(cut.stride())
+    weights = [point.frac_().flatten().to(cut.dtype) for point in where]
     blend = _bilinear if mode == "bilinear" else _bicubic
-    if not hole:
-        return blend(cut.flatten(), index, cut.stride(), weights).view(shape)
-    seen = cut.isfinite()
-    mean = blend(torch.where(seen, cut, 0.0).flatten(), index, cut.stride(), weights)
-    share = blend(seen.to(cut.dtype).flatten(), index, cut.stride(), weights)
-    return torch.where(share >= 0.5, mean / share, torch.nan).view(shape)
+    mean = blend(flat, index, cut.stride(), weights)
+    if seen is not None:
+        share = blend(seen.to(cut.dtype).flatten(), index, cut.stride(), weights)
+        mean = torch.where(share >= 0.5, mean / share, torch.nan)
+    return mean.view(shape)
 
 
 def _bilinear(flat: Tensor, index: Tensor, strides: Sequence[int], weights: list[Tensor]) -> Tensor:
     """Interpolate along the first axis between what the others give: ``index`` is where all of them begin."""
     if not strides:
         return flat.index_select(0, index)
-    ends = [_bilinear(flat[shift:], index, strides[1:], weights[1:]) for shift in (0, strides[0])]
-    return torch.lerp(*ends, weights[0])
+    low, high = (_bilinear(flat[shift:], index, strides[1:], weights[1:]) for shift in (0, strides[0]))
+    return torch.lerp(low, high, weights[0])
 
 
 def _bicubic(flat: Tensor, index: Tensor, strides: Sequence[int], weights: list[Tensor]) -> Tensor:

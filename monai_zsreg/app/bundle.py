@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the bundle's configurations are made of: the steps of `monai_zsreg.app.run` in MONAI's usual places.
 
-`entries` is ``dataset#data``, `ReadPair` the preprocessing, `PairInferer` the inferer, `PairWriter` the handler. A batch
-is one pair: fixed and moving image stay on their own grids, so nothing is collated. What the user asks for arrives as
-one dictionary, ``request``.
+`entries` is ``dataset#data``, `ReadPair` the preprocessing, `PairInferer` the inferer, `PairWriter` the handler. A
+batch is one pair: fixed and moving image stay on their own grids, so nothing is collated. What the user asks for
+arrives as one dictionary, ``request``.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from destination needs no --invert.""",
   zsreg report out/flair            the page of one pair anew, from its report.json
   zsreg report out                  the pages of all pairs in there, and their index""",
     "cohort": """examples:
-  zsreg cohort pairs.csv -o out     columns fixed, moving, labels, name (and masks, landmarks, truth); cells may be empty
+  zsreg cohort pairs.csv -o out     columns fixed, moving, labels, name (masks, landmarks, truth); cells may be empty
   zsreg cohort bids/ -o out         T1w fixed, the other contrasts beside it moving
   zsreg cohort pairs.json -o out --evaluate
   torchrun --nproc_per_node 2 -m monai_zsreg.app.cli cohort pairs.csv -o out

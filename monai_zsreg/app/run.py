@@ -147,8 +147,8 @@ def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, A
         from monai_zsreg.app.demo import demo_pair
 
         print(
-            "Demonstration pair: the fixed image is the MNI152 T1 template; the moving one is SIMULATED from its tissue "
-            "maps and moved by a known transform. It is no patient's image.",
+            "Demonstration pair: the fixed image is the MNI152 T1 template; the moving one is SIMULATED from its "
+            "tissue maps and moved by a known transform. It is no patient's image.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,40 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of registration: similarity of images, target registration error, and intervals for both."""
+"""Measures of registration: similarity of images, target registration error, and intervals for both.
+
+`SimilarityMetric` and `TREMetric` are MONAI metrics; MONAI is imported when one is asked for.
+"""
 
 from __future__ import annotations
 
-from monai_zsreg.metrics.intensity import foreground_mask, otsu_threshold, scale_intensity
-from monai_zsreg.metrics.pairwise import (
-    ForegroundDiceMetric,
-    MutualInformationMetric,
-    RegionMSEMetric,
-    RegionRMSEMetric,
-    StructuralSimilarityMetric,
-)
-from monai_zsreg.metrics.similarity import mutual_information, similarity, squared_error, structural_similarity
-from monai_zsreg.metrics.statistics import Interval, SuccessRate, bootstrap_interval, success_rate, wilson_interval
-from monai_zsreg.metrics.tre import TREMetric, foreground_tre, landmark_tre, target_registration_error
+from typing import TYPE_CHECKING
+
+from monai_zsreg.foreground import foreground_mask, scale_intensity
+from monai_zsreg.metrics.similarity import label_dice, mutual_information, similarity, structural_similarity
+from monai_zsreg.metrics.statistics import SuccessRate, success_rate
+from monai_zsreg.metrics.tre import foreground_tre, landmark_tre, target_registration_error
+
+if TYPE_CHECKING:
+    from monai_zsreg.metrics.pairwise import PairMetric, SimilarityMetric, TREMetric
 
 __all__ = [
-    "ForegroundDiceMetric",
-    "Interval",
-    "MutualInformationMetric",
-    "RegionMSEMetric",
-    "RegionRMSEMetric",
-    "StructuralSimilarityMetric",
+    "PairMetric",
+    "SimilarityMetric",
     "SuccessRate",
     "TREMetric",
-    "bootstrap_interval",
     "foreground_mask",
     "foreground_tre",
+    "label_dice",
     "landmark_tre",
     "mutual_information",
-    "otsu_threshold",
     "scale_intensity",
     "similarity",
-    "squared_error",
     "structural_similarity",
     "success_rate",
     "target_registration_error",
-    "wilson_interval",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("PairMetric", "SimilarityMetric", "TREMetric"):
+        from monai_zsreg.metrics import pairwise
+
+        return getattr(pairwise, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

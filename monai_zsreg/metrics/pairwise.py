@@ -1,131 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The similarity measures as MONAI metrics: accumulate over pairs, then reduce.
+"""The measures as MONAI metrics: one number a pair, accumulated over pairs and then reduced.
 
-Every class is called as ``metric(y_pred, y)`` with the moved images first and the fixed ones second, each a batch
-``[B, C, *spatial]`` or a list of ``[C, *spatial]``. Pairs of a list may differ in shape from one another. Scaling to
-[0, 1] happens inside, so the images go in as they are. ``moving_mask`` and ``fixed_mask`` (batch or list, None for
-Otsu) are optional keyword arguments of the call.
+Pairs may be given as batches or as lists, and those of a list may differ in shape from one another.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
-from monai.metrics.regression import RegressionMetric
+from monai.metrics import CumulativeIterationMetric
+from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.metrics.similarity import REGIONS, ImagePair
+from monai_zsreg.metrics.similarity import MEASURES, REGIONS, similarity
+from monai_zsreg.metrics.tre import TRE_STATISTICS, foreground_tre
 
-__all__ = [
-    "ForegroundDiceMetric",
-    "MutualInformationMetric",
-    "PairMetric",
-    "RegionMSEMetric",
-    "RegionRMSEMetric",
-    "StructuralSimilarityMetric",
-]
+__all__ = ["PairMetric", "SimilarityMetric", "TREMetric"]
 
 
-class PairMetric(RegressionMetric):
-    """Base class: one number a pair, ``[B, 1]`` a call.
+class PairMetric(CumulativeIterationMetric):
+    """Base class: called as ``metric(y_pred, y, **further)``, it returns ``[B, 1]`` and keeps the values.
 
     Args:
-        region: "foreground" (union of both) or "image".
-        scale: scale each image by its own 0.5 and 99.5 percentiles to [0, 1].
-        reduction: as in ``monai.metrics.RegressionMetric``.
-        get_not_nans: likewise.
+        reduction: over pairs, as in ``monai.metrics.RegressionMetric``.
+    """
+
+    #: names of the keyword arguments of a call, each with one entry a pair
+    further: tuple[str, ...] = ()
+
+    def __init__(self, reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    @abstractmethod
+    def measure(self, y_pred: Any, y: Any, **further: Any) -> float:
+        """The value of one pair."""
+
+    def _compute_list(self, y_pred: Any, y: Any = None, **further: Any) -> Tensor:
+        return self._compute_tensor(y_pred, y, **further)
+
+    def _compute_tensor(self, y_pred: Any, y: Any = None, **further: Any) -> Tensor:  # type: ignore[override]
+        unknown = set(further) - set(self.further)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got {sorted(unknown)}, and knows {self.further}")
+        columns = {"y": y} | {name: column for name, column in further.items() if column is not None}
+        for name, column in columns.items():
+            if column is None or len(column) != len(y_pred):
+                given = None if column is None else len(column)
+                raise RegistrationError(name, given, f"one for each of {len(y_pred)} pairs")
+        rows = [
+            self.measure(pred, **{name: column[i] for name, column in columns.items()}) for i, pred in enumerate(y_pred)
+        ]
+        return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
+
+    def aggregate(self, reduction: MetricReduction | str | None = None) -> Tensor:
+        """Reduce over all pairs so far.
+
+        Args:
+            reduction: instead of the one given at construction.
+
+        Raises:
+            RegistrationError: no pair was measured yet.
+        """
+        data = self.get_buffer()
+        if not isinstance(data, Tensor):
+            raise RegistrationError("metric", "no pairs", "at least one pair before aggregate")
+        return do_metric_reduction(data, reduction or self.reduction)[0]
+
+
+class SimilarityMetric(PairMetric):
+    """A measure of `similarity`: ``metric(y_pred, y, moving_mask=..., fixed_mask=...)``, moved images first.
+
+    Args:
+        measure: ``"dice"``, ``"ssim"``, ``"mi"``, ``"nmi"``, ``"mse"`` or ``"rmse"``.
+        region: see `similarity`.
+        scale: see `similarity`.
+        bins: see `similarity`.
+        reduction: see `PairMetric`.
 
     Raises:
-        RegistrationError: an unknown region.
+        RegistrationError: an unknown measure or region.
     """
+
+    further = ("moving_mask", "fixed_mask")
 
     def __init__(
         self,
+        measure: str = "nmi",
         region: str = "foreground",
         scale: bool = True,
+        bins: int = 64,
         reduction: MetricReduction | str = MetricReduction.MEAN,
-        get_not_nans: bool = False,
     ) -> None:
-        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
-        if region not in REGIONS:
-            raise RegistrationError("region", region, f"one of {REGIONS}")
-        self.region = region
-        self.scale = scale
+        super().__init__(reduction)
+        for name, value, allowed in (("measure", measure, MEASURES), ("region", region, REGIONS)):
+            if value not in allowed:
+                raise RegistrationError(name, value, f"one of {allowed}")
+        self.name = measure
+        self.options: dict[str, Any] = {"region": region, "scale": scale, "bins": bins}
 
-    @abstractmethod
-    def measure(self, pair: ImagePair) -> float:
-        """The value of one prepared pair."""
-
-    def _compute_list(self, y_pred: Any, y: Any = None, **masks: Any) -> Tensor:
-        return self._compute_tensor(y_pred, y, **masks)
-
-    def _compute_tensor(  # type: ignore[override]
-        self, y_pred: Any, y: Any = None, moving_mask: Any = None, fixed_mask: Any = None
-    ) -> Tensor:
-        if y is None or not len(y_pred) == len(y) > 0:
-            raise RegistrationError("y", None if y is None else len(y), f"as many images as y_pred, {len(y_pred)}")
-        columns = [[None] * len(y) if m is None else m for m in (moving_mask, fixed_mask)]
-        if any(len(column) != len(y) for column in columns):
-            raise RegistrationError("masks", [len(column) for column in columns], f"one for each of {len(y)} pairs")
-        values = [
-            self.measure(ImagePair.of(fixed, moved, self.region, mask_f, mask_m, self.scale))
-            for moved, fixed, mask_m, mask_f in zip(y_pred, y, *columns, strict=True)
-        ]
-        return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
-
-    def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
-        return self._compute_tensor(y_pred, y)
+    def measure(self, y_pred: Tensor, y: Tensor, **further: Any) -> float:
+        return similarity(y, y_pred, measures=(self.name,), **self.options, **further)[self.name]
 
 
-class ForegroundDiceMetric(PairMetric):
-    """Dice of the foregrounds of two images; 1 where both are empty.
+class TREMetric(PairMetric):
+    """Foreground target registration error: ``metric(y_pred, y, fixed=..., mask=...)``.
 
-    For masks and labels use ``monai.metrics.DiceMetric``.
-    """
-
-    def measure(self, pair: ImagePair) -> float:
-        return pair.dice()
-
-
-class StructuralSimilarityMetric(PairMetric):
-    """SSIM, see `structural_similarity`."""
-
-    def measure(self, pair: ImagePair) -> float:
-        return pair.ssim()
-
-
-class MutualInformationMetric(PairMetric):
-    """Mutual information, see `mutual_information`.
+    ``y_pred`` are estimates and ``y`` truths, ``(D+1, D+1)`` each; ``fixed`` are the fixed images and ``mask`` their
+    masks, optional. A transform that is not finite counts as infinity, also in the mean.
 
     Args:
-        normalized: 2 I / (H + H) in [0, 1] instead of nats.
-        bins: number of bins an image.
-        kwargs: arguments of `PairMetric`.
+        statistic: one of `TRE_STATISTICS`.
+        reduction: see `PairMetric`.
+
+    Raises:
+        RegistrationError: an unknown statistic.
     """
 
-    def __init__(self, normalized: bool = False, bins: int = 64, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.normalized = normalized
-        self.bins = bins
+    further = ("fixed", "mask")
 
-    def measure(self, pair: ImagePair) -> float:
-        return pair.mutual_information(self.bins)[int(self.normalized)]
+    def __init__(self, statistic: str = "mean", reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
+        super().__init__(reduction)
+        if statistic not in TRE_STATISTICS:
+            raise RegistrationError("statistic", statistic, f"one of {TRE_STATISTICS}")
+        self.statistic = statistic
 
-
-class RegionMSEMetric(PairMetric):
-    """Mean squared difference of the scaled images over the region."""
-
-    def measure(self, pair: ImagePair) -> float:
-        return pair.mse()
-
-
-class RegionRMSEMetric(PairMetric):
-    """Root of the mean squared difference of the scaled images over the region, pair by pair."""
-
-    def measure(self, pair: ImagePair) -> float:
-        return math.sqrt(pair.mse())
+    def measure(self, y_pred: Tensor, y: Tensor, **further: Any) -> float:
+        if "fixed" not in further:
+            raise RegistrationError("fixed", None, "one for each pair")
+        return foreground_tre(y_pred, y, **further)[self.statistic]

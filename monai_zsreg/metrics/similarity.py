@@ -10,104 +10,113 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.metrics import compute_dice
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.foreground import foreground_mask, plain_image, scale_intensity
 from monai_zsreg.geometry import Grid
-from monai_zsreg.metrics.intensity import foreground_mask, plain_image, scale_intensity
 
-__all__ = [
-    "REGIONS",
-    "ImagePair",
-    "mutual_information",
-    "similarity",
-    "squared_error",
-    "ssim_window",
-    "structural_similarity",
-]
+__all__ = ["MEASURES", "REGIONS", "label_dice", "mutual_information", "similarity", "structural_similarity"]
 
+MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse")
 REGIONS = ("foreground", "image")
 _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
 
 
-@dataclass(frozen=True)
-class ImagePair:
-    """Two scaled images on one grid and the region to compare them in.
+def similarity(
+    fixed: Tensor | np.ndarray,
+    moving: Tensor | np.ndarray,
+    region: str = "foreground",
+    fixed_mask: Tensor | np.ndarray | None = None,
+    moving_mask: Tensor | np.ndarray | None = None,
+    scale: bool = True,
+    measures: Sequence[str] = MEASURES,
+    bins: int = 64,
+) -> dict[str, float]:
+    """Similarity measures of a pair on one grid (paper, section 2.6).
+
+    SSIM, MSE and RMSE assume one contrast. Between contrasts that are each other's negative, such as T1 and T2, they
+    can be worse where the images are aligned than where they are not; Dice, MI and NMI are not misled.
 
     Args:
-        fixed: ``[C, *spatial]`` float32.
-        moving: likewise.
-        fixed_mask: ``[1, *spatial]`` bool, foreground.
-        moving_mask: likewise.
-        region: ``[*spatial]`` bool, the union of both foregrounds; None for the whole image.
+        fixed: ``[C, *spatial]``, 2 or 3 spatial dimensions. What is not finite was not seen and does not count.
+        moving: the moving image on the grid of ``fixed``, same shape.
+        region: "foreground": SSIM, MI, MSE and RMSE over the union of both foregrounds; "image": over the whole
+            image, as the paper does. Dice is that of the foregrounds in both cases.
+        fixed_mask: foreground of ``fixed``, channel first, anything but 0 counts; `foreground_mask` if None.
+        moving_mask: foreground of ``moving``, on the same grid, likewise.
+        scale: scale each image by its own 0.5 and 99.5 percentiles to [0, 1]. Without it MSE and RMSE are in the
+            images' own units and SSIM expects intensities in [0, 1].
+        measures: which to compute.
+        bins: number of bins an image, for MI and NMI.
+
+    Returns:
+        What was asked for, of ``dice``, ``ssim``, ``mi`` (nats), ``nmi`` ([0, 1]), ``mse`` and ``rmse``; never NaN.
+
+    Raises:
+        RegistrationError: shapes differ, an unknown region or measure, nothing that both images saw.
+
+    Warns:
+        RegistrationWarning: both images carry an affine, and these differ: the voxels do not show the same places.
     """
-
-    fixed: Tensor
-    moving: Tensor
-    fixed_mask: Tensor
-    moving_mask: Tensor
-    region: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        fixed: Tensor | np.ndarray,
-        moving: Tensor | np.ndarray,
-        region: str = "foreground",
-        fixed_mask: Tensor | np.ndarray | None = None,
-        moving_mask: Tensor | np.ndarray | None = None,
-        scale: bool = True,
-    ) -> ImagePair:
-        """Check, scale and find the foreground; arguments as in `similarity`."""
-        if region not in REGIONS:
-            raise RegistrationError("region", region, f"one of {REGIONS}")
-        prepare = scale_intensity if scale else plain_image
-        plain_fixed = plain_image(fixed, "fixed")
-        plain_moving = plain_image(moving, "moving").to(plain_fixed.device)
-        if plain_fixed.shape != plain_moving.shape:
-            allowed = f"the shape of fixed, {tuple(plain_fixed.shape)}: resample moving onto fixed first"
-            raise RegistrationError("moving", tuple(plain_moving.shape), allowed)
-        one, two = prepare(plain_fixed).float(), prepare(plain_moving).float()
-        masks = [
-            foreground_mask(image, scale=False) if mask is None else _plain_mask(mask, image, name)
-            for image, mask, name in ((one, fixed_mask, "fixed_mask"), (two, moving_mask, "moving_mask"))
-        ]
-        union = (masks[0] | masks[1])[0]
-        # two constant images have no foreground; the whole image keeps every metric defined
-        where = union if region == "foreground" and bool(union.any()) else None
-        return cls(one, two, masks[0], masks[1], where)
-
-    def dice(self) -> float:
-        """2 |A and B| / (|A| + |B|) of the foregrounds; 1 where both are empty. It ignores the region."""
-        value = compute_dice(self.moving_mask[None].float(), self.fixed_mask[None].float(), ignore_empty=False)
-        return float(value)
-
-    def mutual_information(self, bins: int = 64) -> tuple[float, float]:
-        """Mutual information in nats, and normalized; see `mutual_information`."""
-        return mutual_information(self.fixed, self.moving, self.region, bins)
-
-    def ssim(self) -> float:
-        """Structural similarity; see `structural_similarity`."""
-        return structural_similarity(self.fixed, self.moving, self.region)
-
-    def mse(self) -> float:
-        """Mean squared difference; see `squared_error`."""
-        return squared_error(self.fixed, self.moving, self.region)
+    if region not in REGIONS:
+        raise RegistrationError("region", region, f"one of {REGIONS}")
+    unknown = set(measures) - set(MEASURES)
+    if unknown:
+        raise RegistrationError("measures", sorted(unknown), f"some of {MEASURES}")
+    _warn_of_other_places(fixed, moving)
+    one, seen_one = _seen(fixed, "fixed")
+    two, seen_two = _seen(moving, "moving")
+    if one.shape != two.shape:
+        allowed = f"the shape of fixed, {tuple(one.shape)}: resample moving onto fixed first"
+        raise RegistrationError("moving", tuple(two.shape), allowed)
+    two, seen = two.to(one.device), seen_one & seen_two.to(one.device)
+    if not bool(seen.any()):
+        raise RegistrationError("moving", "no voxel that is finite in both images", "finite intensities")
+    inside, found = (
+        foreground_mask(image)[0] & seen if mask is None else _plain_mask(mask, image, name)
+        for image, mask, name in ((one, fixed_mask, "fixed_mask"), (two, moving_mask, "moving_mask"))
+    )
+    one, two = (scale_intensity(image) if scale else image.float() for image in (one, two))
+    where = (inside | found) & seen if region == "foreground" else seen
+    # two constant images have no foreground; the whole image keeps every measure defined
+    where = where if bool(where.any()) else seen
+    values: dict[str, float] = {}
+    if "dice" in measures:
+        values["dice"] = _dice(inside, found)
+    if "ssim" in measures:
+        values["ssim"] = structural_similarity(one, two, where)
+    if {"mi", "nmi"} & set(measures):
+        values["mi"], values["nmi"] = mutual_information(one, two, where, bins)
+    if {"mse", "rmse"} & set(measures):
+        values["mse"] = float(((one - two) ** 2)[:, where].mean())
+        values["rmse"] = math.sqrt(values["mse"])
+    return {name: values[name] for name in measures}
 
 
-def _plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(mask)
-    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().to(image.device)
-    if tensor.shape[1:] != image.shape[1:]:
-        raise RegistrationError(name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
-    return (tensor != 0).any(dim=0, keepdim=True)
+def label_dice(fixed: Tensor, moved: Tensor) -> float:
+    """Mean Dice over the labels that the fixed label image has, 0 left out; a label that ``moved`` lacks counts as 0.
+
+    Args:
+        fixed: ``[1, *spatial]``, whole numbers.
+        moved: likewise, on the same grid.
+
+    Raises:
+        RegistrationError: no labels, or shapes that differ.
+    """
+    one, two = (image.as_tensor() if hasattr(image, "as_tensor") else image for image in (fixed, moved))
+    if one.shape != two.shape:
+        raise RegistrationError("moved", tuple(two.shape), f"{tuple(one.shape)}, as fixed")
+    labels = one.unique()
+    labels = labels[labels != 0]
+    if len(labels) == 0:
+        raise RegistrationError("fixed", "only zeros", "at least one label")
+    # label by label: one-hot images of an anatomical atlas would fill the memory
+    return float(np.mean([_dice(one == label, two == label) for label in labels]))
 
 
 def mutual_information(
@@ -139,26 +148,11 @@ def mutual_information(
         # the 4096 probabilities are summed on the CPU in double precision: not every device has it, and AMP stays out
         joint = (counts.cpu().double() / max(1, int(counts.sum()))).reshape(bins, bins)
         entropies = _entropy(joint.sum(1)) + _entropy(joint.sum(0))
-        shared = max(0.0, entropies - _entropy(joint.flatten()))
+        shared = max(0.0, entropies - _entropy(joint))
         shared = shared if shared > 1e-12 else 0.0
         results.append((shared, min(1.0, 2.0 * shared / entropies) if shared else 0.0))
     mean = np.mean(results, axis=0)
     return float(mean[0]), float(mean[1])
-
-
-def _bin_index(image: Tensor, bins: int) -> Tensor:
-    low, high = image.min(), image.max()
-    width = torch.where(high > low, high - low, torch.ones_like(low))
-    return ((image - low) / width * bins).long().clamp_(0, bins - 1)
-
-
-def _entropy(probability: Tensor) -> float:
-    return float(torch.special.entr(probability).sum())
-
-
-def ssim_window(spatial: Sequence[int]) -> tuple[int, ...]:
-    """Window of each axis: 11 voxels, or the largest odd number that fits a shorter axis."""
-    return tuple(min(_SSIM_WINDOW, n - 1 + n % 2) for n in spatial)
 
 
 def structural_similarity(fixed: Tensor, moving: Tensor, mask: Tensor | None = None, data_range: float = 1.0) -> float:
@@ -179,7 +173,7 @@ def structural_similarity(fixed: Tensor, moving: Tensor, mask: Tensor | None = N
         The mean over windows and channels, in [-1, 1].
     """
     x, y = fixed.float(), moving.float()
-    windows = ssim_window(x.shape[1:])
+    windows = [min(_SSIM_WINDOW, n - 1 + n % 2) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_x, mean_y = _window_mean(x, windows), _window_mean(y, windows)
     variances = _window_mean(x * x + y * y, windows) - mean_x**2 - mean_y**2
@@ -206,55 +200,42 @@ def _window_mean(image: Tensor, windows: Sequence[int]) -> Tensor:
     return image
 
 
-def squared_error(fixed: Tensor, moving: Tensor, mask: Tensor | None = None) -> float:
-    """Mean squared difference (paper, equation 6).
-
-    Args:
-        fixed: ``[C, *spatial]``.
-        moving: likewise.
-        mask: ``[*spatial]`` bool, the voxels that count; all if None.
-    """
-    squares = (fixed.float() - moving.float()) ** 2
-    return float((squares if mask is None else squares[:, mask]).mean())
+def _bin_index(image: Tensor, bins: int) -> Tensor:
+    low, high = image.min(), image.max()
+    width = torch.where(high > low, high - low, torch.ones_like(low))
+    return ((image - low) / width * bins).long().clamp_(0, bins - 1)
 
 
-def similarity(
-    fixed: Tensor | np.ndarray,
-    moving: Tensor | np.ndarray,
-    region: str = "foreground",
-    fixed_mask: Tensor | np.ndarray | None = None,
-    moving_mask: Tensor | np.ndarray | None = None,
-    scale: bool = True,
-) -> dict[str, float]:
-    """All similarity measures of a pair on one grid (paper, section 2.6).
+def _entropy(probability: Tensor) -> float:
+    return float(torch.special.entr(probability).sum())
 
-    SSIM, MSE and RMSE assume one contrast. Between contrasts that are each other's negative, such as T1 and T2, they
-    can be worse where the images are aligned than where they are not; Dice, MI and NMI are not misled.
 
-    Args:
-        fixed: ``[C, *spatial]``, 2 or 3 spatial dimensions.
-        moving: the moving image on the grid of ``fixed``, same shape.
-        region: "foreground": SSIM, MI, MSE and RMSE over the union of both foregrounds; "image": over the whole
-            image, as the paper does. Dice is that of the foregrounds in both cases.
-        fixed_mask: foreground of ``fixed``, channel first, anything but 0 counts; by Otsu if None.
-        moving_mask: foreground of ``moving``, on the same grid; by Otsu if None.
-        scale: scale each image by its own 0.5 and 99.5 percentiles to [0, 1]. Without it MSE and RMSE are in the
-            images' own units and SSIM expects intensities in [0, 1].
+def _dice(one: Tensor, two: Tensor) -> float:
+    """2 |A and B| / (|A| + |B|) of two masks; 1 where both are empty."""
+    total = int(one.sum()) + int(two.sum())
+    return 2.0 * int((one & two).sum()) / total if total else 1.0
 
-    Returns:
-        ``dice``, ``ssim``, ``mi`` (nats), ``nmi`` ([0, 1]), ``mse`` and ``rmse``; never NaN.
 
-    Raises:
-        RegistrationError: shapes differ, an unknown region, a value that is not finite.
+def _seen(image: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+    """The image ``[C, *spatial]`` with its smallest value in place of what is not finite, and where it is finite."""
+    tensor = torch.as_tensor(image)
+    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach()
+    seen = torch.isfinite(tensor)
+    if not bool(seen.all()) and bool(seen.any()):
+        tensor = torch.where(seen, tensor, tensor[seen].min())
+    return plain_image(tensor, name), seen.all(dim=0)
 
-    Warns:
-        RegistrationWarning: both images carry an affine, and these differ: the voxels do not show the same places.
-    """
-    if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor) and fixed.shape == moving.shape:
+
+def _plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
+    tensor = torch.as_tensor(mask)
+    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().to(image.device)
+    if tensor.shape[1:] != image.shape[1:]:
+        raise RegistrationError(name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
+    return (tensor != 0).any(dim=0)
+
+
+def _warn_of_other_places(fixed: Tensor | np.ndarray, moving: Tensor | np.ndarray) -> None:
+    if hasattr(fixed, "affine") and hasattr(moving, "affine") and fixed.shape == moving.shape:
         if not Grid.of(fixed, "fixed").same_as(Grid.of(moving, "moving")):
             text = "fixed and moving have one shape but different affines; resample moving onto fixed before comparing"
-            warnings.warn(text, RegistrationWarning, stacklevel=2)
-    pair = ImagePair.of(fixed, moving, region, fixed_mask, moving_mask, scale)
-    mi, nmi = pair.mutual_information()
-    mse = pair.mse()
-    return {"dice": pair.dice(), "ssim": pair.ssim(), "mi": mi, "nmi": nmi, "mse": mse, "rmse": math.sqrt(mse)}
+            warnings.warn(text, RegistrationWarning, stacklevel=3)

@@ -6,21 +6,17 @@ Matrices are ``(D+1, D+1)`` and map fixed world to moving world (pull), RAS mm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import CumulativeIterationMetric
-from monai.metrics.utils import do_metric_reduction
-from monai.utils import MetricReduction
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine
-from monai_zsreg.metrics.intensity import foreground_mask
 
-__all__ = ["TRE_STATISTICS", "TREMetric", "foreground_tre", "landmark_tre", "target_registration_error"]
+__all__ = ["TRE_STATISTICS", "foreground_tre", "landmark_tre", "target_registration_error"]
 
 TRE_STATISTICS = ("mean", "median", "p95", "max", "rms")
 _MOST_POINTS = 20_000
@@ -109,8 +105,8 @@ def foreground_tre(
         affine: ``(D+1, D+1)``, the estimate.
         truth: ``(D+1, D+1)``.
         fixed: ``[C, *spatial]``, normally a ``MetaTensor``; a plain tensor counts as 1 mm voxels.
-        mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. By Otsu from ``fixed`` if None; then an
-            image without contrast counts as a whole.
+        mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. None: `foreground_mask` of
+            ``fixed``, or all of it where that is empty.
 
     Returns:
         The `TRE_STATISTICS`: ``mean``, ``median``, ``p95``, ``max``, ``rms``, mm; infinity if ``affine`` is not finite.
@@ -156,59 +152,3 @@ def _row_ends(inside: Tensor) -> Tensor:
     first = kept.argmax(dim=-1)
     last = inside.shape[-1] - 1 - kept.flip(-1).argmax(dim=-1)
     return torch.cat([torch.cat([rows, end[:, None]], dim=-1) for end in (first, last)])
-
-
-class TREMetric(CumulativeIterationMetric):
-    """Foreground target registration error as a MONAI metric.
-
-    Called as ``metric(y_pred, y, fixed=..., mask=...)``: estimates and truths, each ``[B, D+1, D+1]`` or a list of
-    ``(D+1, D+1)``, a list of fixed images and, optionally, a list of their masks. One value a pair, ``[B, 1]`` a call.
-    A transform that is not finite counts as infinity, also in the mean.
-
-    Args:
-        statistic: one of `TRE_STATISTICS`.
-        reduction: as in ``monai.metrics.RegressionMetric``.
-
-    Raises:
-        RegistrationError: an unknown statistic.
-    """
-
-    def __init__(self, statistic: str = "mean", reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
-        super().__init__()
-        if statistic not in TRE_STATISTICS:
-            raise RegistrationError("statistic", statistic, f"one of {TRE_STATISTICS}")
-        self.statistic = statistic
-        self.reduction = reduction
-
-    def _compute_list(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Tensor:
-        return self._compute_tensor(y_pred, y, **kwargs)
-
-    def _compute_tensor(  # type: ignore[override]
-        self,
-        y_pred: Any,
-        y: Any = None,
-        fixed: Sequence[Tensor] | None = None,
-        mask: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        masks = [None] * len(y_pred) if mask is None else mask
-        for name, column in (("y", y), ("fixed", fixed), ("mask", masks)):
-            if column is None or len(column) != len(y_pred):
-                given = None if column is None else len(column)
-                raise RegistrationError(name, given, f"one for each of {len(y_pred)} estimates")
-        assert fixed is not None
-        rows = [foreground_tre(*row)[self.statistic] for row in zip(y_pred, y, fixed, masks, strict=True)]
-        return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
-
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> Tensor:
-        """Reduce over all pairs so far.
-
-        Args:
-            reduction: instead of the one given at construction.
-
-        Raises:
-            RegistrationError: no pair was measured yet.
-        """
-        data = self.get_buffer()
-        if not isinstance(data, Tensor):
-            raise RegistrationError("metric", "no pairs", "at least one pair before aggregate")
-        return do_metric_reduction(data, reduction or self.reduction)[0]

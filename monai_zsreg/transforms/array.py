@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -104,9 +105,9 @@ class ApplyAffineRegistration(SpatialResample):
 
     def __call__(  # type: ignore[override]
         self,
-        img: Tensor | np.ndarray,
+        img: Any,
         affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike,
-        fixed: Tensor | np.ndarray,
+        fixed: Any,
         mode: str | int | None = None,
         padding_mode: str | None = None,
         fill_value: float | None = None,
@@ -133,9 +134,7 @@ class ApplyAffineRegistration(SpatialResample):
         """
         img, fixed = as_image(img, "img"), as_image(fixed, "fixed")
         dims = check_pair(img, fixed, "img")
-        if isinstance(affine, (str, os.PathLike)):
-            affine = read_transform(affine, fixed, img)
-        matrix = checked_matrix(affine, dims, "affine")
+        matrix = read_matrix(affine, dims, fixed, img)
         mode = self.mode if mode is None else _check_mode(mode)
         if mode == "bicubic" and dims == 3:
             raise RegistrationError("mode", mode, "'bilinear', 'nearest' or a spline order, because the images are 3D")
@@ -162,7 +161,7 @@ class ApplyAffineRegistration(SpatialResample):
             # MONAI knows no value outside but 0
             shift = _outside(source, str(mode), fill) if padding_mode == "zeros" and not lazy_ else torch.zeros(1)
             edited = edited - shift if bool(shift.any()) else edited
-            moved = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
+            moved: Any = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
             moved = moved + shift if bool(shift.any()) else moved
         if self.tracing:
             trace = moved.pending_operations if lazy_ else moved.applied_operations
@@ -204,7 +203,7 @@ class ApplyAffineRegistration(SpatialResample):
         else:
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
-                native = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
+                native: Any = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
         native.meta = deepcopy(dict(extra[_NATIVE_META]))
         return native
 
@@ -269,8 +268,8 @@ class RegisterAffine(ApplyAffineRegistration):
 
     def __call__(  # type: ignore[override]
         self,
-        moving: Tensor | np.ndarray,
-        fixed: Tensor | np.ndarray,
+        moving: Any,
+        fixed: Any,
         mode: str | int | None = None,
         padding_mode: str | None = None,
         fill_value: float | None = None,
@@ -437,6 +436,16 @@ def check_pair(moving: MetaTensor, fixed: MetaTensor, moving_name: str) -> int:
     if Grid.of(moving, moving_name).dims != dims:
         raise RegistrationError(moving_name, f"{moving.ndim - 1}D image", f"{dims} spatial dimensions, as fixed has")
     return dims
+
+
+def read_matrix(affine: Any, dims: int, fixed: Any = None, moving: Any = None) -> Tensor:
+    """A pull matrix from an array, nested sequences or the path of a transform file; see `checked_matrix`."""
+    if isinstance(affine, (str, os.PathLike)):
+        affine = read_transform(affine, fixed, moving)
+    elif isinstance(affine, Sequence):
+        with suppress(TypeError, ValueError):  # which `checked_matrix` puts in words
+            affine = torch.tensor(affine, dtype=torch.float64)
+    return checked_matrix(affine, dims, "affine")
 
 
 def evaluate_pending(image: MetaTensor) -> MetaTensor:

@@ -16,7 +16,6 @@ from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.registration import DEFAULT_PRESET
 from monai_zsreg.transforms.array import (
@@ -26,6 +25,7 @@ from monai_zsreg.transforms.array import (
     SaveAffine,
     as_image,
     evaluate_pending,
+    read_matrix,
 )
 
 __all__ = [
@@ -331,7 +331,7 @@ def _any_matrix(affine: Any) -> list[list[float]]:
     """A matrix of 2D or 3D, where no image says yet which, as numbers: a tensor pickles differently every time."""
     if isinstance(affine, (str, os.PathLike)):
         affine = read_transform(affine)
-    return checked_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3, "affine").tolist()
+    return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
 
 def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:

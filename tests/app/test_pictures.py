@@ -82,7 +82,7 @@ def test_before_and_after_go_through_the_right_transform() -> None:
     affine[0, 3] = 3.0
     moving = Image(fixed.values, affine, {"unit": "mm"})
     views = Views(fixed, moving, affine.numpy())
-    for one, before, after in zip(views.fixed, views.before, views.after, strict=True):
+    for one, after in zip(views.fixed, views.after, strict=True):
         np.testing.assert_allclose(after, one, atol=1e-3)
     assert np.abs(views.before[0] - views.fixed[0]).mean() > 0.05
 

@@ -11,23 +11,10 @@ from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.handlers import MetricsSaver, from_engine
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.handlers import (
-    ForegroundDiceHandler,
-    MSEHandler,
-    MutualInformationHandler,
-    RMSEHandler,
-    SSIMHandler,
-    TREHandler,
-)
-from monai_zsreg.metrics import foreground_tre, similarity
+from monai_zsreg.handlers import PairMetricHandler
+from monai_zsreg.metrics import SimilarityMetric, TREMetric, foreground_tre, similarity
 
-HANDLERS = {
-    "dice": ForegroundDiceHandler,
-    "ssim": SSIMHandler,
-    "mi": MutualInformationHandler,
-    "mse": MSEHandler,
-    "rmse": RMSEHandler,
-}
+MEASURES = ("dice", "ssim", "mi", "mse", "rmse")
 
 
 def pairs() -> list[dict]:
@@ -63,17 +50,17 @@ def run(handlers: dict, data: list[dict], decollate: bool = True):
 def test_batch_size_one_with_pairs_of_different_shapes(decollate: bool) -> None:
     data = pairs()
     transform = from_engine(["pred", "fixed"]) if decollate else lambda batch: (batch["pred"], batch["fixed"])
-    engine, loader = run({n: h(output_transform=transform) for n, h in HANDLERS.items()}, data, decollate)
+    engine, loader = run({n: PairMetricHandler(SimilarityMetric(n), transform) for n in MEASURES}, data, decollate)
     state = engine.run(loader)
     expected = [similarity(pair["fixed"], pair["pred"]) for pair in data]
-    for name in HANDLERS:
+    for name in MEASURES:
         values = [row[name] for row in expected]
         assert state.metrics[name] == pytest.approx(np.mean(values), rel=1e-5)
         assert state.metric_details[name][:, 0].tolist() == pytest.approx(values, rel=1e-5)
 
 
 def test_a_second_epoch_starts_anew() -> None:
-    engine, loader = run({"mi": MutualInformationHandler(output_transform=from_engine(["pred", "fixed"]))}, pairs())
+    engine, loader = run({"mi": PairMetricHandler(SimilarityMetric("mi"), from_engine(["pred", "fixed"]))}, pairs())
     assert engine.run(loader).metrics["mi"] == engine.run(loader, max_epochs=1).metrics["mi"]
     assert len(engine.state.metric_details["mi"]) == 3
 
@@ -81,7 +68,7 @@ def test_a_second_epoch_starts_anew() -> None:
 def test_target_registration_error() -> None:
     data = pairs()
     transform = from_engine(["estimate", "truth", "fixed"])
-    handlers = {name: TREHandler(name, output_transform=transform) for name in ("mean", "max")}
+    handlers = {name: PairMetricHandler(TREMetric(name), transform) for name in ("mean", "max")}
     engine, loader = run(handlers, data)
     state = engine.run(loader)
     for name in handlers:
@@ -92,7 +79,7 @@ def test_target_registration_error() -> None:
 
 def test_target_registration_error_of_a_batch_that_was_not_decollated() -> None:
     data = pairs()
-    handler = TREHandler(output_transform=lambda b: (b["estimate"], b["truth"], b["fixed"]))
+    handler = PairMetricHandler(TREMetric(), lambda b: (b["estimate"], b["truth"], b["fixed"]))
     engine, loader = run({"tre": handler}, data, decollate=False)
     values = [foreground_tre(pair["estimate"], pair["truth"], pair["fixed"])["mean"] for pair in data]
     engine.run(loader)
@@ -105,8 +92,8 @@ def test_masks_as_further_outputs() -> None:
         pair["mask"] = MetaTensor(torch.ones_like(pair["fixed"].as_tensor()), affine=pair["fixed"].affine)
     transform = from_engine(["pred", "fixed", "mask", "mask"])
     handlers = {
-        "masked": MSEHandler(output_transform=transform),
-        "whole": MSEHandler(region="image", output_transform=from_engine(["pred", "fixed"])),
+        "masked": PairMetricHandler(SimilarityMetric("mse"), transform),
+        "whole": PairMetricHandler(SimilarityMetric("mse", "image"), from_engine(["pred", "fixed"])),
     }
     engine, loader = run(handlers, data)
     metrics = engine.run(loader).metrics
@@ -114,7 +101,7 @@ def test_masks_as_further_outputs() -> None:
 
 
 def test_details_reach_monais_saver(tmp_path) -> None:
-    handler = MutualInformationHandler(normalized=True, output_transform=from_engine(["pred", "fixed"]))
+    handler = PairMetricHandler(SimilarityMetric("nmi"), from_engine(["pred", "fixed"]))
     engine, loader = run({"nmi": handler}, pairs())
     MetricsSaver(tmp_path, metrics="*", metric_details="*", batch_transform=lambda b: [{}]).attach(engine)
     engine.run(loader)
@@ -122,6 +109,6 @@ def test_details_reach_monais_saver(tmp_path) -> None:
 
 
 def test_wrong_number_of_outputs() -> None:
-    for handler, outputs in ((TREHandler(), 5), (SSIMHandler(), 1)):
+    for metric, outputs in ((TREMetric(), 5), (SimilarityMetric("ssim"), 1)):
         with pytest.raises(RegistrationError, match="output"):
-            handler.update([torch.rand(1, 1, 8, 8)] * outputs)
+            PairMetricHandler(metric).update([torch.rand(1, 1, 8, 8)] * outputs)

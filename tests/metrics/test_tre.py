@@ -101,7 +101,7 @@ def test_subsample_is_close_to_every_voxel_and_its_maximum_exact() -> None:
     assert got["p95"] == pytest.approx(np.percentile(errors, 95), rel=5e-3)
 
 
-def test_foreground_by_otsu_and_images_without_contrast() -> None:
+def test_foreground_that_is_detected_and_images_without_contrast() -> None:
     image = torch.zeros(1, 20, 20)
     image[0, 5:10, 5:10] = 100.0
     stretch = np.diag([2.0, 1.0, 1.0])
