@@ -36,11 +36,13 @@ class DemoPair(TypedDict):
         fixed: NIfTI file, T1 template, int16.
         moving: NIfTI file, simulated T2-like image, int16.
         truth: ``(D+1, D+1)`` float64, fixed world to moving world (RAS mm).
+        mask: bool, foreground on the fixed grid ``[*spatial]``.
     """
 
     fixed: Path
     moving: Path
     truth: np.ndarray
+    mask: np.ndarray
 
 
 def demo_pair(
@@ -72,7 +74,7 @@ def demo_pair(
         bias: largest departure of the smooth multiplicative field from 1.
 
     Returns:
-        The two files and the true matrix.
+        The two files, the true matrix and the fixed foreground.
 
     Raises:
         RegistrationError: another number of dimensions, or a folder that cannot be written to.
@@ -92,7 +94,7 @@ def demo_pair(
     paths = folder / "fixed_t1.nii.gz", folder / "moving_simulated_t2.nii.gz"
     for path, image in zip(paths, (tissues["t1"], moving), strict=True):
         write_image(path, Image(image.values * _BRIGHTEST, image.affine, {"dtype": "int16"}))
-    return DemoPair(fixed=paths[0], moving=paths[1], truth=truth)
+    return DemoPair(fixed=paths[0], moving=paths[1], truth=truth, mask=mask.numpy())
 
 
 def _tissues(spatial_dims: int) -> dict[str, Image]:
