@@ -195,9 +195,7 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
         pair = read_pair({"name": name} | images, settings) | {"files": ids}
         result = register_pair(pair, settings)
         if not result.success:
-            raise RegistrationFailure(
-                f"{moving} could not be registered to {ids['fixed']}: {'; '.join(result.reasons)}"
-            )
+            raise RegistrationFailure(f"{moving} does not register to {ids['fixed']}: {'; '.join(result.reasons)}")
         described = describe_pair(pair, result, settings)
         report = described["report"] | {"matrix_lps": ras_to_lps(result.affine).tolist(), "returned": returned}
         moved = described["images"]
