@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ class Settings:
                 raise RegistrationError(name, getattr(self, name), f"one of {allowed}")
         for name in ("rotations", "blocks"):
             number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 8):
+            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if number is not None and (not whole or number < 8):
                 raise RegistrationError(name, number, "a whole number of at least 8, or None")
 
 
