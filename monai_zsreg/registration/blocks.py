@@ -40,6 +40,8 @@ class Blocks:
         gradient: ``[D, 2, B, C, P]``.
         coordinates: ``[2, D + 1, B * P]`` inner points, own frame, homogeneous.
         weight: ``[2, B * P]`` of the inner points.
+        chance: mean clipped difference of the descriptors of places that do not belong together. What an image does
+            not show counts as much: that it is not seen speaks neither for a transform nor against it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Blocks:
         seen = _looked_up(weights, _placed(self._corner, inner, own))
         self.weight = (seen.view(2, most, -1) * counts[..., None]).flatten(1)
         self._total = self.weight.sum(1).clamp(min=1e-6)[:, None]
+        self.chance = self._chance()
         places = (self._corner[:, :, None] + inner).flatten(1, 2)
         self.coordinates = torch.cat([places.mT, torch.ones_like(places[:, None, :, 0])], dim=1)
         self.products = _products(self.coordinates, 1)
@@ -120,8 +123,8 @@ class Blocks:
         features, weight = self.compare(pull)
         residual = self.features[:, None] - features.flatten(4)
         square = residual.square().mean(3).flatten(2)
-        worst, unrelated = self.describe.worst, self.describe.unrelated
-        cost = ((square.clamp(max=worst) - unrelated) * weight).sum(2) / self._total + unrelated
+        square_or_worst = square.clamp(max=self.describe.worst)
+        cost = ((square_or_worst - self.chance) * weight).sum(2) / self._total + self.chance
         overlap = weight.sum(2) / self._total
         weight = self.trusted(weight, square)
         force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in self.gradient], dim=2)
@@ -147,8 +150,7 @@ class Blocks:
         features, weight = self.compare(pull)
         count = features.shape[2]
         square = (self.features[:, None] - features.flatten(4)).square().mean(3).flatten(2)
-        worst, unrelated = self.describe.worst, self.describe.unrelated
-        lost = (square.clamp(max=worst) - unrelated) * weight + unrelated * self.weight[:, None]
+        lost = (square.clamp(max=self.describe.worst) - self.chance) * weight + self.chance * self.weight[:, None]
         blocks = lost.unflatten(2, (count, -1)).sum(3).transpose(0, 1).flatten(1)
         return blocks.cpu().double(), self.weight.unflatten(1, (count, -1)).sum(2).flatten().cpu().double()
 
@@ -166,6 +168,16 @@ class Blocks:
         residual = self.features - features.view(self.features.shape)
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
+
+    def _chance(self) -> float:
+        weight = self.weight.unflatten(1, (self.features.shape[1], -1))
+        total = count = 0.0
+        for shift in (1, 3, 7):
+            square = (self.features[0] - self.features[1].roll(shift, 0)).square().mean(1)
+            both = weight[0] * weight[1].roll(shift, 0)
+            total += float((square.clamp(max=self.describe.worst) * both).sum())
+            count += float(both.sum())
+        return total / count if count > 0 else self.describe.worst
 
     def trusted(self, weight: Tensor, square: Tensor) -> Tensor:
         """Less weight for points that disagree more than others: Geman and McClure's function."""
