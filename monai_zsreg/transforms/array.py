@@ -30,6 +30,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationFailure, Registrat
 from monai_zsreg.geometry import Grid, checked_affine, checked_matrix, moved_header
 from monai_zsreg.io import ITK_SUFFIXES, read_transform, write_itk_transform
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
+from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.resample import MODES, outside_value, resample
 
 __all__ = ["AFFINE_KEY", "REASONS_KEY", "VERDICT_KEY", "ApplyAffineRegistration", "RegisterAffine", "SaveAffine"]
@@ -236,6 +237,9 @@ class RegisterAffine(ApplyAffineRegistration):
         RegistrationError: a wrong argument.
     """
 
+    #: whether it knows how to apply more than a matrix
+    deforms = False
+
     def __init__(
         self,
         preset: str = DEFAULT_PRESET,
@@ -253,6 +257,8 @@ class RegisterAffine(ApplyAffineRegistration):
         super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy)
         if on_failure not in _ON_FAILURE:
             raise RegistrationError("on_failure", on_failure, "one of " + ", ".join(repr(way) for way in _ON_FAILURE))
+        if (transform == DEFORMABLE) != self.deforms:
+            raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
         method = {name: value for name, value in options.items() if name not in _PAIR_OPTIONS}
         check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **method)
