@@ -30,7 +30,6 @@ _EXTRAS_ONLY = (
     "ants",
     "cv2",
     "pandas",
-    "tqdm",
 )
 
 _IMPORT_EVERYTHING = f"""
@@ -84,7 +83,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     # the regressor's weights come from the bundle's folder
     weights = {f"monai_zsreg/pretrained_models/{name}" for name in ("model.pt", "model_3d.pt")}
-    assert names == modules | {"monai_zsreg/py.typed"} | weights
+    pages = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.html")}
+    assert len(pages) == 3 and names == modules | {"monai_zsreg/py.typed"} | weights | pages
     assert len(licenses) == 1
 
 
@@ -98,7 +98,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        "benchmark", "demo", "dev", "interop", "label", "report", "test", "train",
+        "benchmark", "demo", "dev", "interop", "label", "test", "train",
     }  # fmt: skip
     hard = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert any(r.startswith("monai>=1.6.1") for r in hard)

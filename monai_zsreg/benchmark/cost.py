@@ -136,12 +136,13 @@ def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]
         return [sys.executable, "-c", f"import sys\nfixed, moving, output = sys.argv[1:]\n{text}", *files]
 
     commands = {"import monai.bundle, for comparison": script(_BARE), "register, in Python": script(_REGISTER)}
-    commands["zsreg register"] = ["zsreg", "register", "FIXED", "MOVING", "-o", "FOLDER"]
+    # beside this Python, whose folder need not be on the path
+    command = shutil.which("zsreg") or shutil.which("zsreg", path=str(Path(sys.executable).parent))
+    if command:
+        commands["zsreg register"] = [command, "register", "FIXED", "MOVING", "-o", "FOLDER"]
+    notes = [] if command else ["zsreg register: not installed"]
     run = f"-m monai.bundle run --config_file {bundle}/configs/inference.json --bundle_root {bundle}".split()
     commands["bundle"] = [sys.executable, *run, "--fixed", "FIXED", "--moving", "MOVING", "--output_dir", "FOLDER"]
-    notes = []
-    if not shutil.which("zsreg"):
-        notes.append(f"zsreg register: {commands.pop('zsreg register')[0]} is not on the path")
     for family in dict.fromkeys(methods):
         try:
             module = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}")

@@ -25,6 +25,8 @@ __all__ = ["is_dicom", "read_dicom_file", "read_dicom_folder"]
 
 _TAGS = [
     "SeriesInstanceUID",
+    "StudyDate",
+    "StudyTime",
     "ImageType",
     "ImageOrientationPatient",
     "ImagePositionPatient",
@@ -114,8 +116,9 @@ def _converted(source: Path, headers: Sequence[Any]) -> list[_Volume]:
         # uncompressed, no search in folders below, not the user's defaults, sidecars with identifiers
         options = ["-z", "n", "-d", "0", "-g", "i", "-b", "y", "-ba", "n", "-f", "%s", "-o", out]
         single = ["-s", "y"] if source.is_file() else []
+        read = _with_one_time(source, headers, Path(out)) if source.is_dir() else source
         run = subprocess.run(
-            [dcm2niix.bin, *options, *single, str(source)], capture_output=True, text=True, errors="replace"
+            [dcm2niix.bin, *options, *single, str(read)], capture_output=True, text=True, errors="replace"
         )
         volumes = []
         # what dcm2niix resampled itself, and overlays, have no sidecar
@@ -136,6 +139,26 @@ def _converted(source: Path, headers: Sequence[Any]) -> list[_Volume]:
         if "MOSAIC" not in volume.about.get("ImageType", ()):
             _place_slices(volume, headers)
     return volumes
+
+
+def _with_one_time(folder: Path, headers: Sequence[Any], out: Path) -> Path:
+    """The folder, or a copy in which the files of a series state one time of the study.
+
+    They should, and dcm2niix takes them apart where they do not. ITK and SimpleITK state when they wrote each file.
+    """
+    import pydicom
+
+    first: dict[str, tuple[Any, Any]] = {}
+    times = [(header.SeriesInstanceUID, (header.get("StudyDate"), header.get("StudyTime"))) for header in headers]
+    if all(first.setdefault(series, when) == when for series, when in times):
+        return folder
+    copy = out / "one_time"
+    copy.mkdir()
+    for header in headers:
+        data = pydicom.dcmread(header.filename, force=True)
+        data.StudyDate, data.StudyTime = first[data.SeriesInstanceUID]
+        data.save_as(copy / Path(header.filename).name)
+    return copy
 
 
 def _one_of(volumes: list[_Volume], source: Path, choice: str | None) -> Stored:

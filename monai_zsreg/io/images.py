@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageLike", "load_image", "read_image", "write_image"]
 
 _SMALLEST_AXIS = 4
+_LARGEST_IN_FLOAT32 = 2**24
 # characters; what a library says may fill pages
 _LONGEST_REASON = 400
 # as ITU-R BT.601 weighs red, green and blue, and with it Pillow and most cameras
@@ -167,8 +168,15 @@ def load_image(source: ImageLike, name: str = "image", affine: Any = None) -> Im
 
 
 def read_image(source: ImageLike, name: str = "image", affine: Any = None) -> MetaTensor:
-    """`load_image` as a ``MetaTensor``: see what the package reads."""
-    return load_image(source, name, affine).to_metatensor()
+    """`load_image` as a ``MetaTensor``: see what the package reads.
+
+    Whole numbers come as float32, as MONAI's ``LoadImage`` gives them, unless some are too large for it to hold.
+    """
+    image = load_image(source, name, affine)
+    values = image.values
+    if not values.is_floating_point() and max(abs(int(values.min())), abs(int(values.max()))) <= _LARGEST_IN_FLOAT32:
+        image = replace(image, values=values.float())
+    return image.to_metatensor()
 
 
 def write_image(path: str | os.PathLike, image: Image, like: Image | None = None, labels: bool = False) -> None:

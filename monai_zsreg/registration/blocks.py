@@ -120,8 +120,8 @@ class Blocks:
         features, weight = self.compare(pull)
         residual = self.features[:, None] - features.flatten(4)
         square = residual.square().mean(3).flatten(2)
-        worst = self.describe.worst
-        cost = ((square.clamp(max=worst) - worst) * weight).sum(2) / self._total + worst
+        worst, unrelated = self.describe.worst, self.describe.unrelated
+        cost = ((square.clamp(max=worst) - unrelated) * weight).sum(2) / self._total + unrelated
         overlap = weight.sum(2) / self._total
         weight = self.trusted(weight, square)
         force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in self.gradient], dim=2)
@@ -147,8 +147,8 @@ class Blocks:
         features, weight = self.compare(pull)
         count = features.shape[2]
         square = (self.features[:, None] - features.flatten(4)).square().mean(3).flatten(2)
-        worst = self.describe.worst
-        lost = (square.clamp(max=worst) - worst) * weight + worst * self.weight[:, None]
+        worst, unrelated = self.describe.worst, self.describe.unrelated
+        lost = (square.clamp(max=worst) - unrelated) * weight + unrelated * self.weight[:, None]
         blocks = lost.unflatten(2, (count, -1)).sum(3).transpose(0, 1).flatten(1)
         return blocks.cpu().double(), self.weight.unflatten(1, (count, -1)).sum(2).flatten().cpu().double()
 

@@ -29,6 +29,7 @@ __all__ = [
     "honest_covariance",
     "judge",
     "spread_at",
+    "weakest_direction",
 ]
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
@@ -62,7 +63,8 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``.
 
     Attributes:
-        agreement: least agreement of the descriptors' slopes.
+        agreement: least agreement of the descriptors' slopes. It and the cost do not count where the correlation of the
+            coarse stage has one place that stands out from all others.
         cost: largest difference of the descriptors at the finest level.
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
@@ -84,6 +86,9 @@ class Limits:
 
 #: by descriptor and number of dimensions; warn, fail. Those of a descriptor that is not here are unknown.
 LIMITS = {("mind", 2): Limits(cost=(0.088, 0.099)), ("mind", 3): Limits(cost=(0.085, 0.1))}
+
+# what tells how alike the images look, and the margin that speaks for an answer where they do not
+_LIKENESS, _MARGIN = ("agreement", "cost"), 0.1
 
 _TEXTS = {
     "agreement": "the local structures of the two images agree by {percent:.0f} % only",
@@ -138,8 +143,10 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
+    # a place that stands out from all others is right however little the two contrasts have in common
+    vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
-        if name not in measures:
+        if name not in measures or (vouched and name in _LIKENESS):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two
@@ -197,6 +204,48 @@ def row_trace(covariance: np.ndarray) -> np.ndarray:
     """The matrix ``M (D+1, D+1)`` of the expected squared error ``h M h`` at a point ``h = (x, 1)``."""
     dims = _dims(covariance)
     return np.asarray(np.einsum("iaib->ab", covariance.reshape(dims, dims + 1, dims, dims + 1)))
+
+
+def weakest_direction(covariance: np.ndarray, affine: np.ndarray, fixed: Grid, unit: str = "mm") -> str:
+    """The rigid motion that the images determine least, in words, with its standard deviation.
+
+    Rotations are weighed by how far they move a point half way to the ends of the field of view.
+
+    Args:
+        covariance: ``(D(D+1), D(D+1))`` of the first D rows of ``affine``, row after row.
+        affine: ``(D+1, D+1)``, fixed world to moving world.
+        fixed: grid of the fixed image.
+        unit: of lengths.
+    """
+    dims = fixed.dims
+    reach = 0.25 * float(np.mean([n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True)]))
+    about = np.eye(dims + 1)
+    about[:dims, dims] = fixed.center.numpy()
+    # of a motion of the fixed world, its center as origin: I + motion = affine^-1 (affine + change)
+    change = np.kron(np.linalg.inv(affine[:dims, :dims]), about.T)
+    moved = (change @ covariance @ change.T).reshape(dims, dims + 1, dims, dims + 1)
+    planes = [(1, 0)] if dims == 2 else [(2, 1), (0, 2), (1, 0)]
+    rows = np.zeros((len(planes) + dims, dims, dims + 1))
+    for row, (i, j) in zip(rows, planes, strict=False):
+        row[i, j], row[j, i] = 0.5 * reach, -0.5 * reach
+    for axis in range(dims):
+        rows[len(planes) + axis, axis, dims] = 1.0
+    values, vectors = np.linalg.eigh(np.einsum("pab,abcd,qcd->pq", rows, moved, rows))
+    spread, vector = math.sqrt(max(float(values[-1]), 0.0)), vectors[:, -1]
+    turn, shift = vector[: len(planes)], vector[len(planes) :]
+    if np.linalg.norm(turn) > np.linalg.norm(shift):
+        degrees = math.degrees(spread * float(np.linalg.norm(turn)) / reach)
+        return f"rotation{'' if dims == 2 else f' about {_axis(turn)}'}: {degrees:.2g} degrees"
+    return f"shift along {_axis(shift)}: {spread * float(np.linalg.norm(shift)):.2g} {unit}"
+
+
+def _axis(direction: np.ndarray) -> str:
+    """Name of a direction of the world, or its components."""
+    unit = direction / np.linalg.norm(direction)
+    main = int(np.abs(unit).argmax())
+    if abs(unit[main]) < 0.9:
+        return f"({', '.join(f'{v:.2f}' for v in unit)})"
+    return "the " + (("x", "y") if len(unit) == 2 else ("left-right", "front-back", "head-foot"))[main] + " axis"
 
 
 def error_quantile(spread: np.ndarray, level: float, constants: Calibration) -> np.ndarray:

@@ -34,8 +34,8 @@ class Candidates:
         score: ``[K]`` correlation of the edge orientations over the overlap, 1 for the same image, less where the
             overlap is small.
         overlap: ``[K]`` part of the smaller of the two seen regions that lies in the other.
-        margin: how far the best score stands above the second; the others all lie apart from it. What is right stands
-            0.1 and more above, what is wrong hardly at all.
+        margin: how far the best score stands above the second; the others all lie apart from it. Pairs that belong
+            together mostly stand 0.1 to 0.5 above. A mirror image of a symmetric body stands out as well.
     """
 
     transform: Tensor
@@ -54,17 +54,26 @@ _TURNS = {2: 60, 3: 100}
 _TURNS_ALL = {2: 60, 3: 1440}
 # gradients below the root of this share of their mean square do not count as edges
 _FAINT = 0.1
-# least overlap, of the smaller region, and the power of the overlap that a score is multiplied by
+# least overlap, of the smaller region; a score is multiplied by the fourth root of the overlap
 _LEAST = 0.2
-_POWER = 0.25
-# complex numbers of a batch, by whether there is a GPU
-_BATCH = {False: 1_500_000, True: 100_000_000}
+# numbers of a batch, by whether there is a GPU; on the CPU few enough for its cache
+_BATCH = {False: 500_000, True: 20_000_000}
+# most points that a transform may have; the lattice gets coarser where a small image is looked for in a large one
+_LARGEST = {2: 250_000, 3: 250_000}
+_LARGEST_ALL = {2: 250_000, 3: 100_000}
 # widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
 # (logarithm)
-_ROUNDS = ((8.0, 0.8, 0.05), (5.0, 0.5, 0.03), (3.0, 0.3, 0.02), (2.0, 0.2, 0.01))
+_ROUNDS = (
+    (8.0, 0.8, 0.05),
+    (5.0, 0.5, 0.03),
+    (3.0, 0.3, 0.02),
+    (2.0, 0.2, 0.01),
+    (1.2, 0.12, 0.006),
+    (0.7, 0.07, 0.004),
+)
 _TRIALS = 16
 # candidates that take part in each round, and points that they are compared at
-_KEEP = (24, 16, 12, 8)
+_KEEP = (24, 16, 12, 8, 6, 4)
 _POINTS = 1200
 
 
@@ -98,12 +107,10 @@ def correlate(
     """
     pairs = ((fixed, fixed_affine, fixed_seen), (moving, moving_affine, moving_seen))
     sides = [_sides(values, affine) for values, affine, _ in pairs]
-    dims = fixed.ndim
-    cells = (_CELLS if reach is not None else _CELLS_ALL)[dims]
-    step = min(float(side.max()) for side in sides) / cells
-    maps = [_Maps.of(values.float(), affine.double().cpu(), seen, step) for values, affine, seen in pairs]
-    # the smaller one turns, in the smaller cube
+    # the smaller one turns, in the smaller box
     swap = float(sides[0].norm()) < float(sides[1].norm())
+    step = _step(sides[swap], sides[not swap], reach)
+    maps = [_Maps.of(values.float(), affine.double().cpu(), seen, step) for values, affine, seen in pairs]
     still, turned = reversed(maps) if swap else maps
     factors = [1 / s for s in scales] if swap else list(scales)
     transforms, scores = _scan(still, turned, step, reach, factors)
@@ -115,6 +122,15 @@ def correlate(
     if swap:
         transforms = torch.linalg.inv(transforms)
     return Candidates(transforms, scores, overlaps[chosen], margin)
+
+
+def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
+    """Distance of the lattice points, mm, by the sides of the two fields of view."""
+    dims = len(still)
+    cells, largest = (_CELLS_ALL, _LARGEST_ALL) if reach is None else (_CELLS, _LARGEST)
+    step = min(float(still.max()), float(turned.max())) / cells[dims]
+    whole = (still.max().expand(dims) if reach is None else still) + turned.norm()
+    return step * max(1.0, float((whole / step).prod()) / largest[dims]) ** (1 / dims)
 
 
 def seen_region(values: Tensor, finite: Tensor | None = None, border: int = 2) -> Tensor:
@@ -181,21 +197,22 @@ class _Maps:
     def of(cls, values: Tensor, affine: Tensor, seen: Tensor | None, step: float) -> _Maps:
         dims = values.ndim
         sides = _sides(values, affine)
-        weight = torch.ones_like(values) if seen is None else seen.to(values)
-        values = torch.where(weight > 0, values, 0.0).nan_to_num(0.0, 0.0, 0.0)
         spacing = affine[:dims, :dims].norm(dim=0)
         factors = [
             max(1, min(round(step / _FINER / float(s)), n // 4)) for s, n in zip(spacing, values.shape, strict=True)
         ]
         average = F.avg_pool2d if dims == 2 else F.avg_pool3d
-        whole = average(weight[None, None], factors)[0, 0]
-        values = average((values * weight)[None, None], factors)[0, 0] / whole.clamp(min=1e-6)
+        if seen is None:
+            values = average(values.nan_to_num(0.0, 0.0, 0.0)[None, None], factors)[0, 0]
+            weight = torch.ones_like(values)
+        else:
+            weight = average(seen.to(values)[None, None], factors)[0, 0]
+            values = average(torch.where(seen, values, 0.0).nan_to_num(0.0, 0.0, 0.0)[None, None], factors)[0, 0]
+            values = values / weight.clamp(min=1e-6)
+            # a gradient needs both its neighbors
+            weight = (~_grown(weight < 0.99)).to(values)
         affine = affine @ _scaling(factors)
         spacing = affine[:dims, :dims].norm(dim=0)
-        # a gradient needs both its neighbors
-        weight = (whole > 0.99).to(values)
-        if seen is not None:
-            weight = (~_grown(weight == 0)).to(values)
         along = [
             torch.gradient(values, dim=axis)[0] if n > 1 else torch.zeros_like(values)
             for axis, n in enumerate(values.shape)
@@ -230,9 +247,8 @@ class _Maps:
         return u @ vt
 
     def volume(self) -> float:
-        """Of what is seen, mm."""
-        dims = self.dims
-        return float((self.values[-1] > 0.5).float().mean() * self.sides.prod()) if dims else 0.0
+        """Of what is seen, mm to the power of D."""
+        return float((self.values[-1] > 0.5).float().mean() * self.sides.prod())
 
     def at(self, points: Tensor, turns: Tensor, mode: str = "bilinear") -> tuple[Tensor, Tensor]:
         """
@@ -352,20 +368,24 @@ def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales:
         box = tuple(math.ceil(float(n)) for n in boxes.amax(0) - 1e-6)
         # translations with hardly any overlap may wrap around
         size = [_good_size(a + b - max(1, int(0.15 * min(a, b)))) for a, b in zip(shape, box, strict=True)]
-        fixed_part = _transformed(channels, seen, size)
-        cells = len(group) * math.prod(size)
-        batch = max(1, _BATCH[device.type == "cuda"] // (cells + (channels.shape[1] + 2) * math.prod(size)))
+        spectra = _transformed(channels, seen, size)
+        cells = math.prod(size)
+        batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * cells))
         for part in turns.split(batch):
             maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
-            score = _normalized(fixed_part, _transformed(maps, mask, size), seen, mask, size)
-            best = score.flatten(2).max(-1)
-            place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
-            shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
-            moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
-            moved[..., :dims, dims] = -shift.double()
-            transform = world[:, None] @ moved @ torch.linalg.inv(still_world)
-            found.append(transform.flatten(0, 1))
-            scores.append(best.values.cpu().double().flatten())
+            other = _transformed(maps, mask, size).conj()
+            some = max(1, _BATCH[device.type == "cuda"] // (4 * len(part) * cells))
+            for number in range(0, len(group), some):
+                those = slice(number, number + some)
+                score = _normalized(spectra[those], other, seen[those], mask, size)
+                best = score.flatten(2).max(-1)
+                place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
+                shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
+                moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
+                moved[..., :dims, dims] = -shift.double()
+                transform = world[:, None] @ moved @ torch.linalg.inv(still_world[those])
+                found.append(transform.flatten(0, 1))
+                scores.append(best.values.cpu().double().flatten())
     return torch.cat(found), torch.cat(scores)
 
 
@@ -376,22 +396,32 @@ def _transformed(channels: Tensor, seen: Tensor, size: list[int]) -> Tensor:
 
 
 def _normalized(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int]) -> Tensor:
-    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice."""
-    dims = len(size)
-    turned = turned.conj()
-    spectra = torch.stack(
-        [
-            torch.einsum("gc...,nc...->ng...", still[:, :-2], turned[:, :-2]),
-            still[None, :, -2] * turned[:, None, -2],
-            still[None, :, -1] * turned[:, None, -2],
-            still[None, :, -2] * turned[:, None, -1],
-        ]
+    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice.
+
+    Args:
+        still: spectra ``[G, C + 2, *half]``.
+        turned: conjugate spectra ``[N, C + 2, *half]``.
+        still_seen: ``[G, *shape]``.
+        turned_seen: ``[N, *box]``.
+        size: of the transforms.
+    """
+    axes = tuple(range(-len(size), 0))
+    # a sum in place: einsum and the product of whole stacks are slower by half
+    total = still[None, :, 0] * turned[:, None, 0]
+    for channel in range(1, still.shape[1] - 2):
+        total.addcmul_(still[None, :, channel], turned[:, None, channel])
+    kinds = (
+        total,
+        still[None, :, -2] * turned[:, None, -2],
+        still[None, :, -1] * turned[:, None, -2],
+        still[None, :, -2] * turned[:, None, -1],
     )
-    common, overlap, one, two = torch.fft.irfftn(spectra, s=size, dim=tuple(range(-dims, 0)))
+    common, overlap, one, two = (torch.fft.irfftn(kind, s=size, dim=axes) for kind in kinds)
     least = torch.minimum(still_seen.flatten(1).sum(1)[None], turned_seen.flatten(1).sum(1)[:, None]).clamp(min=1)
-    share = overlap / least.view(*least.shape, *[1] * dims)
-    score = common / (one.clamp(min=1e-3) * two.clamp(min=1e-3)).sqrt() * share.clamp(min=1e-3) ** _POWER
-    return torch.where(share > _LEAST, score, -1.0)
+    share = overlap.div_(least.view(*least.shape, *[1] * len(size)))
+    squares = one.clamp_(min=1e-3).mul_(two.clamp_(min=1e-3))
+    score = common.mul_(squares.rsqrt_()).mul_(share.clamp(min=1e-3).sqrt_().sqrt_())
+    return score.masked_fill_(share <= _LEAST, -1.0)
 
 
 def _good_size(least: int) -> int:
@@ -547,7 +577,7 @@ def _improve(
             two = other - (other * weight).sum(-1, keepdim=True)
             common, first, second = ((a * b * weight).sum((1, 2)) for a, b in ((one, two), (one, one), (two, two)))
             share = (total / len(points) / least).clamp(max=1.0)
-            value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3) ** _POWER
+            value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3).sqrt().sqrt()
             results.append(torch.stack([torch.where(share > _LEAST, value, -1.0), share]))
         value, share = torch.cat(results, dim=1).cpu().double()
         return value, share

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Effort:
         trials: trials for each of them in a round.
         results: candidates that are refined.
         followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
+        patience: iterations, as a multiple of the usual ones.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
@@ -89,6 +91,7 @@ class Effort:
     trials: int = 24
     results: int = 4
     followed: int = 3
+    patience: int = 1
     catch: tuple[_Stage, ...] = ()
     faint: bool = False
 
@@ -97,7 +100,7 @@ class Effort:
 EFFORTS = {
     2: (
         Effort(points=1000, keep=16, trials=16),
-        Effort("correlation", points=1000, results=10, followed=6),
+        Effort("correlation", points=1000, results=10, followed=6, patience=2),
         Effort(
             points=4000,
             keep=30,
@@ -109,8 +112,8 @@ EFFORTS = {
     ),
     3: (
         Effort(),
-        Effort("correlation", reach=45.0, results=10, followed=6),
-        Effort("correlation", results=10, followed=6),
+        Effort("correlation", reach=45.0, results=10, followed=6, patience=2),
+        Effort("correlation", results=10, followed=6, patience=2),
         Effort(points=5000, keep=64, trials=48, results=12, faint=True),
     ),
 }
@@ -154,7 +157,8 @@ class Settings:
                 raise RegistrationError(name, getattr(self, name), f"one of {allowed}")
         for name in ("rotations", "blocks"):
             number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 8):
+            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if number is not None and (not whole or number < 8):
                 raise RegistrationError(name, number, "a whole number of at least 8, or None")
 
 
@@ -276,9 +280,9 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         # no negative seeds
         blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
         if not going:
-            going = _begin(blocks, candidates, settings, effort, stage.iterations)
+            going = _begin(blocks, candidates, settings, effort, effort.patience * stage.iterations)
         else:
-            going = _followed(blocks, going, settings.transform, stage.iterations)
+            going = _followed(blocks, going, settings.transform, effort.patience * stage.iterations)
         going, lost = _compared(blocks, going)
         beaten += lost
         if number >= 0:
@@ -356,7 +360,7 @@ def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Ef
         seen_region(fixed.values),
         seen_region(moving.values),
         reach=effort.reach,
-        scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.85, 1.0, 1.18),
+        scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.9, 1.0, 1.12),
         count=effort.results,
         seed=settings.seed,
     )

@@ -16,7 +16,14 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, decompose_affine
 from monai_zsreg.io import write_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
-from monai_zsreg.registration.confidence import CALIBRATION, FAIL, error_quantile, row_trace, spread_at
+from monai_zsreg.registration.confidence import (
+    CALIBRATION,
+    FAIL,
+    error_quantile,
+    row_trace,
+    spread_at,
+    weakest_direction,
+)
 from monai_zsreg.resample import resample
 
 if TYPE_CHECKING:
@@ -137,6 +144,15 @@ class RegistrationResult:
             return np.full(len(places), np.inf) if not self.success else np.asarray(self.uncertainty.at(places))
         spread = spread_at(self.covariance, places)
         return spread if level is None else error_quantile(spread, level, CALIBRATION[dims])
+
+    @property
+    def weakest_direction(self) -> str:
+        """The motion that the images determine least, with its standard deviation: "shift along the head-foot axis:
+        0.3 mm"; empty for presets without a covariance."""
+        if self.covariance is None:
+            return ""
+        unit = "pixels" if self.fixed_image.meta.get("unit") == "pixel" else "mm"
+        return weakest_direction(self.covariance, self.affine, self.fixed_image.grid, unit)
 
     def expected_error(self, grid: Grid | None = None) -> Tensor:
         """`uncertainty_at` the voxels of a grid, mm, ``[1, *spatial]`` float32.

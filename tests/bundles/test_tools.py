@@ -12,12 +12,14 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ckpt_export, verify_metadata, verify_net_in_out
-from monai.data import MetaTensor
 
 import monai_zsreg
 from monai_zsreg import RegistrationWarning
-from monai_zsreg.inference import PairInferer, trained_network
-from monai_zsreg.networks import UNTRAINED_FOR_CHECKS_ONLY
+from monai_zsreg.app.bundle import PairInferer
+from monai_zsreg.app.run import Settings
+from monai_zsreg.io import load_image
+from monai_zsreg.networks import UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
+from monai_zsreg.registration import Prepared
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration"
 METADATA, INFERENCE = (str(BUNDLE / "configs" / name) for name in ("metadata.json", "inference.json"))
@@ -65,7 +67,7 @@ def test_network_shapes(size: int) -> None:
 
 
 def test_shipped_weights_belong_to_the_network() -> None:
-    network = trained_network()  # constructs without VGG-19
+    network = ZeroShotAffineNet()  # constructs without VGG-19
     state = torch.load(MODEL, weights_only=True)
     network.load_state_dict(state)  # strictly
     assert all(name.startswith("regressor.") for name in state)
@@ -86,20 +88,21 @@ def test_export_and_load(vgg19_weights: Path, tmp_path: Path, load_slice) -> Non
     assert json.loads(extra["metadata.json"])["version"] == monai_zsreg.__version__
     image = load_slice()[:, 20:116, 40:148].as_tensor()
     pair = torch.stack([image.roll((5, -4), (1, 2)), image], dim=1).float()
-    eager = trained_network(vgg19_weights)
+    eager = ZeroShotAffineNet(vgg19_weights=vgg19_weights)
+    eager.load_state_dict(torch.load(MODEL, weights_only=True))
+    eager.eval().features.load_weights()
     with torch.inference_mode():
         expected, matrix = eager(pair), eager.predict_affine(pair)
         assert bool(torch.isfinite(matrix).all())
         torch.testing.assert_close(scripted(pair), expected, rtol=1e-4, atol=1e-4 * float(pair.max()))
         torch.testing.assert_close(scripted.predict_affine(pair), matrix, rtol=1e-4, atol=1e-5)
 
-    # the exported network in the place of network_def, on a pair of images
-    inferer = PairInferer("paper", device="cpu", vgg19_weights=vgg19_weights)
-    assert inferer.method_for(2, scripted, torch.device("cpu")).args[0] is scripted
-    images = {"moving": MetaTensor(pair[0, :1]), "fixed": MetaTensor(pair[0, 1:])}
-    results = [inferer(images, network) for network in (scripted, eager)]
-    assert results[0].success
-    np.testing.assert_allclose(results[0].affine, results[1].affine, rtol=1e-4, atol=1e-3)
+    # the exported network in the place of the preset's own, on a pair of images
+    moving, fixed = (load_image(pair[0, i][None]) for i in (0, 1))
+    inferer = PairInferer(Settings(preset="paper", vgg19_weights=str(vgg19_weights)))
+    results = [inferer({"prepared": Prepared(fixed), "moving": moving}, network) for network in (scripted, eager, None)]
+    for result in results[1:]:
+        np.testing.assert_allclose(results[0].affine, result.affine, rtol=1e-4, atol=1e-3)
 
 
 def test_large_files() -> None:

@@ -173,6 +173,19 @@ def test_a_time_without_all_slices_is_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "s")
 
 
+def test_files_that_state_when_they_were_written_are_one_series(tmp_path: Path) -> None:
+    """As ITK and SimpleITK write a series, a file a second."""
+    folder = write_series(tmp_path / "s", header(), kind="CT")
+    for second, path in enumerate(sorted(folder.iterdir())):
+        data = pydicom.dcmread(path)
+        data.StudyDate, data.StudyTime = "20260101", f"1200{second // 3:02d}"
+        del data.SeriesNumber
+        data.save_as(path)
+    image = load_image(folder)
+    assert image.values.shape == (1, *SHAPE)
+    assert off(image.values[0] + 1024, image.affine).max() < 0.6
+
+
 def test_two_series_are_listed_and_chosen(tmp_path: Path) -> None:
     write_series(tmp_path / "s", header(), SeriesDescription="first")
     write_series(tmp_path / "s", header(axes=TURNED), add=50, uid="1.2.3.2", SeriesNumber=7, SeriesDescription="second")

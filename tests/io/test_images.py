@@ -50,8 +50,9 @@ def test_types_of_files(tmp_path, dtype):
     values = (100 * array_of(6, 7, 8)).astype(dtype)
     nib.save(nib.Nifti1Image(values, OBLIQUE), tmp_path / "a.nii.gz")
     image = read_image(tmp_path / "a.nii.gz")
-    assert image.dtype == torch.from_numpy(values).dtype
+    assert image.dtype == (torch.float64 if dtype == np.float64 else torch.float32)
     np.testing.assert_array_equal(image[0].numpy(), values)
+    assert load_image(tmp_path / "a.nii.gz").values.dtype == torch.from_numpy(values).dtype
 
 
 def test_single_slice_is_an_image_in_2d(tmp_path):
@@ -274,6 +275,7 @@ def test_large_labels_stay_as_they_are(tmp_path, dtype):
     nib.save(nib.Nifti1Image(values, OBLIQUE, dtype=values.dtype), tmp_path / "a.nii.gz")
     image = load_image(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(image.values[0].numpy().astype(dtype), values)
+    assert torch.equal(read_image(tmp_path / "a.nii.gz").as_tensor(), image.values)
     write_image(tmp_path / "b.nii.gz", image, labels=True)
     back = nib.load(tmp_path / "b.nii.gz")
     assert back.get_data_dtype() == (values.dtype if dtype != "f8" else np.int32)

@@ -80,7 +80,7 @@ def test_finds_overlapping_slices_at_any_rotation_and_scale(degrees: float) -> N
     assert bool((found.score[:-1] >= found.score[1:]).all())
 
 
-@pytest.mark.parametrize(("degrees", "reach"), [(20.0, 45.0), (-40.0, 45.0), (150.0, None)])
+@pytest.mark.parametrize(("degrees", "reach"), [(-40.0, 45.0), (150.0, None)])
 def test_finds_overlapping_volumes(degrees: float, reach: float | None) -> None:
     fixed, moving, truth = overlapping(3, degrees)
     found = correlate(fixed, moving, EYE[3], EYE[3], reach=reach)

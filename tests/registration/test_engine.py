@@ -179,6 +179,7 @@ def test_settings_refuse(name: str, value: object) -> None:
     assert caught.value.argument == name and caught.value.allowed
 
 
+@pytest.mark.filterwarnings("ignore:registration failed")
 def test_determinant_is_positive(slices: SimpleNamespace) -> None:
     mirrored = MetaTensor(slices.t2.as_tensor().flip(1), affine=slices.t2.affine)
     result = register(slices.t1, mirrored, search="none")

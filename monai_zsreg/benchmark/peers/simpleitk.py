@@ -32,14 +32,14 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
         rigid = sitk.Euler2DTransform() if dims == 2 else sitk.Euler3DTransform()
         start = sitk.CenteredTransformInitializer(*images, rigid, sitk.CenteredTransformInitializerFilter.MOMENTS)
         if task.start == "exhaustive":
-            method = _method(task, [8], [4])
+            method = _method(task, dims, [4], [2])
             angles = 1 if dims == 2 else 3
             method.SetOptimizerAsExhaustive([_STEPS[dims]] * angles + [0] * dims)
             method.SetOptimizerScales([math.pi / _STEPS[dims]] * angles + [1.0] * dims)
             method.SetInitialTransform(start)
             start = method.Execute(*images)
-        method = _method(task, [4, 2, 1], [2, 1, 0])
-        method.SetOptimizerAsGradientDescent(learningRate=1.0, numberOfIterations=200)
+        method = _method(task, dims, [4, 2, 1], [2, 1, 0])
+        method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-3, 300, relaxationFactor=0.7)
         method.SetOptimizerScalesFromPhysicalShift()
         method.SetInitialTransform(_refined(start, dims, task.transform))
         return matrix_of(method.Execute(*images).TransformPoint, dims)
@@ -47,11 +47,12 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
     return run
 
 
-def _method(task: Task, shrink: list[int], smooth: list[int]) -> Any:
+def _method(task: Task, dims: int, shrink: list[int], smooth: list[int]) -> Any:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(50)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(0.1 if len(shrink) > 1 else 0.5, task.seed + 1)
+    if dims == 3:
+        method.SetMetricSamplingStrategy(method.RANDOM)
+        method.SetMetricSamplingPercentage(0.1, task.seed + 1)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetShrinkFactorsPerLevel(shrink)
     method.SetSmoothingSigmasPerLevel(smooth)

@@ -20,12 +20,14 @@ class Descriptor(Protocol):
     Attributes:
         name: key in `DESCRIPTORS`; limits and calibration are kept under it.
         margin: lattice steps that are lost on each side.
-        worst: mean squared difference between unrelated places.
+        worst: squared difference beyond which more does not count.
+        unrelated: mean of what then counts between unrelated images; what an image does not show counts as much.
     """
 
     name: str
     margin: int
     worst: float
+    unrelated: float
 
     def __call__(self, patches: Tensor) -> Tensor: ...
 

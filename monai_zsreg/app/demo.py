@@ -8,24 +8,19 @@ measured on this pair show that an installation works; they are no measure of ac
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import TypedDict
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import SpatialResample
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters, moved_header
-from monai_zsreg.io.files import atomic_path, output_folder
+from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
+from monai_zsreg.io import Image, output_folder, write_image
+from monai_zsreg.resample import resample
 
 __all__ = ["DemoPair", "demo_pair"]
-
-logger = logging.getLogger(__name__)
 
 # signal relative to the brightest tissue, in the order of a T2-weighted scan
 _SIGNAL = {"csf": 1.0, "gm": 0.6, "wm": 0.35}
@@ -75,14 +70,15 @@ def demo_pair(
         shift_mm: length of the displacement of the head's center.
         scale: growth or shrinkage of each axis; 0.03 is 3 %.
         shear: size of each shear.
-        noise: standard deviation of the noise (Rician), as a share of the brightest tissue.
+        noise: standard deviation of the noise (Rician), as a fraction of the brightest tissue.
         bias: largest departure of the smooth multiplicative field from 1.
 
     Returns:
         The two files, the true matrix and the fixed foreground.
 
     Raises:
-        RegistrationError: nilearn is not installed, another number of dimensions, or a folder that cannot be written.
+        RegistrationError: another number of dimensions, or a folder that cannot be written to.
+        ImportError: nilearn is not installed.
     """
     if spatial_dims not in (2, 3):
         raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
@@ -90,38 +86,24 @@ def demo_pair(
     folder = output_folder(output_dir)
     rng = np.random.default_rng(seed)
 
-    fixed = tissues["t1"]
-    grid = Grid.of(fixed, "fixed")
-    mask = fixed[0].numpy() > 0
-    inside = apply_affine(grid.affine, torch.from_numpy(np.argwhere(mask)).double())
+    grid = tissues["t1"].grid
+    mask = tissues["t1"].values[0] > 0
+    inside = apply_affine(grid.affine, mask.nonzero().double())
     truth = _transform(inside.mean(0).tolist(), rng, rotation_degrees, shift_mm, scale, shear)
-    moving_grid = _moving_grid(apply_affine(torch.from_numpy(truth), inside))
-    moving = _acquire(tissues, truth, moving_grid, rng, noise, bias)
-
-    pair = DemoPair(
-        fixed=folder / "fixed_t1.nii.gz", moving=folder / "moving_simulated_t2.nii.gz", truth=truth, mask=mask
-    )
-    _write(pair["fixed"], fixed[0].numpy() * _BRIGHTEST, grid)
-    _write(pair["moving"], moving * _BRIGHTEST, moving_grid)
-    logger.info(
-        "Demonstration pair: %s is the MNI152 T1 template; %s is SIMULATED from the template's tissue maps and moved "
-        "by a known transform. It is no patient's image.",
-        pair["fixed"],
-        pair["moving"],
-    )
-    return pair
+    moving = _acquire(tissues, truth, _moving_grid(apply_affine(torch.from_numpy(truth), inside)), rng, noise, bias)
+    paths = folder / "fixed_t1.nii.gz", folder / "moving_simulated_t2.nii.gz"
+    for path, image in zip(paths, (tissues["t1"], moving), strict=True):
+        write_image(path, Image(image.values * _BRIGHTEST, image.affine, {"dtype": "int16"}))
+    return DemoPair(fixed=paths[0], moving=paths[1], truth=truth, mask=mask.numpy())
 
 
-def _tissues(spatial_dims: int) -> dict[str, MetaTensor]:
-    """T1 and shares of CSF, gray and white matter in [0, 1], each ``[1, *spatial]``, on the template's 1 mm grid."""
+def _tissues(spatial_dims: int) -> dict[str, Image]:
+    """T1 and fractions of CSF, gray and white matter in [0, 1], each ``[1, *spatial]``, on the template's 1 mm grid."""
     try:
         from nilearn import datasets
     except ImportError as error:
-        raise RegistrationError(
-            "nilearn",
-            "a package that cannot be imported",
-            f'it to be installed, for the demonstration pair: pip install "monai-zsreg[demo]" ({error})',
-        ) from error
+        told = f'the demonstration pair needs nilearn: pip install "monai-zsreg[demo]" ({error})'
+        raise ImportError(told, name="nilearn") from error
     images = {
         "t1": datasets.load_mni152_template(resolution=1),
         "gm": datasets.load_mni152_gm_template(resolution=1),
@@ -139,9 +121,7 @@ def _tissues(spatial_dims: int) -> dict[str, MetaTensor]:
     arrays["gm"], arrays["wm"] = head * arrays["gm"] / total, head * arrays["wm"] / total
     arrays["csf"] = head - arrays["gm"] - arrays["wm"]
     return {
-        name: MetaTensor(
-            torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], affine=torch.from_numpy(affine)
-        )
+        name: Image(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], torch.from_numpy(affine))
         for name, array in arrays.items()
     }
 
@@ -186,28 +166,21 @@ def _moving_grid(points: torch.Tensor) -> Grid:
 
 
 def _acquire(
-    tissues: dict[str, MetaTensor],
-    truth: np.ndarray,
-    grid: Grid,
-    rng: np.random.Generator,
-    noise: float,
-    bias: float,
-) -> np.ndarray:
+    tissues: dict[str, Image], truth: np.ndarray, grid: Grid, rng: np.random.Generator, noise: float, bias: float
+) -> Image:
     """Simulated scan of the moved tissues on ``grid``: signal, bias field, noise; brightest tissue about 1."""
     pull = torch.linalg.inv(torch.from_numpy(truth))
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros")
     signal = np.zeros(grid.shape)
     head = np.zeros(grid.shape)
     for name, weight in _SIGNAL.items():
-        # the header says where the moved head lies, so this is the one interpolation
-        there = MetaTensor(tissues[name].as_tensor(), affine=moved_header(tissues[name].affine, pull))
-        share = resample(there, dst_affine=grid.affine, spatial_size=grid.shape)[0].numpy()
+        share = resample(tissues[name].values, tissues[name].grid, grid, pull, fill=0.0)[0].numpy()
         signal += weight * share
         head += share
     signal *= 1.0 + bias * _smooth_field(grid.shape, rng)
     in_phase, quadrature = rng.normal(0.0, noise, (2, *grid.shape))
     scan = np.hypot(signal + in_phase, quadrature)
-    return np.where(head >= 0.5, scan, 0.0)  # stripped of skull and air, as the fixed image is
+    scan = np.where(head >= 0.5, scan, 0.0)  # stripped of skull and air, as the fixed image is
+    return Image(torch.from_numpy(scan)[None], grid.affine)
 
 
 def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -219,15 +192,3 @@ def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarra
         for second in axes[i:]:
             field += rng.normal() * first * second
     return field / np.abs(field).max()
-
-
-def _write(path: Path, data: np.ndarray, grid: Grid) -> None:
-    affine = np.eye(4)
-    axes = [*range(grid.dims), 3]
-    affine[np.ix_(axes, axes)] = grid.affine.numpy()
-    image = nib.Nifti1Image(np.rint(data).astype(np.int16), affine)
-    image.set_qform(affine, code="scanner")
-    image.set_sform(affine, code="scanner")
-    image.header.set_xyzt_units("mm")
-    with atomic_path(path) as partial:
-        nib.save(image, partial)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms that exist already: compose, invert, convert, and move images and points by them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import apply_affine
+from monai_zsreg.io import (
+    Image,
+    Landmarks,
+    atomic_path,
+    load_image,
+    read_landmarks,
+    read_transform,
+    write_image,
+    write_transform,
+)
+from monai_zsreg.resample import resample
+
+__all__ = ["apply_files", "compose_transforms", "move_points"]
+
+
+def compose_transforms(
+    paths: Sequence[str | os.PathLike],
+    fixed: Any = None,
+    moving: Any = None,
+    via: Sequence[Any] = (),
+    invert: bool = False,
+    format: str | None = None,
+) -> np.ndarray:
+    """Read transform files and make one matrix of them.
+
+    Args:
+        paths: the files; the first acts first on points of the fixed image.
+        fixed: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
+        moving: likewise.
+        via: the images between the transforms, one fewer than ``paths``, where the formats depend on them.
+        invert: whether to invert the composition. The files then lead from ``moving`` to ``fixed``.
+        format: of all files, see `monai_zsreg.io.read_transform`.
+
+    Returns:
+        ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm.
+
+    Raises:
+        RegistrationError: a file or image that cannot be used, or transforms of unequal dimension.
+    """
+    if not paths:
+        raise RegistrationError("transform", list(paths), "at least one transform file")
+    if via and len(via) != len(paths) - 1:
+        raise RegistrationError("via", [str(v) for v in via], f"{len(paths) - 1} images, one between two transforms")
+    start, end = (moving, fixed) if invert else (fixed, moving)
+    images = [start, *(via or [None] * (len(paths) - 1)), end]
+    total: Any = None
+    for path, one, two in zip(paths, images, images[1:], strict=False):
+        matrix = read_transform(path, one, two, format)
+        if total is not None and matrix.shape != total.shape:
+            allowed = f"a {len(total) - 1}D transform, as the first one is"
+            raise RegistrationError("transform", f"{len(matrix) - 1}D transform {os.fspath(path)}", allowed)
+        total = matrix if total is None else matrix @ total
+    return np.asarray(np.linalg.inv(total) if invert else total)
+
+
+def move_points(points: Landmarks, matrix: np.ndarray) -> Landmarks:
+    """Points of the fixed image, in the moving image's world.
+
+    Args:
+        points: in the fixed image's world.
+        matrix: ``(D+1, D+1)``, fixed world to moving world.
+
+    Raises:
+        RegistrationError: points and matrix are of unequal dimension.
+    """
+    dims = len(matrix) - 1
+    if points.points.shape[1] != dims:
+        raise RegistrationError("points", f"{points.points.shape[1]}D points", f"{dims}D points, as the transform")
+    moved = apply_affine(torch.as_tensor(matrix, dtype=torch.float64), torch.as_tensor(points.points))
+    return Landmarks(moved.numpy(), points.labels)
+
+
+def apply_files(
+    transform: Sequence[str],
+    *,
+    invert: bool = False,
+    format: str | None = None,
+    via: Sequence[str] = (),
+    fixed: str | None = None,
+    moving: str | None = None,
+    output: str | None = None,
+    labels: bool = False,
+    points: str | None = None,
+    save_points: str | None = None,
+    save_transform: str | None = None,
+    save_format: str | None = None,
+) -> None:
+    """What ``zsreg apply`` does; its help says what the arguments mean.
+
+    Raises:
+        RegistrationError: a file that cannot be used; nothing is written then.
+    """
+    one, two = (
+        None if path is None else load_image(path, name) for path, name in ((fixed, "fixed"), (moving, "moving"))
+    )
+    matrix = compose_transforms(transform, one, two, via, invert, format)
+    landmarks = move_points(read_landmarks(points), matrix) if points else None
+    moved = None
+    if output and one is not None and two is not None:
+        for name, image in (("fixed", one), ("moving", two)):
+            if image.dims != len(matrix) - 1:
+                raise RegistrationError(name, f"{image.dims}D image", f"a {len(matrix) - 1}D image, as the transform")
+        mode, fill = ("nearest", 0.0) if labels else ("bilinear", None)
+        values = resample(two.values, two.grid, one.grid, torch.as_tensor(matrix), mode=mode, fill=fill)
+        moved = Image(values, one.affine, {key: one.meta[key] for key in ("place", "unit") if key in one.meta})
+    # all of the input was fine: only now write
+    if save_transform:
+        write_transform(save_transform, matrix, one, two, save_format)
+    if output and moved is not None:
+        write_image(output, moved, like=two, labels=labels)
+    if landmarks is not None and save_points:
+        with atomic_path(save_points) as partial:
+            partial.write_text(_csv(landmarks), encoding="utf-8")
+    elif landmarks is not None:
+        print(_csv(landmarks), end="")
+
+
+def _csv(landmarks: Landmarks) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    named = any(landmarks.labels)
+    writer.writerow([*(["label"] if named else []), *"xyz"[: landmarks.points.shape[1]]])
+    for label, point in zip(landmarks.labels, landmarks.points.tolist(), strict=True):
+        writer.writerow([*([label] if named else []), *point])
+    return text.getvalue()

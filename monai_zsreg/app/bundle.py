@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bundle's configurations are made of: the steps of `monai_zsreg.app.run` in MONAI's usual places.
+
+`entries` is ``dataset#data``, `ReadPair` the preprocessing, `PairInferer` the inferer, `PairWriter` the handler. A
+batch is one pair: fixed and moving image stay on their own grids, so nothing is collated. What the user asks for
+arrives as one dictionary, ``request``.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import inspect
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from monai.bundle import run as run_bundle
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from monai.transforms import Transform
+from torch.utils.data import DataLoader
+
+from monai_zsreg.app import cohort
+from monai_zsreg.app.evaluate import mean_metrics
+from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings, read_pair, register_pair
+from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.registration import RegistrationResult, check_options, resolve_device
+
+__all__ = [
+    "PairEvaluator",
+    "PairInferer",
+    "PairWriter",
+    "ReadAhead",
+    "ReadPair",
+    "check",
+    "entries",
+    "local_device",
+    "run",
+    "settings",
+    "start",
+]
+
+_FLAGS = ("resume", "page", "uncertainty", "exit_on_fail", "evaluation")
+_PAIR = ("fixed", "moving", "labels", "name")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what the user asks for
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check(request: Mapping[str, Any]) -> None:
+    """First step of ``run``: look at what the user said before the configuration's parts are made from it.
+
+    Raises:
+        SystemExit: something cannot be used; status `WRONG_INPUT`, with the reason on stderr.
+    """
+    with wrong_input_exits():
+        _refuse_unknown(sys.argv)
+        made = settings(request)
+        options = {key: value for key, value in made.options.items() if key not in _OF_THE_PAIR}
+        check_options(made.preset, made.transform, made.seed, vgg19_weights=made.vgg19_weights, **options)
+        resolve_device(made.device)
+        limit = request["success_mm"]
+        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < float(limit) < math.inf:
+            raise RegistrationError("success_mm", limit, "a number above 0")
+        found = _all_entries(request)
+        files = {key: request[key] for key in ("vgg19_weights", "regressor_weights")}
+        if request["datalist"] is None:  # of many pairs each has its own result, good or bad
+            files |= {key: path for key, path in found[0].items() if key != "name"}
+        for argument, path in files.items():
+            if path is not None and not os.path.exists(cohort.text(path, argument)):
+                raise RegistrationError(argument, path, "an existing file")
+    # the verdict is told anyway
+    warnings.simplefilter("ignore", RegistrationWarning)
+
+
+# arguments of `monai_zsreg.register` that need the images to be checked
+_OF_THE_PAIR = ("spacing", "fixed_channel", "moving_channel", "fixed_mask", "moving_mask", "initial")
+
+
+def settings(request: Mapping[str, Any]) -> Settings:
+    """The settings of a run.
+
+    Raises:
+        RegistrationError: an option of another type.
+    """
+    flags = {name: flag(request[name], name) for name in _FLAGS}
+    options = request["options"] or {}
+    if not isinstance(options, Mapping):
+        raise RegistrationError("options", options, 'a dictionary such as "{spacing: 3}"')
+    weights = request["regressor_weights"]
+    return Settings(
+        output_dir=cohort.text(request["output_dir"], "output_dir"),
+        options=options,
+        uncertainty=flags["uncertainty"],
+        page=flags["page"],
+        exact=flags["evaluation"],
+        regressor_weights=None if weights is None else cohort.text(weights, "regressor_weights"),
+        **{
+            key: request[key]
+            for key in ("preset", "transform", "device", "vgg19_weights", "seed", "demonstration_dims")
+        },
+    )
+
+
+def flag(value: Any, argument: str) -> bool:
+    """True or False. The command line leaves ``true`` as text, and any text would count as true."""
+    word = str(value).lower()
+    if word not in ("true", "false"):
+        raise RegistrationError(argument, value, "true or false")
+    return word == "true"
+
+
+def entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``dataset#data``: one pair, or this process' share of what is left to do of many.
+
+    Raises:
+        RegistrationError: a list that cannot be read, or together with a pair.
+    """
+    found = _all_entries(request)
+    if request["datalist"] is None:
+        return found
+    return cohort.remaining(found, settings(request), flag(request["resume"], "resume"))
+
+
+def _all_entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pair = {key: request[key] for key in _PAIR}
+    if request["datalist"] is None:
+        return [cohort.one_pair(**pair, dataset_dir=request["dataset_dir"])]
+    for argument, value in pair.items():
+        if value is not None:
+            raise RegistrationError(argument, value, "nothing beside a datalist")
+    strict = flag(request["evaluation"], "evaluation")
+    return cohort.read_datalist(request["datalist"], request["dataset_dir"], must_exist=strict)
+
+
+def _refuse_unknown(argv: Sequence[str]) -> None:
+    """MONAI takes options that no configuration knows without a word; here a mistyped one is an error.
+
+    Raises:
+        RegistrationError: a word of ``python -m monai.bundle run`` that is no option; it names the nearest.
+    """
+    if not argv or not os.path.normpath(argv[0]).endswith(os.path.join("monai", "bundle", "__main__.py")):
+        return
+    given: dict[str, str] = {}
+    for number, word in enumerate(argv):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value if equals else "".join(argv[number + 1 : number + 2])
+    files = given.get("config_file", "")
+    if not files:
+        return
+    paths = ast.literal_eval(files) if files.startswith("[") else files
+    known = [*inspect.signature(run_bundle).parameters, *ConfigParser.load_config_files(paths)]
+    for name, value in given.items():
+        top = name.replace("::", "#").partition("#")[0]
+        if top not in known:
+            near = get_close_matches(top, known, 1)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise RegistrationError(f"--{name}", value, f"an option of the configuration{hint}")
+
+
+@contextmanager
+def wrong_input_exits() -> Iterator[None]:
+    """Ends the process with status `WRONG_INPUT` and the reason on stderr where a `RegistrationError` comes up."""
+    try:
+        yield
+    except RegistrationError as error:
+        print(f"wrong input: {error}", file=sys.stderr)
+        raise SystemExit(WRONG_INPUT) from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the parts of the evaluator
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ReadPair(Transform):
+    """Preprocessing: `monai_zsreg.app.run.read_pair`; what cannot be read passes on with its ``error``.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            RegistrationError: an entry of another program, with a single image.
+        """
+        return cohort.read_isolated(data, self.settings) if "name" in data else read_pair(data, self.settings)
+
+
+class ReadAhead(DataLoader):
+    """A loader that reads the next pair in a thread while the last one is registered.
+
+    Decompressing and reading leave Python's lock free, so a thread is enough, and a pair need not be copied between
+    processes. (MONAI's ``ThreadDataLoader`` does the same, but an error in its thread ends the data without a word.)
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        source: Any = super().__iter__()
+        end = object()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            coming = pool.submit(next, source, end)
+            while (item := coming.result()) is not end:
+                coming = pool.submit(next, source, end)
+                yield item
+
+
+class PairInferer(Inferer):
+    """`monai_zsreg.app.run.register_pair`.
+
+    The preset makes the network that it needs. Another in its place, such as one exported to TorchScript, serves preset
+    ``"paper"``.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Mapping[str, Any], network: Any = None, *args: Any, **kwargs: Any
+    ) -> RegistrationResult:
+        """
+        Raises:
+            RegistrationError: an image, an option or weights that cannot be used.
+        """
+        stand_in = network is None or isinstance(network, torch.nn.Identity)
+        return register_pair(inputs, self.settings, **({} if stand_in else {"network": network}))
+
+
+class PairEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator on pairs: ``state.output`` is ``{"pred": result}``.
+
+    Args:
+        isolate: whether what goes wrong with a pair becomes its output, ``{"error": error}``, or is raised.
+        args: of ``SupervisedEvaluator``.
+        kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, isolate: bool = False, **kwargs: Any) -> None:
+        self.isolate = isolate
+        # the images stay where they are: the registration moves what it needs to the device
+        kwargs["prepare_batch"] = lambda batch, *args, **kwargs: (batch, None)
+        super().__init__(*args, **kwargs)
+        # whoever runs it tells what went wrong
+        self.logger.setLevel("CRITICAL")
+
+    def _iteration(self, engine: Any, batchdata: Any) -> Any:
+        try:
+            if "error" in batchdata:
+                raise batchdata["error"]
+            return super()._iteration(engine, batchdata)
+        except Exception as error:
+            if not self.isolate:
+                raise
+            engine.state.output = {"error": error}
+            return engine.state.output
+
+
+class PairWriter:
+    """Handler: describes and writes each pair's results in a thread, and tells of them.
+
+    At the end ``state.verdicts`` has the verdicts by name, and ``state.metrics`` the means of what was measured, by
+    names such as ``"dice_after"``.
+
+    Args:
+        settings: of the run.
+        progress: whether there are many pairs, which get a line each or a progress bar.
+    """
+
+    def __init__(self, settings: Settings, progress: bool = False) -> None:
+        self.settings = settings
+        self.progress = progress
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the evaluator.
+        """
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._end)
+
+    def _start(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.verdicts = {}
+        self.reports = cohort.Progress(state.epoch_length if self.progress else 0)
+        self.behind = cohort.WriteBehind(self.reports)
+
+    def __call__(self, engine: Engine) -> None:
+        """
+        Raises:
+            RegistrationError: a folder that cannot be written to, or a name that was used before.
+        """
+        state: Any = engine.state
+        pair, output = state.batch, state.output
+        if pair["name"] in state.verdicts:
+            raise RegistrationError("name", pair["name"], "a name that no other pair has")
+        found = output["error"] if "error" in output else output["pred"]
+        state.verdicts[pair["name"]] = getattr(found, "verdict", "FAIL")
+        isolate = engine.isolate  # type: ignore[attr-defined]
+        self.behind.put(lambda: cohort.finish_pair(pair, found, self.settings, isolate))
+        if self.progress:  # images are not kept while the next pair is read
+            state.output, state.batch = {}, {"name": pair["name"]}
+
+    def _end(self, engine: Engine) -> None:
+        self.behind.close()
+        engine.state.metrics.update(mean_metrics(self.reports.reports))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Step of ``initialize``: join the other processes where torchrun has started several."""
+    cohort.join()
+    atexit.register(cohort.leave)
+
+
+def local_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def run(evaluator: PairEvaluator, request: Mapping[str, Any]) -> None:
+    """Second step of ``run``: register all pairs, then write the tables of many.
+
+    In a process of your own, call ``evaluator.run()`` instead: it raises what went wrong.
+
+    Raises:
+        SystemExit: input that is wrong, status `WRONG_INPUT`, with the reason on stderr; pairs before it are written.
+            Or a verdict FAIL, of this run or an earlier one, status `FAILED`, unless ``exit_on_fail`` is false or this
+            is an evaluation.
+    """
+    state: Any = evaluator.state
+    state.verdicts = {}
+    with wrong_input_exits():
+        if len(evaluator.data_loader) > 0:  # type: ignore[arg-type]  # else everything was done before
+            evaluator.run()
+        made = settings(request)
+        many = request["datalist"] is not None
+        failed = cohort.finish(_all_entries(request), made, state.verdicts, request["success_mm"], many)
+    cohort.leave()
+    if failed and flag(request["exit_on_fail"], "exit_on_fail") and not made.exact:
+        raise SystemExit(FAILED)

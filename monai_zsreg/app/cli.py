@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``zsreg``.
+
+Nothing is imported until it is needed: ``--help`` and a wrong argument must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+_PRESETS = ("robust", "keypoints", "paper")
+_TRANSFORMS = ("rigid", "similarity", "affine")
+_WRONG_INPUT, _FAILED = 2, 3
+
+_EXAMPLES = {
+    "register": """examples:
+  zsreg register t1.nii.gz flair.nii.gz -o out
+  zsreg register t1.nii.gz t2.nii.gz flair.nii.gz -o out          several moving images, one fixed
+  zsreg register ct.nii.gz mr.nii.gz --labels mr_seg.nii.gz --transform rigid
+  zsreg register t1.nii.gz t2.nii.gz --set search=local --set spacing=2
+  zsreg register --demo
+
+The first image stays; the others are moved onto its grid. Results of each go to OUTPUT/NAME/: moved.nii.gz,
+transform.tfm (ITK, ANTs, 3D Slicer), expected_error.nii.gz, report.html, overview.png, report.json.
+Exit status: 0 registered, 2 wrong input, 3 verdict FAIL, 1 anything else.""",
+    "apply": """examples:
+  zsreg apply flair_to_t1.mat --fixed t1.nii.gz --moving flair.nii.gz -o moved.nii.gz
+  zsreg apply a.lta b.tfm --fixed t1.nii.gz --moving seg.nii.gz --labels -o moved_seg.nii.gz
+  zsreg apply t.tfm --points t1_points.csv --save-points flair_points.csv
+  zsreg apply t.tfm --fixed t1.nii.gz --moving flair.nii.gz --save-transform flair_to_t1.mat --save-format fsl
+
+A transform maps points of the fixed image to points of the moving image, and so brings voxels of the moving image to
+the fixed grid. Several are composed in the order given: the first acts first on the fixed image's points.
+--invert inverts the composition: the files belong to the pair the other way about. An LTA whose geometry tells source
+from destination needs no --invert.""",
+    "report": """examples:
+  zsreg report out/flair            the page of one pair anew, from its report.json
+  zsreg report out                  the pages of all pairs in there, and their index""",
+    "cohort": """examples:
+  zsreg cohort pairs.csv -o out     columns fixed, moving, labels, name (masks, landmarks, truth); cells may be empty
+  zsreg cohort bids/ -o out         T1w fixed, the other contrasts beside it moving
+  zsreg cohort pairs.json -o out --evaluate
+  torchrun --nproc_per_node 2 -m monai_zsreg.app.cli cohort pairs.csv -o out
+
+A pair that cannot be read or registered is a row with its reason. The same command again does what is missing or was
+made with other settings.""",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_WRONG_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: words after the name of the command; those of the process if None.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["benchmark"]:
+        from monai_zsreg.benchmark.__main__ import main as benchmark
+
+        return int(benchmark(words[1:]) or 0)
+    args = _parser().parse_args(words)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the output has seen enough
+        return 1
+    except Exception as error:
+        from monai_zsreg.errors import RegistrationError
+
+        wrong = isinstance(error, RegistrationError)
+        missing = isinstance(error, ImportError) and not str(error.name).startswith("monai_zsreg")
+        full = isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+        if not (wrong or missing or full):  # neither the user nor the machine: a mistake of ours
+            raise
+        print(f"zsreg {args.command}: error: {error}", file=sys.stderr)
+        return _WRONG_INPUT if wrong else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="zsreg", description="Affine registration of images of any modality, without training.")
+    parser.add_argument("--version", action=_Version, default=argparse.SUPPRESS, help="show the version and end")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, text: str, run: Any) -> Any:
+        epilog = _EXAMPLES.get(name)
+        form = argparse.RawDescriptionHelpFormatter
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=form, allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        return made
+
+    register = command("register", "Register one or several images to a fixed one.", _register)
+    register.add_argument("images", nargs="*", metavar="IMAGE", help="the fixed image, then the moving ones")
+    register.add_argument("--demo", action="store_true", help="register the demonstration pair (needs nilearn)")
+    register.add_argument("--labels", metavar="FILE", help="label image of the moving image, carried along")
+    register.add_argument("--name", help="folder of the results (default: the moving file's name)")
+    _add_options(register)
+
+    cohort = command("cohort", "Register many pairs.", _cohort)
+    cohort.add_argument("datalist", help="CSV or JSON file of pairs, or BIDS folder")
+    cohort.add_argument("--dataset-dir", default="", metavar="DIR", help="folder that relative paths start from")
+    cohort.add_argument("--no-resume", action="store_true", help="register again what has a result already")
+    cohort.add_argument("--evaluate", action="store_true", help="measure on all voxels; write evaluation.csv and .json")
+    cohort.add_argument("--success-mm", type=float, default=2.0, metavar="MM", help="error that counts as accurate (2)")
+    _add_options(cohort)
+
+    apply = command("apply", "Apply, compose, invert and convert transforms that exist already.", _apply)
+    add = apply.add_argument
+    add("transform", nargs="+", metavar="TRANSFORM", help="transform file; several are composed")
+    add("--invert", action="store_true", help="invert the (composed) transform")
+    add("--format", metavar="NAME", help="of the transform files (default: by name and content)")
+    add("--via", action="append", default=[], metavar="IMAGE", help="image between two transforms, for FSL's format")
+    add("--fixed", metavar="IMAGE", help="image whose grid to move to")
+    add("--moving", metavar="IMAGE", help="image or labels to move")
+    add("-o", "--output", metavar="IMAGE", help="the moved image, .nii or .nii.gz")
+    add("--labels", action="store_true", help="--moving holds labels: nearest neighbor, whole numbers")
+    add("--points", metavar="FILE", help="landmarks of the fixed image: .csv (RAS mm), .fcsv or .mrk.json")
+    add("--save-points", metavar="CSV", help="where these lie in the moving image (default: print them)")
+    add("--save-transform", metavar="FILE", help="the composed, inverted or converted transform")
+    add("--save-format", metavar="NAME", help="its format (default: by name)")
+
+    report = command("report", "Draw the pages of results anew.", _report)
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="of a pair, or one with folders of pairs")
+    commands.add_parser("benchmark", help="Measure against other tools, see zsreg benchmark --help.", add_help=False)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", default="output", metavar="DIR", help="folder for the results (output)")
+    add("--preset", choices=_PRESETS, default=_PRESETS[0], help="method (robust)")
+    add("--transform", choices=_TRANSFORMS, default="affine", help="kind of transform (affine)")
+    add("--device", metavar="DEVICE", help="where to compute, such as cuda (cpu)")
+    add("--seed", type=int, default=0, help="of all random draws (0)")
+    add("--initial", metavar="FILE", help="transform file to start from")
+    add("--fixed-mask", metavar="FILE", help="where to look in the fixed image")
+    add("--moving-mask", metavar="FILE", help="where to look in the moving image")
+    add("--vgg19-weights", metavar="FILE", help="state dict of VGG-19, for what uses it")
+    add("--regressor-weights", metavar="FILE", help="state dict of the perceptron, for preset paper")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="further argument of monai_zsreg.register")
+    add("--uncertainty", action="store_true", help="the paper's uncertainty too, ten more estimates")
+    add("--no-page", action="store_true", help="no pictures, no page")
+    add("--json", action="store_true", help="print the reports as JSON, and nothing else")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        from monai_zsreg import __version__
+
+        parser.exit(0, f"zsreg {__version__}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# register, cohort
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _register(args: argparse.Namespace) -> int:
+    if bool(args.images) == args.demo or len(args.images) == 1:
+        _refuse("images", args.images, "a fixed and a moving image, or --demo")
+    for path in (*args.images, args.labels):
+        if path is not None and not os.path.exists(path):
+            _refuse("images" if path != args.labels else "labels", path, "an existing file")
+    fixed, *moving = args.images or (None,)
+    if len(moving) > 1 and (args.labels or args.name):
+        _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
+    _check_files(args)
+
+    from monai_zsreg.app import cohort
+
+    if args.demo:
+        entries = [cohort.one_pair(name=args.name)]
+    elif len(moving) == 1:
+        entries = [cohort.one_pair(fixed, moving[0], args.name, labels=args.labels)]
+    else:
+        entries = cohort.read_datalist([{"fixed": fixed, "moving": path} for path in moving])
+    progress = cohort.Progress(len(entries) if len(entries) > 1 else 0, args.quiet or args.json)
+    cohort.run_cohort(entries, _settings(args), progress, isolate=False)
+    _print_json(args, progress.reports if len(entries) > 1 else progress.reports[0])
+    return _FAILED if any(report["verdict"] == "FAIL" for report in progress.reports) else 0
+
+
+def _cohort(args: argparse.Namespace) -> int:
+    if not os.path.exists(args.datalist):
+        _refuse("datalist", args.datalist, "an existing file or folder")
+    if not args.success_mm > 0:
+        _refuse("success-mm", args.success_mm, "a number above 0")
+    _check_files(args)
+
+    from monai_zsreg.app import cohort
+
+    settings = _settings(args, exact=args.evaluate)
+    entries = cohort.read_datalist(args.datalist, args.dataset_dir, must_exist=args.evaluate)
+    cohort.join()
+    try:
+        left = cohort.remaining(entries, settings, not args.no_resume)
+        progress = cohort.Progress(len(left), args.quiet or args.json)
+        cohort.run_cohort(left, settings, progress, isolate=not args.evaluate)
+        verdicts = {report["name"]: report["verdict"] for report in progress.reports}
+        failed = cohort.finish(entries, settings, verdicts, args.success_mm, quiet=args.quiet or args.json)
+        _print_json(args, progress.reports)
+    finally:
+        cohort.leave()
+    return _FAILED if failed and not args.evaluate else 0
+
+
+def _settings(args: argparse.Namespace, **more: Any) -> Any:
+    import warnings
+
+    from monai_zsreg.app.run import Settings
+    from monai_zsreg.errors import RegistrationWarning
+    from monai_zsreg.registration import check_options, resolve_device
+
+    warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
+    options = _options(args.set)
+    common = {name: options[name] for name in options if name not in _OF_IMAGES}
+    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
+    resolve_device(args.device)
+    options |= {name: value for name in _FILES if (value := getattr(args, name)) is not None}
+    names = ("preset", "transform", "device", "seed", "vgg19_weights", "regressor_weights", "uncertainty")
+    given = {name: getattr(args, name) for name in names}
+    return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
+
+
+_FILES = ("initial", "fixed_mask", "moving_mask")
+# arguments of `monai_zsreg.register` that are checked with the images
+_OF_IMAGES = ("spacing", "fixed_channel", "moving_channel")
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` words as keyword arguments; values as JSON where they are, else as text."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            _refuse("set", word, "NAME=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for name in (*_FILES, "vgg19_weights", "regressor_weights"):
+        path = getattr(args, name)
+        if path is not None and not os.path.exists(path):
+            _refuse(name.replace("_", "-"), path, "an existing file")
+
+
+def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:
+    from monai_zsreg.errors import RegistrationError
+
+    raise RegistrationError(argument, value, allowed)
+
+
+def _print_json(args: argparse.Namespace, content: Any) -> None:
+    if args.json:
+        print(json.dumps(content, indent=2, ensure_ascii=False), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# apply, report
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _apply(args: argparse.Namespace) -> int:
+    if not (args.output or args.points or args.save_transform):
+        _refuse("output", None, "something to do: --output, --points or --save-transform")
+    for option, needs in (("labels", "output"), ("save_points", "points"), ("save_format", "save_transform")):
+        if getattr(args, option) and not getattr(args, needs):
+            named = [name.replace("_", "-") for name in (needs, option)]
+            _refuse(named[0], None, f"--{named[0]}, because --{named[1]} is given")
+    for name in ("fixed", "moving") if args.output else ():
+        if not getattr(args, name):
+            _refuse(name, None, f"an image, because --output is given: name it with --{name}")
+    if args.output and not args.output.lower().endswith((".nii", ".nii.gz")):
+        _refuse("output", args.output, "a name that ends in .nii or .nii.gz")
+    sources = [path for path in (*args.transform, *args.via, args.fixed, args.moving, args.points) if path]
+    for path in sources:
+        if not os.path.exists(path):
+            _refuse("transform" if path in args.transform else "path", path, "an existing file")
+    read = {os.path.realpath(path) for path in sources}
+    for option in ("output", "save_points", "save_transform"):
+        path = getattr(args, option)
+        if path and os.path.realpath(path) in read:
+            _refuse(option.replace("_", "-"), path, "another file than those that are read")
+
+    from monai_zsreg.app.apply import apply_files
+
+    apply_files(**{name: value for name, value in vars(args).items() if name not in ("command", "run")})
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from monai_zsreg.app import cohort
+    from monai_zsreg.app.run import REPORT, draw_anew
+
+    for given in map(Path, args.folders):
+        pairs = [given] if (given / REPORT).is_file() else sorted(path.parent for path in given.glob(f"*/{REPORT}"))
+        if not pairs:
+            _refuse("folder", str(given), f"a folder with {REPORT}, or with folders that have one")
+        for folder in pairs:
+            print(draw_anew(folder), flush=True)
+        if pairs != [given]:
+            entries: list[Mapping[str, Any]] = [{"name": folder.name} for folder in pairs]
+            print(cohort.save_summary(cohort.summary_rows(entries, given), given, 0), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures about registered pairs: what is known about a pair, how far it was off before and after, tables of many."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.foreground import foreground_mask
+from monai_zsreg.geometry import Grid
+from monai_zsreg.io import (
+    Image,
+    atomic_path,
+    load_image,
+    output_folder,
+    pair_landmarks,
+    read_landmarks,
+    read_transform,
+    write_json,
+)
+from monai_zsreg.metrics.similarity import label_dice, similarity
+from monai_zsreg.metrics.statistics import success_rate
+from monai_zsreg.metrics.tre import foreground_tre, landmark_tre
+from monai_zsreg.registration import RegistrationResult
+from monai_zsreg.resample import resample
+
+if TYPE_CHECKING:
+    from monai_zsreg.app.run import Settings
+
+__all__ = ["EVALUATION", "MEASURES", "TABLE", "mean_metrics", "measure_pair", "read_known", "save_evaluation"]
+
+#: columns of the table, each before and after; the last two only where a true transform or landmarks are given
+MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse", "tre", "landmark_tre")
+#: files of an evaluation
+TABLE, EVALUATION = "evaluation.csv", "evaluation.json"
+_WHEN = ("before", "after")
+# voxels above which an inference measures on every second, third, ... one along each axis
+_ENOUGH = 2_000_000
+
+
+def read_known(pair: dict[str, Any]) -> dict[str, Any]:
+    """Read what is known about a pair beside its images.
+
+    Args:
+        pair: with ``fixed`` and ``moving`` as `Image`; it may have paths as ``fixed_mask`` and ``moving_mask``,
+            ``fixed_labels``, ``fixed_landmarks`` and ``moving_landmarks``, ``truth``.
+
+    Returns:
+        The pair with, in their place, `Image` (those of the fixed image on its grid), points ``[N, D]``, and the
+        matrix ``(D+1, D+1)``, fixed world to moving world.
+
+    Raises:
+        RegistrationError: a file that cannot be used.
+    """
+    pair, fixed = dict(pair), pair["fixed"]
+    for key in ("fixed_mask", "moving_mask", "fixed_labels"):
+        if key in pair:
+            image = load_image(pair[key], key)
+            if image.dims != fixed.dims or len(image.values) != 1:
+                allowed = f"one channel and {fixed.dims} dimensions, as fixed has"
+                raise RegistrationError(key, tuple(image.values.shape), allowed)
+            if key.startswith("fixed"):
+                image = Image(_carried(image, fixed.grid, _identity(fixed)), fixed.affine, image.meta)
+            if not bool((image.values != 0).any()):
+                raise RegistrationError(key, str(pair[key]), "an image that is not 0 everywhere on the image it is of")
+            pair[key] = image
+    if "truth" in pair and not isinstance(pair["truth"], np.ndarray):
+        with _named("truth"):
+            pair["truth"] = read_transform(pair["truth"], fixed, pair["moving"])
+        if len(pair["truth"]) != fixed.dims + 1:
+            raise RegistrationError("truth", f"a {len(pair['truth']) - 1}D transform", f"a {fixed.dims}D one, as fixed")
+    if "fixed_landmarks" in pair:
+        points = []
+        for key in ("fixed_landmarks", "moving_landmarks"):
+            with _named(key):
+                points.append(read_landmarks(pair[key]))
+            if len(points[-1].points) == 0 or points[-1].points.shape[1] != fixed.dims:
+                allowed = f"one or more points with {fixed.dims} coordinates"
+                raise RegistrationError(key, points[-1].points.shape, allowed)
+        with _named("moving_landmarks"):
+            pair["fixed_landmarks"], pair["moving_landmarks"] = pair_landmarks(*points)
+    return pair
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Errors of readers that call every file "path" get the name of what was read."""
+    try:
+        yield
+    except RegistrationError as error:
+        raise RegistrationError(argument, error.value, error.allowed) from error
+
+
+def _identity(image: Image) -> Tensor:
+    return torch.eye(image.dims + 1, dtype=torch.float64)
+
+
+def _carried(labels: Image, grid: Grid, transform: Tensor) -> Tensor:
+    """Labels or a mask on another grid, by nearest neighbor, 0 outside."""
+    return resample(labels.values, labels.grid, grid, transform, mode="nearest", fill=0.0)
+
+
+def measure_pair(
+    pair: Mapping[str, Any], result: RegistrationResult, moved: Image, background: float, settings: Settings
+) -> dict[str, Any]:
+    """How alike and how far apart the images are, before (by the headers alone) and after.
+
+    Args:
+        pair: as `read_known` gives it.
+        result: of the pair.
+        moved: the moving image on the fixed grid.
+        background: of the moving image.
+        settings: of the run; without ``exact`` large images are measured on a part of their voxels.
+
+    Returns:
+        ``before`` and ``after``, each with the `MEASURES` that can be had; ``every``, the step in voxels; ``region``,
+        ``"masks"`` or ``"foreground"``, where SSIM, mutual information and the squared errors are taken, the union
+        over both images; ``dice_of``, what Dice compares: ``"labels"`` (mean over the labels of the fixed image), else
+        ``"masks"``, else ``"foregrounds"``. ``tre`` is the mean error against ``truth`` over the foreground (or the
+        mask) of the fixed image and ``tre_max`` the largest, ``landmark_tre`` that of the landmarks.
+    """
+    fixed, moving = pair["fixed"], pair["moving"]
+    fixed_mask, moving_mask, labels = (pair.get(key) for key in ("fixed_mask", "moving_mask", "fixed_labels"))
+    step = 1 if settings.exact else max(1, math.ceil((math.prod(fixed.grid.shape) / _ENOUGH) ** (1 / fixed.dims)))
+    thin = (slice(None), *(slice(None, None, step) for _ in range(fixed.dims)))
+    still, channel = _identity(fixed), settings.channel("moving")
+    grid = _thinned(fixed.grid, step)
+    here = torch.nan_to_num(fixed.channel(settings.channel("fixed"), "fixed")[thin])
+    there = moving.channel(channel, "moving")
+    images = {
+        "before": resample(there, moving.grid, grid, still, fill=background),
+        "after": torch.nan_to_num(moved.values[channel][None].float()[thin]),
+    }
+    pulls = {"before": still, "after": torch.as_tensor(result.affine)}
+    inside = foreground_mask(here) if fixed_mask is None else fixed_mask.values[thin] != 0
+    inside = inside if bool(inside.any()) else torch.ones_like(inside)
+    metrics: dict[str, Any] = {
+        "region": "foreground" if moving_mask is None else "masks",
+        "dice_of": "labels" if labels is not None else "foregrounds" if moving_mask is None else "masks",
+        "every": step,
+    }
+    for when in _WHEN:
+        masks: dict[str, Any] = {}
+        if moving_mask is not None:
+            masks = {"fixed_mask": inside, "moving_mask": _carried(moving_mask, grid, pulls[when])}
+        values = dict(similarity(here, images[when], **masks))
+        if labels is not None:
+            values["dice"] = label_dice(labels.values[thin], _carried(pair["labels"], grid, pulls[when]))
+        if "truth" in pair:
+            lattice: Any = SimpleNamespace(ndim=fixed.dims + 1, shape=here.shape, affine=grid.affine)
+            error = foreground_tre(pulls[when], pair["truth"], lattice, inside)
+            values |= {"tre": error["mean"], "tre_max": error["max"]}
+        if "fixed_landmarks" in pair:
+            points = pair["fixed_landmarks"], pair["moving_landmarks"]
+            values["landmark_tre"] = float(landmark_tre(pulls[when], *points).mean())
+        metrics[when] = values
+    return metrics
+
+
+def _thinned(grid: Grid, step: int) -> Grid:
+    affine = grid.affine.clone()
+    affine[:-1, :-1] *= step
+    return Grid(tuple(-(-n // step) for n in grid.shape), affine)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# many pairs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_evaluation(reports: Sequence[Mapping[str, Any]], settings: Settings, success_mm: float) -> str:
+    """Write ``evaluation.csv``, a row a pair, and ``evaluation.json``, the summary.
+
+    Args:
+        reports: of all pairs.
+        settings: of the run.
+        success_mm: a pair counts as accurate below this mean error after registration, of the landmarks if it has any,
+            else against the true transform.
+
+    Returns:
+        The summary in words.
+    """
+    rows = [_row(report) for report in reports]
+    folder = output_folder(settings.output_dir)
+    with atomic_path(folder / TABLE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    errors = []
+    for row in rows:
+        error = row["tre_after"] if row["landmark_tre_after"] is None else row["landmark_tre_after"]
+        if error is not None:
+            errors.append(math.inf if row["verdict"] == "FAIL" else error)
+    columns = {
+        measure: {when: found for when in _WHEN if (found := _statistics(rows, f"{measure}_{when}"))}
+        for measure in MEASURES
+    }
+    kinds = ("labels", "masks", "foregrounds")
+    total = {
+        "pairs": len(rows),
+        "registered": _rate([math.inf if row["verdict"] == "FAIL" else 0.0 for row in rows], 1.0),
+        "accurate": _rate(errors, success_mm) | {"below": success_mm} if errors else None,
+        "dice_of": {kind: n for kind in kinds if (n := sum(row["dice_of"] == kind for row in rows))},
+        "columns": {name: found for name, found in columns.items() if found},
+        "seconds": _statistics(rows, "seconds"),
+        "settings": {key: value for key, value in reports[-1]["made_from"].items() if key != "files"},
+        "versions": reports[-1]["versions"],
+    }
+    write_json(folder / EVALUATION, total)
+    return _told(total, folder)
+
+
+def _row(report: Mapping[str, Any]) -> dict[str, Any]:
+    row = {key: report.get(key) for key in ("name", "verdict", "seconds")}
+    metrics = report.get("metrics", {})
+    row |= {"reasons": "; ".join(report["reasons"]), "dice_of": metrics.get("dice_of")}
+    for measure in MEASURES:
+        row |= {f"{measure}_{when}": metrics.get(when, {}).get(measure) for when in _WHEN}
+    return row | {key: report["input"].get(key) for key in ("fixed", "moving")}
+
+
+def mean_metrics(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the pairs that have a measure, by names such as ``"dice_after"``."""
+    rows = [_row(report) for report in reports]
+    names = [f"{measure}_{when}" for measure in MEASURES for when in _WHEN]
+    found = {name: _statistics(rows, name) for name in names}
+    return {name: statistics["mean"] for name, statistics in found.items() if statistics}
+
+
+def _rate(errors: Sequence[float], threshold: float) -> dict[str, float]:
+    return success_rate(errors, threshold)._asdict()
+
+
+def _statistics(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
+    """Of the pairs that have a value; empty if none has. The standard deviation is that of a sample."""
+    values = np.array([row[column] for row in rows if row[column] is not None], dtype=np.float64)
+    if len(values) == 0:
+        return {}
+    std = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"n": len(values), "mean": float(values.mean()), "median": float(np.median(values)), "std": std}
+
+
+def _told(total: Mapping[str, Any], folder: Path) -> str:
+    lines = [f"pairs: {total['pairs']}", f"  {'':<14}{'before':>22}{'after':>22}   (mean, median)"]
+    for name, found in total["columns"].items():
+        cells = (f"{found[when]['mean']:>12.4f}{found[when]['median']:>10.4f}" for when in _WHEN if when in found)
+        lines.append(f"  {name:<14}{''.join(cells)}")
+    rates = [("registered", total["registered"])]
+    if total["accurate"] is not None:
+        rates.append((f"error below {total['accurate']['below']:g}", total["accurate"]))
+    for text, rate in rates:
+        limits = f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f} %"
+        lines.append(f"  {text}: {rate['successes']} of {rate['n']} (95 % interval {limits})")
+    return "\n".join([*lines, f"  {TABLE} and {EVALUATION} in {folder}"])

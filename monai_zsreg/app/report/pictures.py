@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a registered pair, drawn from a few planes: no volume is resampled for them.
+
+Every picture runs from the patient's right to left, from front to back and from head to feet, as radiologists look at
+it, whatever the order of the array's axes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
+from torch import Tensor
+
+from monai_zsreg.foreground import background_value, foreground_mask, quantiles
+from monai_zsreg.geometry import Grid
+from monai_zsreg.io import Image, atomic_path
+from monai_zsreg.resample import resample
+
+__all__ = [
+    "Plane",
+    "Views",
+    "blend",
+    "checkerboard",
+    "colored",
+    "data_url",
+    "edges",
+    "planes_of",
+    "save_overview",
+    "save_spread",
+]
+
+_TILES = 8
+# pixels a side above which a picture shows every second, third, ... one
+_LARGEST = 700
+_OPACITY = 0.45
+_NAMES = {2: "axial", 1: "coronal", 0: "sagittal"}
+_LETTERS = "RAS", "LPI"
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane of an image as a picture.
+
+    Attributes:
+        name: ``"axial"``, ``"coronal"`` or ``"sagittal"`` in 3D, ``""`` in 2D.
+        grid: of the plane; in 3D one voxel thick.
+        columns: array axis that runs along the picture, and whether backwards.
+        rows: array axis that runs down the picture, and whether backwards.
+        sides: letters of the patient's sides, left, right, top and bottom; None where they are not known.
+    """
+
+    name: str
+    grid: Grid
+    columns: tuple[int, bool]
+    rows: tuple[int, bool]
+    sides: tuple[str, ...] | None
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height, mm or pixels."""
+        lengths = [n * s for n, s in zip(self.grid.shape, self.grid.spacing, strict=True)]
+        return lengths[self.columns[0]], lengths[self.rows[0]]
+
+    def picture(self, values: Tensor) -> np.ndarray:
+        """Values on the plane's grid as rows and columns."""
+        axes = [self.rows[0], self.columns[0]]
+        array = values.permute(*axes, *(a for a in range(values.ndim) if a not in axes)).reshape(
+            values.shape[axes[0]], values.shape[axes[1]]
+        )
+        return array.flip([i for i, (_, back) in enumerate((self.rows, self.columns)) if back]).cpu().numpy()
+
+    def position(self, points: np.ndarray) -> np.ndarray:
+        """Where world points ``[N, D]`` lie in the picture: fractions of its width and of its height, ``[N, 2]``."""
+        inverse = torch.linalg.inv(self.grid.affine).numpy()
+        index = points @ inverse[:-1, :-1].T + inverse[:-1, -1]
+        found = []
+        for axis, back in (self.columns, self.rows):
+            fraction = (index[:, axis] + 0.5) / self.grid.shape[axis]
+            found.append(1.0 - fraction if back else fraction)
+        return np.stack(found, axis=1)
+
+
+def planes_of(image: Image, channel: int = 0) -> list[Plane]:
+    """The planes to show: in 3D an axial, a coronal and a sagittal one through the middle of what the image shows."""
+    grid = image.grid
+    flat = grid.dims == 2 and "place" in image.meta  # a slice in space
+    lines = torch.tensor(image.meta["place"], dtype=torch.float64)[:3, :2] if flat else grid.affine[:-1, :-1]
+    world = _world_axes(lines)
+    known = image.meta.get("unit") != "pixel" and not image.meta.get("notes")
+    if grid.dims == 2:
+        (normal,) = {0, 1, 2} - set(world)
+        return [_plane(grid, lines, world, None, _NAMES[normal] if flat and known else "", known)]
+    step = [max(1, n // 64) for n in grid.shape]
+    coarse = torch.nan_to_num(image.values[channel, :: step[0], :: step[1], :: step[2]].float())
+    low, high = quantiles(coarse)
+    weights = ((coarse - low) / (high - low).clamp(min=1e-20)).clamp(0.0, 1.0) + 1e-6
+    planes = []
+    for normal in (2, 1, 0):
+        axis = world.index(normal)
+        profile = weights.sum(dim=[a for a in range(3) if a != axis])
+        middle = float((profile * torch.arange(len(profile))).sum() / profile.sum()) * step[axis]
+        planes.append(_plane(grid, lines, world, (axis, round(middle)), _NAMES[normal], known))
+    return planes
+
+
+def _world_axes(lines: Tensor) -> list[int]:
+    """For each array axis the world axis that it runs along, each of them once."""
+    size = (lines / lines.norm(dim=0)).abs()
+    found = [-1] * lines.shape[1]
+    for place in size.flatten().argsort(descending=True).tolist():
+        world, axis = divmod(place, lines.shape[1])
+        if found[axis] < 0 and world not in found:
+            found[axis] = world
+    return found
+
+
+def _plane(grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool) -> Plane:
+    shape, start, step = list(grid.shape), [0] * grid.dims, [1] * grid.dims
+    shown = [axis for axis in range(grid.dims) if cut is None or axis != cut[0]]
+    if cut is not None:
+        shape[cut[0]], start[cut[0]] = 1, min(cut[1], shape[cut[0]] - 1)
+    ends, letters = [], []
+    for axis in sorted(shown, key=lambda axis: world[axis]):
+        step[axis] = -(-shape[axis] // _LARGEST)
+        shape[axis] = -(-shape[axis] // step[axis])
+        ends.append((axis, bool(lines[world[axis], axis] > 0)))
+        letters += [_LETTERS[0][world[axis]], _LETTERS[1][world[axis]]]
+    affine = grid.affine.clone()
+    affine[:-1, -1] += affine[:-1, :-1] @ torch.tensor(start, dtype=torch.float64)
+    affine[:-1, :-1] *= torch.tensor(step, dtype=torch.float64)
+    return Plane(name, Grid(tuple(shape), affine), ends[0], ends[1], tuple(letters) if known else None)
+
+
+class Views:
+    """What the pictures of a pair are made of.
+
+    Attributes:
+        planes: of the fixed image.
+        fixed: a picture for each plane, gray values in [0, 1].
+        before: the moving image where the headers put it.
+        after: the moving image through the transform.
+
+    Args:
+        fixed: image.
+        moving: image.
+        affine: ``(D+1, D+1)``, fixed world to moving world.
+        fixed_channel: channel to show.
+        moving_channel: likewise.
+    """
+
+    def __init__(
+        self, fixed: Image, moving: Image, affine: np.ndarray, fixed_channel: int = 0, moving_channel: int = 0
+    ) -> None:
+        self.planes = planes_of(fixed, fixed_channel)
+        still = torch.eye(len(affine), dtype=torch.float64)
+        pull = torch.as_tensor(affine, dtype=torch.float64)
+        self.fixed = self._cut(fixed, fixed_channel, still)
+        self.before = self._cut(moving, moving_channel, still)
+        self.after = self._cut(moving, moving_channel, pull)
+
+    def _cut(self, image: Image, channel: int, transform: Tensor) -> list[np.ndarray]:
+        values = image.values[channel][None]
+        coarse = values[0][tuple(slice(None, None, max(1, n // 100)) for n in values.shape[1:])].float()
+        low, high = (float(end) for end in quantiles(coarse[torch.isfinite(coarse)]))
+        fill = background_value(coarse)
+        pictures = []
+        for plane in self.planes:
+            gray = resample(values, image.grid, plane.grid, transform, fill=fill, dtype=torch.float32)[0]
+            scaled = (torch.nan_to_num(gray, nan=low) - low) / max(high - low, 1e-20)
+            pictures.append(plane.picture(scaled.clamp(0.0, 1.0)))
+        return pictures
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pictures of a plane; gray [H, W] or color [H, W, 3], values in [0, 1]
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def checkerboard(first: np.ndarray, second: np.ndarray, plane: Plane) -> np.ndarray:
+    """Tiles of two pictures by turns; they are square in mm, or thick slices would make stripes."""
+    tile = max(plane.size) / _TILES
+    y, x = np.indices(first.shape)
+    columns, rows = (
+        index * length / n // tile for index, length, n in zip((x, y), plane.size, first.shape[::-1], strict=True)
+    )
+    return np.where((rows + columns) % 2 == 0, first, second)
+
+
+def edges(shape: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The edges of one picture in orange over another."""
+    smooth = shape
+    for axis in (0, 1):
+        padded = np.pad(smooth, [(2, 2) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
+        weights = (1, 4, 6, 4, 1)
+        parts = (w * np.take(padded, range(i, i + shape.shape[axis]), axis) for i, w in enumerate(weights))
+        smooth = np.sum(list(parts), axis=0) / 16
+    slope_y, slope_x = np.gradient(smooth)
+    size = np.pad(np.hypot(slope_x, slope_y), 1)
+    # an edge is where the slope is steeper than on both sides of it, across the edge
+    across = np.abs(slope_x) > np.abs(slope_y)
+    diagonal = np.minimum(np.abs(slope_x), np.abs(slope_y)) > 0.4142 * np.maximum(np.abs(slope_x), np.abs(slope_y))
+    dx = np.where(diagonal | across, np.sign(slope_x), 0).astype(int)
+    dy = np.where(diagonal | ~across, np.sign(slope_y), 0).astype(int)
+    y, x = np.indices(shape.shape) + 1
+    here = size[y, x]
+    thin = (here >= size[y + dy, x + dx]) & (here > size[y - dy, x - dx])
+    thin &= here > max(0.02, 0.25 * float(np.quantile(here, 0.98)))
+    return np.where(thin[..., None], np.array([1.0, 0.55, 0.0]), below[..., None])
+
+
+def blend(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One picture in green, the other in magenta: gray where both are as bright, whatever their contrasts."""
+    one, two = _ranks(first), _ranks(second)
+    return np.stack([two, one, two], axis=-1)
+
+
+def _ranks(image: np.ndarray) -> np.ndarray:
+    """How bright a pixel is among those of the object, 0 to 1; this takes the contrast out."""
+    inside = foreground_mask(torch.from_numpy(image.copy())[None])[0].numpy()
+    if not inside.any():
+        return image
+    return np.asarray(inside * np.searchsorted(np.sort(image[inside]), image) / inside.sum())
+
+
+def colored(below: np.ndarray, values: np.ndarray, limits: tuple[float, float], object_mask: np.ndarray) -> np.ndarray:
+    """Values in color, red high and blue low, over a gray picture where ``object_mask`` is True."""
+    scaled = np.clip((values - limits[0]) / max(limits[1] - limits[0], 1e-20), 0.0, 1.0)
+    color = np.stack([1.5 - np.abs(4 * scaled - middle) for middle in (3, 2, 1)], axis=-1).clip(0.0, 1.0)
+    gray = np.repeat(below[..., None], 3, axis=-1)
+    return np.where(object_mask[..., None], (1 - _OPACITY) * gray + _OPACITY * color, gray)
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """A mask without holes: between its first and its last pixel of the row, and of the column."""
+    inside = np.ones_like(mask)
+    for axis in (0, 1):
+        after = np.maximum.accumulate(mask, axis=axis)
+        before = np.flip(np.maximum.accumulate(np.flip(mask, axis), axis=axis), axis)
+        inside &= after & before
+    return inside
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _pillow(picture: np.ndarray, size: tuple[int, int] | None = None) -> Any:
+    image = Pillow.fromarray((picture * 255 + 0.5).astype(np.uint8))
+    return image if size is None else image.resize(size, Pillow.Resampling.BILINEAR)
+
+
+def data_url(picture: np.ndarray) -> str:
+    """A picture as the address of an ``<img>`` that holds it."""
+    stream = io.BytesIO()
+    _pillow(picture).save(stream, "JPEG", quality=88, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def save_overview(views: Views, path: str | os.PathLike) -> None:
+    """Draw a pair before and after as one PNG: fixed, moving, moved, and checkerboards of fixed with each.
+
+    Args:
+        views: of the pair.
+        path: PNG file.
+    """
+    rows = []
+    for plane, *shown in zip(views.planes, views.fixed, views.before, views.after, strict=True):
+        boards = [checkerboard(shown[0], other, plane) for other in shown[1:]]
+        rows.append([(plane, picture) for picture in (*shown, *boards)])
+    titles = ["fixed", "moving, by its header", "moved", "fixed | before", "fixed | after"]
+    _save_sheet(path, rows, titles)
+
+
+def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: int = 0) -> None:
+    """Draw a map over the fixed image as one PNG: red is high, blue is low.
+
+    Args:
+        fixed: image.
+        values: standard deviation of the displacement in mm on the fixed grid, ``[1, *spatial]``, finite.
+        path: PNG file.
+        channel: of the fixed image, to show.
+    """
+    spread = Image(values.cpu(), fixed.affine, fixed.meta)
+    views = Views(fixed, fixed, np.eye(fixed.dims + 1), channel, channel)
+    inside = values[foreground_mask(torch.nan_to_num(fixed.values[channel][None].float()))]
+    inside = inside if inside.numel() else values
+    low, high = float(inside.min()), float(inside.max())
+    limits = (low, high) if high - low > 1e-6 * max(high, 1e-6) else (max(0.0, low - 0.5e-3), high + 0.5e-3)
+    still = torch.eye(fixed.dims + 1, dtype=torch.float64)
+    rows: list[list[tuple[Plane, np.ndarray]]] = []
+    for plane, gray in zip(views.planes, views.fixed, strict=True):
+        above = plane.picture(resample(spread.values, spread.grid, plane.grid, still, fill=0.0)[0])
+        rows.append([(plane, gray), (plane, colored(gray, above, limits, filled(gray > 0.05)))])
+    _save_sheet(path, rows, ["fixed", f"standard deviation, mm: blue {limits[0]:.3g}, red {limits[1]:.3g}"])
+
+
+def _save_sheet(
+    path: str | os.PathLike, rows: Sequence[Sequence[tuple[Plane, np.ndarray]]], titles: Sequence[str]
+) -> None:
+    """Pictures in rows and columns, with titles and the patient's sides, at one scale."""
+    longest = max(max(plane.size) for row in rows for plane, _ in row)
+    scale = 240 / longest
+    width = max(round(plane.size[0] * scale) for row in rows for plane, _ in row)
+    heights = [max(round(plane.size[1] * scale) for plane, _ in row) for row in rows]
+    gap, head = 8, 22
+    columns = len(rows[0])
+    sheet = Pillow.new("RGB", (columns * (width + gap) + gap, head + sum(heights) + gap * len(heights)))
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(13), ImageFont.load_default(12)
+    for number, title in enumerate(titles):
+        draw.text((gap + number * (width + gap) + width / 2, head / 2), title, "white", font, anchor="mm")
+    top = head
+    for row, height in zip(rows, heights, strict=True):
+        for number, (plane, picture) in enumerate(row):
+            size = max(1, round(plane.size[0] * scale)), max(1, round(plane.size[1] * scale))
+            left, upper = gap + number * (width + gap) + (width - size[0]) // 2, top + (height - size[1]) // 2
+            sheet.paste(_pillow(picture, size), (left, upper))
+            if plane.sides is not None and number == 0:
+                places = ((8, size[1] / 2), (size[0] - 8, size[1] / 2), (size[0] / 2, 8), (size[0] / 2, size[1] - 8))
+                for letter, (x, y) in zip(plane.sides, places, strict=True):
+                    draw.text((left + x, upper + y), letter, "yellow", small, anchor="mm")
+        top += height + gap
+    with atomic_path(path) as partial:
+        sheet.save(partial, "PNG")

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A smooth, invertible map: a displacement on a lattice of its own, then an affine matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_zsreg import resample as parts
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
+
+__all__ = ["Deformation", "determinant", "least_determinant"]
+
+# points that are worked on at a time: what fits a core's cache
+_BLOCK = 2**17
+# lattice steps within which an inverse counts as found, and how long it is looked for
+_CLOSE, _LONGEST = 1e-4, 60
+
+
+@dataclass(eq=False)
+class Deformation:
+    """The map ``x -> affine (x + displacement(x))`` from the fixed world to the moving world, RAS mm.
+
+    Between the points of the lattice the displacement is interpolated linearly; beyond its edge it goes on as it is
+    there. Files of ITK and ANTs with this lattice mean the same map.
+
+    Attributes:
+        affine: ``(D+1, D+1)`` float64 on the CPU.
+        displacement: ``[D, *lattice]`` float32, mm along the axes of the fixed world.
+        grid: the lattice, in the fixed world.
+    """
+
+    affine: Tensor
+    displacement: Tensor = field(repr=False)
+    grid: Grid
+    _forward: Deformation | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        dims = self.grid.dims
+        self.affine = checked_matrix(self.affine, dims, "affine")
+        if tuple(self.displacement.shape) != (dims, *self.grid.shape):
+            raise RegistrationError(
+                "displacement", tuple(self.displacement.shape), f"{(dims, *self.grid.shape)}, as its lattice has it"
+            )
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions, D."""
+        return self.grid.dims
+
+    def apply(self, points: Any) -> Any:
+        """Where points of the fixed world are in the moving world.
+
+        Args:
+            points: ``[N, D]``, RAS mm, an array or a tensor.
+
+        Returns:
+            ``[N, D]`` float64, an array or a tensor as ``points``.
+
+        Raises:
+            RegistrationError: points of another shape.
+        """
+        given = torch.as_tensor(points, dtype=torch.float64)
+        if given.ndim != 2 or given.shape[1] != self.dims:
+            raise RegistrationError("points", tuple(given.shape), f"[N, {self.dims}]")
+        places = given.cpu()
+        if self._forward is None:
+            found = apply_affine(self.affine, places + self._at(places))
+        else:
+            # an inverse knows its map, so that points need not go by what lies between the lattice
+            found = self._forward._solve(apply_affine(self.affine, places))
+        return found.numpy() if isinstance(points, np.ndarray) else found.to(given.device)
+
+    def inverse(self) -> Deformation:
+        """The map from the moving world to the fixed world, of the same kind.
+
+        Its lattice is this one as ``affine`` lays it into the moving world. There it is exact to 1e-4 lattice steps,
+        and so it is for points that are given to `apply`.
+        """
+        if self._forward is not None:
+            return self._forward
+        back = torch.linalg.inv(self.affine)
+        found = torch.empty_like(self.displacement)
+        flat = found.flatten(1)
+        count = flat.shape[1]
+        for start in range(0, count, _BLOCK):
+            numbers = torch.arange(start, min(start + _BLOCK, count))
+            index = torch.stack(torch.unravel_index(numbers, self.grid.shape), 1).double()
+            points = apply_affine(self.grid.affine, index)
+            # the displacement of the inverse comes first too: of points of the moving world, along its axes
+            moved = (self._solve(points) - points) @ self.affine[: self.dims, : self.dims].mT
+            flat[:, start : start + len(numbers)] = moved.mT.to(flat)
+        return Deformation(back, found, replace(self.grid, affine=self.affine @ self.grid.affine), self)
+
+    def jacobian(self) -> Tensor:
+        """How the displacement changes volumes: the Jacobian determinant of ``x + displacement(x)``, ``[1, *lattice]``.
+
+        By central differences; above 1 the moving image's tissue is larger, beside what ``affine`` does.
+        """
+        return determinant(self._steps())[None]
+
+    def folds(self) -> int:
+        """Number of points of the lattice where any one-sided Jacobian determinant is 0 or less."""
+        return int((least_determinant(self._steps()) <= 0).sum())
+
+    def resample(
+        self,
+        values: Tensor,
+        source: Grid,
+        target: Grid,
+        mode: str = "bilinear",
+        fill: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """An image of the moving world on a grid of the fixed world, interpolated once.
+
+        Args:
+            values: ``[C, *spatial]``, any real type.
+            source: lattice of ``values``.
+            target: lattice of the result.
+            mode: see `monai_zsreg.resample.resample`, as the next two.
+            fill: value outside.
+            dtype: of the result.
+
+        Returns:
+            ``[C, *target.shape]`` on the device of ``values``.
+        """
+        dtype = dtype or values.dtype
+        if mode not in parts.MODES:
+            raise RegistrationError("mode", mode, f"one of {', '.join(parts.MODES)}")
+        if values.is_complex() or tuple(values.shape[1:]) != source.shape:
+            found = f"{values.dtype} {tuple(values.shape)}"
+            raise RegistrationError("values", found, f"real numbers [C, *{source.shape}]")
+        fills = [parts.outside_value(c, mode, dtype) if fill is None else float(fill) for c in values]
+        pull = target.index_pull(self.affine, source)
+        to_lattice = target.index_pull(torch.eye(self.dims + 1, dtype=torch.float64), self.grid)
+        # the displacement as indices of the moving image
+        linear = (torch.linalg.inv(source.affine) @ self.affine)[: self.dims, : self.dims]
+        steps = torch.einsum("ij,j...->i...", linear.to(self.displacement), self.displacement).to(values.device)
+        result = torch.empty((len(values), *target.shape), dtype=dtype, device=values.device)
+        for block in parts._blocks(target.shape, pull.numpy(), parts._BLOCK_ON_CPU):
+            axes = [torch.arange(s.start, s.stop, dtype=torch.float64) for s in block]
+            index = torch.cartesian_prod(*axes).view(-1, self.dims)
+            shifts = _sample(steps, apply_affine(to_lattice, index).to(values.device, torch.float32))
+            places = apply_affine(pull, index).to(values.device) + shifts
+            _fill(result, block, values, places.mT, mode, fills)
+        return result
+
+    def ddf(self, fixed: Grid, moving: Grid | None = None) -> Tensor:
+        """As MONAI's networks and ``monai.networks.blocks.Warp`` have it: a displacement of every voxel, in voxels.
+
+        Args:
+            fixed: the grid of the fixed image.
+            moving: the grid of the moving image. ``Warp`` takes images of the fixed grid's shape only.
+                None for ``fixed``, which is right for a moving image that was put there by its header.
+
+        Returns:
+            ``[D, *fixed.shape]`` float32: ``Warp()(moving[None], ddf[None])`` is the moved image.
+        """
+        moving = fixed if moving is None else moving
+        axes = [torch.arange(n, dtype=torch.float64) for n in fixed.shape]
+        index = torch.cartesian_prod(*axes).view(-1, self.dims)
+        result = torch.empty(self.dims, len(index))
+        for start in range(0, len(index), _BLOCK):
+            part = index[start : start + _BLOCK]
+            world = self.apply(apply_affine(fixed.affine, part))
+            result[:, start : start + len(part)] = (apply_affine(torch.linalg.inv(moving.affine), world) - part).mT
+        return result.view(self.dims, *fixed.shape)
+
+    @classmethod
+    def from_ddf(cls, ddf: Tensor, fixed: Grid, moving: Grid | None = None) -> Deformation:
+        """Inverse of `ddf`, with the identity as its affine part: of what a network predicted.
+
+        Args:
+            ddf: ``[D, *fixed.shape]``, in voxels. For a velocity field take ``DVF2DDF`` first.
+            fixed: see `ddf`.
+            moving: likewise.
+        """
+        moving = fixed if moving is None else moving
+        dims = fixed.dims
+        between = moving.affine @ torch.linalg.inv(fixed.affine)
+        # x -> moving.affine (index + ddf), of which the affine part is what no displacement does
+        linear = fixed.affine[:dims, :dims].to(ddf)
+        return cls(between, torch.einsum("ij,j...->i...", linear, ddf.detach().float()), fixed)
+
+    def _steps(self) -> Tensor:
+        """The displacement in lattice steps."""
+        dims = self.dims
+        linear = torch.linalg.inv(self.grid.affine[:dims, :dims]).to(self.displacement)
+        return torch.einsum("ij,j...->i...", linear, self.displacement)
+
+    def _at(self, points: Tensor) -> Tensor:
+        """The displacement at points ``[N, D]`` of the fixed world, mm, likewise."""
+        index = apply_affine(torch.linalg.inv(self.grid.affine), points.double().cpu())
+        return _sample(self.displacement, index.to(self.displacement)).to(points)
+
+    def _solve(self, points: Tensor) -> Tensor:
+        """The points ``[N, D]`` of the fixed world that the displacement takes to ``points``.
+
+        First the map is followed backward, which ends where it contracts; Newton's method finds the rest.
+        """
+        dims = self.dims
+        to_index = torch.linalg.inv(self.grid.affine)
+        steps = self._steps()
+        wanted = apply_affine(to_index, points).to(steps.device)
+        found, left = wanted.clone(), torch.arange(len(wanted), device=wanted.device)
+        half = 0.5 * torch.eye(dims, dtype=wanted.dtype, device=wanted.device)
+        for number in range(_LONGEST):
+            place = found[left]
+            gap = place + _sample(steps, place) - wanted[left]
+            far = gap.norm(dim=1) > _CLOSE
+            left, gap, place = left[far], gap[far], place[far]
+            if not len(left):
+                break
+            if number >= 4:
+                slopes = [_sample(steps, place + h) - _sample(steps, place - h) for h in half]
+                slope = torch.stack(slopes, -1) + 2 * half
+                gap = torch.linalg.solve(slope, gap.unsqueeze(-1)).squeeze(-1)
+            # half the way now and then, for points between which Newton's method would jump to and fro
+            reach = 0.5 if number % 8 == 7 else 1.0
+            found[left] = place - reach * gap / gap.norm(dim=1, keepdim=True).clamp(min=1.0)
+        return apply_affine(self.grid.affine, found.cpu().double()).to(points)
+
+
+def _sample(field_: Tensor, index: Tensor) -> Tensor:
+    """A field ``[D, *lattice]`` at indices ``[N, D]``, interpolated linearly; beyond the edge it goes on."""
+    dims = index.shape[-1]
+    size = torch.tensor(field_.shape[1:], dtype=index.dtype, device=index.device)
+    where = ((2 * index + 1) / size - 1).flip(-1).to(field_)
+    found = F.grid_sample(
+        field_[None], where.view(1, *[1] * (dims - 1), -1, dims), padding_mode="border", align_corners=False
+    )
+    return found.view(len(field_), -1).mT.to(index)
+
+
+def _fill(
+    result: Tensor, block: tuple[slice, ...], values: Tensor, places: Tensor, mode: str, fills: list[float]
+) -> None:
+    """A block of ``result [C, *spatial]`` from ``values`` at indices ``[D, N]``, as `monai_zsreg.resample` does it."""
+    before, after = parts.MODES[mode]
+    shape = [s.stop - s.start for s in block]
+    ends, points = [], []
+    for place, n in zip(places, values.shape[1:], strict=True):
+        low, high = (float(end) for end in place.aminmax())
+        first = max(math.floor(low), -after) - before
+        ends.append((first, max(first, min(math.floor(high), n - 1 + before)) + after + 2))
+        points.append([(place - first).float().view(shape)])
+    inside = all(last > 0 and first < n for (first, last), n in zip(ends, values.shape[1:], strict=True))
+    for out, channel, fill in zip(result, values, fills, strict=True):
+        if not inside:
+            out[block] = fill
+        elif mode == "nearest":
+            out[block] = parts._look_up(parts._cut(channel, ends, fill), points).to(out.dtype)
+        else:
+            wide = torch.float64 if channel.dtype in parts._WIDE else torch.float32
+            hole = channel.is_floating_point() and not bool(channel.sum().isfinite())
+            found = parts._interpolate(parts._cut(channel, ends, fill, wide), points, mode, hole)
+            out[block] = parts._settled(found, out.dtype)
+
+
+def determinant(steps: Tensor) -> Tensor:
+    """Jacobian determinant of ``index + steps(index)`` by central differences, one-sided at the edge, ``[*lattice]``.
+
+    Args:
+        steps: ``[D, *lattice]``, in lattice steps.
+    """
+    slopes = [torch.gradient(steps, dim=axis + 1)[0] for axis in range(len(steps))]
+    return _determinant(slopes)
+
+
+def least_determinant(steps: Tensor) -> Tensor:
+    """The smallest of the determinants that forward and backward differences along the axes give, ``[*lattice]``.
+
+    Where it is positive at all corners of a cell, linear interpolation does not fold there for all that is known.
+    """
+    dims = len(steps)
+    ahead, behind = [], []
+    for axis in range(dims):
+        change = steps.diff(dim=axis + 1)
+        first, last = (change.narrow(axis + 1, at, 1) for at in (0, change.shape[axis + 1] - 1))
+        ahead.append(torch.cat([change, last], axis + 1))
+        behind.append(torch.cat([first, change], axis + 1))
+    least = torch.full_like(steps[0], torch.inf)
+    for sides in product((0, 1), repeat=dims):
+        found = _determinant([(ahead, behind)[side][axis] for axis, side in enumerate(sides)])
+        least = torch.minimum(least, found)
+    return least
+
+
+def _determinant(slopes: list[Tensor]) -> Tensor:
+    """Of the identity plus ``slopes``: for each axis the derivative ``[D, *lattice]`` along it."""
+    rows = [[slope[i] + float(i == axis) for i in range(len(slopes))] for axis, slope in enumerate(slopes)]
+    if len(rows) == 2:
+        return rows[0][0] * rows[1][1] - rows[0][1] * rows[1][0]
+    (a, b, c), (d, e, f), (g, h, i) = rows
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)

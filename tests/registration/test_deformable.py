@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deformable stage against maps that are known, and maps against SciPy and MONAI. SciPy makes the images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.networks.blocks import Warp
+from phantoms import turn
+from scipy import ndimage
+
+import monai_zsreg
+from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.registration.deformable import deform, register_deformable
+from monai_zsreg.registration.displacement import Deformation, determinant, least_determinant
+
+
+def waves(shape: tuple[int, ...], size: float, length: float, seed: int = 0) -> np.ndarray:
+    """A smooth displacement ``[D, *shape]`` of at most ``size``, by noise smoothed over ``length``; voxels."""
+    rng = np.random.default_rng(seed)
+    field = np.stack([ndimage.gaussian_filter(rng.standard_normal(shape), length) for _ in shape])
+    return size * field / np.linalg.norm(field, axis=0).max()
+
+
+def bent(image: MetaTensor, field: np.ndarray) -> MetaTensor:
+    """The image that shows at ``x`` what ``image`` shows at ``x + field(x)``."""
+    where = np.indices(field.shape[1:]) + field
+    values = np.stack([ndimage.map_coordinates(channel, where, order=1) for channel in image.as_tensor().numpy()])
+    return MetaTensor(torch.from_numpy(values), affine=image.affine)
+
+
+def errors(found: Deformation, fixed: MetaTensor, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance from ``fixed``'s foreground to the truth, mm, of the map and of its affine part alone."""
+    grid = Grid.of(fixed)
+    index = np.argwhere(fixed.as_tensor()[0].numpy() > 100)
+    truth = apply_affine(grid.affine, torch.as_tensor(index + field[(slice(None), *index.T)].T)).numpy()
+    points = apply_affine(grid.affine, torch.as_tensor(index, dtype=torch.float64))
+    affine = apply_affine(found.affine, points).numpy()
+    return np.linalg.norm(found.apply(points.numpy()) - truth, axis=1), np.linalg.norm(affine - truth, axis=1)
+
+
+def side(image: MetaTensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Grid, torch.Tensor | None]:
+    return image.as_tensor()[0].float(), Grid.of(image), mask
+
+
+def identity(image: MetaTensor) -> torch.Tensor:
+    return torch.eye(image.ndim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_a_known_deformation_of_a_slice_is_found(slices, contrast: str, device: torch.device) -> None:
+    moving = getattr(slices, contrast)
+    field = waves(moving.shape[1:], 8, 20)
+    # the truth takes a point of the fixed image to where the moving one shows it
+    fixed = bent(slices.t1, field)
+    values = [
+        tuple(None if v is None else v.to(device) if hasattr(v, "to") else v for v in side(i)) for i in (fixed, moving)
+    ]
+    found = deform(*values, identity(moving))
+    after, before = errors(Deformation(found.affine, found.displacement.cpu(), found.grid), fixed, field)
+    assert np.median(before) > 1.5
+    assert np.median(after) < 0.3 * np.median(before)
+    assert found.folds() == 0
+
+
+@pytest.mark.parametrize("contrast", ["t1", "flair"])
+def test_a_known_deformation_of_a_volume_is_found(volumes, contrast: str) -> None:
+    moving = getattr(volumes, contrast)
+    field = waves(moving.shape[1:], 2.0, 6)
+    fixed = bent(volumes.t1, field)
+    after, before = errors(found := deform(side(fixed), side(moving), identity(moving)), fixed, field)
+    assert np.median(after) < 0.6 * np.median(before)
+    assert found.folds() == 0
+
+
+def test_a_head_that_only_moved_is_not_deformed(volumes) -> None:
+    truth = turn(volumes.t1, 10, (3.0, -2.0, 4.0), shear=0.0)
+    # the header moves, so that nothing is interpolated; noise of its own for each scan
+    scans = [
+        volumes.t1.as_tensor() + 10 * torch.randn(volumes.t1.shape, generator=torch.Generator().manual_seed(s))
+        for s in (1, 2)
+    ]
+    moving = MetaTensor(scans[1], affine=torch.as_tensor(truth) @ Grid.of(volumes.t1).affine)
+    found = deform(side(MetaTensor(scans[0], affine=volumes.t1.affine)), side(moving), torch.as_tensor(truth))
+    foreground = apply_affine(Grid.of(volumes.t1).affine, torch.nonzero(volumes.t1.as_tensor()[0] > 100).double())
+    added = np.linalg.norm(
+        found.apply(foreground.numpy()) - apply_affine(torch.as_tensor(truth), foreground).numpy(), axis=1
+    )
+    # voxels of 4 mm
+    assert np.quantile(added, 0.95) < 0.4
+
+
+def test_nothing_folds_even_where_nothing_corresponds() -> None:
+    rng = np.random.default_rng(0)
+    one, two = (MetaTensor(torch.from_numpy(rng.random((1, 60, 70), dtype=np.float32))) for _ in range(2))
+    found = deform(side(one), side(two), identity(one), stiffness=0.05)
+    assert found.folds() == 0
+    assert float(found.displacement.norm(dim=0).max()) > 1.0
+
+
+def test_a_hole_is_carried_by_its_surroundings(slices) -> None:
+    field = waves(slices.t1.shape[1:], 8, 25, seed=1)
+    fixed = bent(slices.t1, field)
+    hole = torch.zeros(fixed.shape[1:], dtype=torch.bool)
+    middle = [n // 2 for n in hole.shape]
+    hole[middle[0] - 12 : middle[0] + 12, middle[1] + 5 : middle[1] + 29] = True
+    broken = fixed.as_tensor().clone()
+    broken[0, hole] = 1500.0
+    broken = MetaTensor(broken, affine=fixed.affine)
+    inside = np.zeros(fixed.shape, dtype=np.float32)
+    inside[0][hole] = 1000.0
+    inside = MetaTensor(torch.from_numpy(inside), affine=fixed.affine)
+    masked = deform(side(broken, ~hole), side(slices.t1), identity(fixed))
+    naive = deform(side(broken), side(slices.t1), identity(fixed))
+    after, before = errors(masked, inside, field)
+    assert np.median(after) < 0.4 * np.median(before)
+    assert np.median(after) < 0.25 * np.median(errors(naive, inside, field)[0])
+
+
+def test_stiffness_is_smoothness_and_a_length(slices) -> None:
+    fixed = bent(slices.t1, waves(slices.t1.shape[1:], 6, 12))
+    rough = [
+        float(
+            torch.stack(
+                torch.gradient(
+                    deform(side(fixed), side(slices.t1), identity(fixed), stiffness=s).displacement, dim=(1, 2)
+                )
+            ).std()
+        )
+        for s in (0.5, 2.0, 8.0)
+    ]
+    assert rough[0] > rough[1] > rough[2]
+    for wrong in (0.0, -1.0, float("nan"), "soft"):
+        with pytest.raises(RegistrationError, match="stiffness"):
+            deform(side(fixed), side(slices.t1), identity(fixed), stiffness=wrong)
+
+
+def test_it_goes_on_from_a_result(slices) -> None:
+    field = waves(slices.t2.shape[1:], 4, 20)
+    fixed = bent(slices.t1, field)
+    result = monai_zsreg.register(fixed, slices.t2)
+    found = register_deformable(result)
+    after, before = errors(found, fixed, field)
+    assert np.median(after) < 0.65 * np.median(before)
+    np.testing.assert_array_equal(found.affine.numpy(), result.affine)
+    found.displacement.requires_grad_()
+
+
+# ----------------------------------------------------------------------------------------------------------- the map
+
+
+@pytest.fixture(params=[2, 3])
+def bend(request: pytest.FixtureRequest) -> Deformation:
+    """A map on an oblique lattice of unequal steps."""
+    dims = request.param
+    shape = (30, 24, 20)[:dims]
+    like = MetaTensor(torch.zeros(1, *shape))
+    affine = torch.as_tensor(turn(like, 25, (3.0, -4.0, 2.0)[:dims], shear=0.0)) @ torch.diag(
+        torch.tensor([2.0, 3.0, 2.5][:dims] + [1.0], dtype=torch.float64)
+    )
+    after = torch.as_tensor(turn(like, -15, (5.0, 1.0, -2.0)[:dims], scale=1.1))
+    return Deformation(after, torch.from_numpy(waves(shape, 7, 3.5)).float(), Grid(shape, affine))
+
+
+def inner(bend: Deformation, count: int = 500) -> np.ndarray:
+    index = np.random.default_rng(1).uniform(0, np.array(bend.grid.shape) - 1, (count, bend.dims))
+    return apply_affine(bend.grid.affine, torch.as_tensor(index)).numpy()
+
+
+def test_points_go_by_linear_interpolation_then_the_matrix(bend: Deformation) -> None:
+    points = inner(bend)
+    index = apply_affine(torch.linalg.inv(bend.grid.affine), torch.as_tensor(points)).numpy().T
+    shift = np.stack([ndimage.map_coordinates(c.numpy().astype(float), index, order=1) for c in bend.displacement], 1)
+    matrix = bend.affine.numpy()
+    np.testing.assert_allclose(bend.apply(points), (points + shift) @ matrix[:-1, :-1].T + matrix[:-1, -1], atol=1e-3)
+    with pytest.raises(RegistrationError, match="points"):
+        bend.apply(points[:, :1])
+
+
+def test_the_inverse_leads_back(bend: Deformation) -> None:
+    points, back = inner(bend), bend.inverse()
+    assert bend.folds() == 0
+    np.testing.assert_allclose(back.apply(bend.apply(points)), points, atol=1e-3)
+    # and by the lattice alone, as images and files go
+    alone = Deformation(back.affine, back.displacement, back.grid)
+    away = np.linalg.norm(alone.apply(bend.apply(points)) - points, axis=1) / min(bend.grid.spacing)
+    assert np.quantile(away, 0.95) < 0.1
+    assert back.inverse() is bend
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_images_are_interpolated_once(bend: Deformation, mode: str) -> None:
+    dims = bend.dims
+    rng = np.random.default_rng(2)
+    source = Grid(
+        (40, 44, 36)[:dims], bend.affine @ bend.grid.affine @ torch.diag(torch.tensor([0.8] * dims + [1.0])).double()
+    )
+    target = Grid((33, 27, 31)[:dims], bend.grid.affine @ torch.diag(torch.tensor([0.7] * dims + [1.0])).double())
+    values = torch.from_numpy(ndimage.gaussian_filter(rng.random(source.shape), 1.5)).float()[None]
+    values = (values * 1000).to(torch.int16) if mode == "nearest" else values
+    moved = bend.resample(values, source, target, mode, fill=-5)
+    index = np.indices(target.shape).reshape(dims, -1).T
+    world = bend.apply(apply_affine(target.affine, torch.as_tensor(index, dtype=torch.float64)).numpy())
+    where = apply_affine(torch.linalg.inv(source.affine), torch.as_tensor(world)).numpy().T
+    wanted = ndimage.map_coordinates(values[0].numpy(), where, order=int(mode == "bilinear"), mode="constant", cval=-5)
+    last = np.array(source.shape)[:, None] - 1
+    clear = ((where > 0) & (where < last) & (abs(where % 1 - 0.5) > 0.01)).all(0)
+    assert clear.mean() > 0.2
+    np.testing.assert_allclose(moved[0].flatten().numpy()[clear], wanted[clear], atol=2e-3)
+    outside = ((where < -1) | (where > last + 1)).any(0)
+    assert moved.dtype == values.dtype
+    assert (moved[0].flatten().numpy()[outside] == -5).all()
+
+
+@pytest.mark.filterwarnings("ignore:monai.networks.blocks.Warp")
+def test_monai_warps_with_its_ddf(bend: Deformation) -> None:
+    grid = Grid(
+        (26, 28, 22)[: bend.dims], bend.grid.affine @ torch.diag(torch.tensor([1.1] * bend.dims + [1.0])).double()
+    )
+    bend = Deformation(torch.eye(bend.dims + 1), bend.displacement, bend.grid)
+    smooth = ndimage.gaussian_filter(np.random.default_rng(3).random(grid.shape), 2)
+    values = torch.from_numpy(smooth).float()[None]
+    ddf = bend.ddf(grid)
+    warped = Warp(padding_mode="border")(values[None], ddf[None])[0]
+    moved = bend.resample(values, grid, grid, fill=0)
+    inside = (slice(None), *[slice(6, -6)] * bend.dims)
+    torch.testing.assert_close(moved[inside], warped[inside], atol=1e-3, rtol=0)
+    again = Deformation.from_ddf(ddf, grid)
+    points = apply_affine(grid.affine, torch.cartesian_prod(*[torch.arange(float(n)) for n in grid.shape]).double())
+    torch.testing.assert_close(again.apply(points), bend.apply(points), atol=1e-3, rtol=0)
+
+
+def test_determinants_tell_a_fold() -> None:
+    x = torch.arange(12.0)
+    stretch = torch.stack(torch.meshgrid(0.5 * x, -0.25 * x, indexing="ij"))
+    torch.testing.assert_close(determinant(stretch), torch.full((12, 12), 1.5 * 0.75))
+    torch.testing.assert_close(least_determinant(stretch), torch.full((12, 12), 1.5 * 0.75))
+    # one point jumps over its neighbor: central differences do not see it there
+    stretch[0, 6] += 2.0
+    assert float(determinant(stretch)[6].min()) > 0
+    assert float(least_determinant(stretch)[6].max()) < 0
+
+
+def test_a_displacement_of_another_shape_is_refused(bend: Deformation) -> None:
+    with pytest.raises(RegistrationError, match="displacement"):
+        Deformation(bend.affine, bend.displacement[..., 1:], bend.grid)
