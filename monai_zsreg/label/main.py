@@ -11,10 +11,10 @@ import torch
 from monai.utils import optional_import
 
 import monai_zsreg
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.label.register import MISSING, PARAMETERS, RegisterTask, image_path
-from monai_zsreg.registration.pair import build_network, resolve_device
-from monai_zsreg.registration.presets import preset_options
+from monai_zsreg.paper import build_network
+from monai_zsreg.registration.pair import refuse_unknown, resolve_device
 
 MONAILabelApp, _ = optional_import(
     "monailabel.interfaces.app", name="MONAILabelApp", descriptor=MISSING, as_type="base"
@@ -27,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = ("device", "vgg19_weights")
 # what a client may be told was wrong; a complaint about anything else is about the server
-_ARGUMENTS = ("model", "image", "fixed", *PARAMETERS)
+_ARGUMENTS = ("model", "image", "fixed", "options", *PARAMETERS)
+# what MONAI Label and its clients put beside them; a name that is nobody's is a typo
+_OF_THE_SERVER = (
+    *("model", "image", "label", "session", "description", "timeout", "device", "logging"),
+    *("client_id", "result_extension", "result_dtype", "result_compress", "label_info"),
+    *("images", "save_label", "label_tag", "multi_gpu", "gpus", "max_workers", "max_batch_size", "_id", "_image_id"),
+)
+# of an answer: wrong input, and a pair that no transform could be found for
+_WRONG_INPUT, _FAILED = 400, 422
 
 
 class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
@@ -52,7 +60,7 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         self.device = resolve_device(conf.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
         self.vgg19_weights = conf.get("vgg19_weights")
         if self.vgg19_weights is not None:  # a wrong file should stop the start, not a request
-            build_network(2, vgg19_weights=self.vgg19_weights, device=self.device, **preset_options("keypoints"))
+            build_network("keypoints", vgg19_weights=self.vgg19_weights, device=self.device)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -71,31 +79,43 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         }
 
     def infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """Answer one request. Of its parameters only those of `RegisterTask` count; all others are ignored.
+        """Answer one request. Of its parameters those of `RegisterTask` count; the server's own are ignored.
 
         Args:
-            request: ``model``, ``image`` and the parameters.
+            request: ``model``, ``image`` and the parameters. One of a batch, whose answers nobody reads, has its
+                results saved.
             datastore: in place of the app's own.
 
         Returns:
-            As MONAI Label's apps do; nothing is saved to the datastore.
+            As MONAI Label's apps do. In a batch a pair without a result has the reason as ``params["error"]``.
 
         Raises:
-            HTTPException: wrong input, status 400, with the reason.
+            HTTPException: status 400, wrong input, or 422, the verdict FAIL, with the reason.
         """
-        store = self.datastore() if datastore is None else datastore
+        batch = "_image_id" in request
         try:
-            if not isinstance(request.get("model"), str) or request["model"] not in self._infers:
-                raise RegistrationError("model", request.get("model"), f"one of {tuple(self._infers)}")
-            # the base class would open any file of the server that a client names, and save where a client says
-            chosen = {name: request[name] for name in PARAMETERS if name in request}
-            path = self._uploaded(request) or image_path(store, request.get("image"), "image")
-            chosen |= {"model": request["model"], "image": path, "image_id": request["image"]}
-            return super().infer(chosen, store)
+            return self._answer(dict(request) | ({"save": True} if batch else {}), datastore)
+        except RegistrationFailure as failure:
+            status, reason = _FAILED, str(failure)
         except RegistrationError as error:
             if error.argument.partition(".")[0].partition("_")[0] not in _ARGUMENTS:
                 raise
-            raise HTTPException(status_code=400, detail=str(error)) from error
+            status, reason = _WRONG_INPUT, str(error)
+        if batch:  # one exception would end it
+            return {"label": None, "tag": None, "file": None, "params": {"error": reason}}
+        raise HTTPException(status_code=status, detail=reason)
+
+    def _answer(self, request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
+        store = self.datastore() if datastore is None else datastore
+        if not isinstance(request.get("model"), str) or request["model"] not in self._infers:
+            raise RegistrationError("model", request.get("model"), f"one of {tuple(self._infers)}")
+        refuse_unknown({name: 0 for name in request if name not in _OF_THE_SERVER}, [*PARAMETERS])
+        # the base class would open any file of the server that a client names, and save where a client says
+        chosen = {name: request[name] for name in PARAMETERS if name in request}
+        path = self._uploaded(request)
+        identifier = "session" if path else request.get("image")
+        path = path or image_path(store, identifier, "image")
+        return super().infer(chosen | {"model": request["model"], "image": path, "image_id": identifier}, store)
 
     def _uploaded(self, request: Mapping[str, Any]) -> str | None:
         """Path of the session's image, where the request is one of a session."""

@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.utils import optional_import
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.app.run import Settings, describe_pair, read_pair, register_pair
+from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.geometry import ras_to_lps
-from monai_zsreg.inference import DescribePair, MovePair, write_image
-from monai_zsreg.networks import TRANSFORMS
-from monai_zsreg.registration import register
-from monai_zsreg.registration.images import read_image
-from monai_zsreg.registration.presets import DEFAULT_PRESET, PRESETS, ROBUST
+from monai_zsreg.io import Image, load_image, write_image
+from monai_zsreg.registration import DEFAULT_PRESET, PRESETS, RegistrationResult
+from monai_zsreg.registration.engine import TRANSFORMS
 
 #: for `optional_import`: what to do about a missing MONAI Label
 MISSING = "{}: install monai-zsreg[label], in an environment of its own"
@@ -29,19 +27,22 @@ MISSING = "{}: install monai-zsreg[label], in an environment of its own"
 InferTask, _ = optional_import(
     "monailabel.interfaces.tasks.infer_v2", name="InferTask", descriptor=MISSING, as_type="base"
 )
+_LocalDatastore, _ = optional_import("monailabel.datastore.local", name="LocalDatastore", descriptor=MISSING)
 
-__all__ = ["MISSING", "PARAMETERS", "RETURNS", "RegisterTask", "image_path", "label_path"]
+__all__ = ["MISSING", "PARAMETERS", "RETURNS", "TRANSFORM_TAG", "RegisterTask", "image_path", "label_path"]
 
 logger = logging.getLogger(__name__)
 
 #: what a request may say
-PARAMETERS = ("moving", "labels", "return", "preset", "transform", "seed")
+PARAMETERS = ("moving", "labels", "return", "preset", "transform", "seed", "save")
 
 #: what a request can ask for
 RETURNS = ("image", "labels")
 
-# what a person made or looked at, as MONAI Label calls it
-_FINAL = "final"
+#: tag that a saved transform has in the datastore
+TRANSFORM_TAG = "transform"
+# what a person made or looked at, and what a model made, as MONAI Label calls it
+_FINAL, _ORIGINAL = "final", "original"
 # above it a list to choose from is of no use
 _MOST_LISTED = 200
 
@@ -62,8 +63,7 @@ def image_path(datastore: Any, image: Any, argument: str) -> str:
         raise RegistrationError(argument, image, allowed)
     path = str(datastore.get_image_uri(image))
     # a local datastore is one folder and its ids are file names, but its upload also takes an id with a path in it
-    local, has_local = optional_import("monailabel.datastore.local", name="LocalDatastore")
-    if has_local and isinstance(datastore, local) and Path(image).name != image:
+    if isinstance(datastore, _LocalDatastore) and Path(image).name != image:
         raise RegistrationError(argument, image, allowed)
     if not path or not os.path.exists(path):
         raise RegistrationError(argument, image, "an image whose file is still there")
@@ -93,17 +93,18 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
     - ``return``: ``"image"`` for the moved image or ``"labels"`` for the moved labels.
     - ``labels``: id of the moving image whose final label is moved; that of ``moving`` if left out.
     - ``preset``, ``transform``, ``seed``: see `monai_zsreg.register`.
+    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform (``.tfm``)
+      as its label of the tag `TRANSFORM_TAG`, and moved labels as that of the tag "original".
 
     The answer is a NIfTI file on the fixed grid and the fields of the bundle's ``report.json``, with ids as ``input``,
-    ``matrix_lps``, ``returned``, ``label_names`` with labels, and ``quality`` where it was judged. Where the
-    registration failed, ``success`` is False and the image lies where its header puts it.
+    ``matrix_lps``, ``returned``, ``label_names`` with labels, and ``saved``, the id, where results were kept.
 
-    The task keeps nothing between requests, so they may run at once.
+    The task keeps nothing in memory between requests, so they may run at once.
 
     Args:
         datastore: gives the datastore to look ids up in.
         device: where to compute.
-        vgg19_weights: file of VGG-19's weights; without it only the presets that do without are offered.
+        vgg19_weights: file of VGG-19's weights; without it only the preset that does without is offered.
         returns: default of ``return``.
     """
 
@@ -114,22 +115,25 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
         vgg19_weights: str | None = None,
         returns: str = RETURNS[0],
     ) -> None:
-        # 3D Slicer offers its "Auto Segmentation" for this type alone, and expects labels from it
-        kind = "segmentation" if returns == "labels" else "others"
-        what = "the final label of the image" if returns == "labels" else "the image"
+        labels = returns == "labels"
+        what = "the final label of the image" if labels else "the image"
+        # 3D Slicer offers its "Auto Segmentation" for one type alone, and expects labels from it
+        told = (
+            "3D Slicer lists it and shows the labels as a segmentation."
+            if labels
+            else "For scripts: 3D Slicer lists models that return labels only; there take register_labels."
+        )
         super().__init__(
-            type=kind,
+            type="segmentation" if labels else "others",
             labels=None,
             dimension=3,
-            description=f"Affine registration: {what} named as `moving`, moved onto the grid of the request's image",
+            description=f"Affine registration: moves {what} named as `moving` onto the grid of the fixed one. {told}",
         )
         self.datastore = datastore
         self.device = device
         self.vgg19_weights = vgg19_weights
         self.returns = returns
-        self.presets = (DEFAULT_PRESET, *(name for name in PRESETS if name != DEFAULT_PRESET))
-        if vgg19_weights is None:
-            self.presets = (ROBUST,)
+        self.presets = PRESETS if vgg19_weights is not None else (DEFAULT_PRESET,)
 
     def is_valid(self) -> bool:
         """Always: there is nothing to train or to download."""
@@ -147,6 +151,7 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
             "preset": list(self.presets),
             "transform": sorted(TRANSFORMS),
             "seed": 0,
+            "save": False,
         }
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -159,6 +164,7 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
 
         Raises:
             RegistrationError: parameters or images that cannot be used. Paths are not in it.
+            RegistrationFailure: the verdict FAIL, with its reasons.
         """
         store = self.datastore()
         returned = request.get("return") or self.returns
@@ -173,61 +179,98 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
         if returned == "labels" or request.get("labels"):
             ids["labels"] = request.get("labels") or moving
             paths["labels"] = label_path(store, ids["labels"], "labels")
+        name = f"{moving}_on_{ids['fixed']}"
+        save = request.get("save", False)
+        if save:
+            _check_free(store, name)
 
-        pair: dict[str, Any] = {name: _read(path, name, ids[name]) for name, path in paths.items()}
-        if "labels" in pair and pair["labels"].ndim != pair["moving"].ndim:
-            allowed = f"labels in {pair['moving'].ndim - 1}D, as moving is"
-            raise RegistrationError("labels", f"{pair['labels'].ndim - 1}D labels", allowed)
-        seed = request.get("seed", 0)
-        result = register(
-            pair["fixed"],
-            pair["moving"],
+        settings = Settings(
             preset=preset,
             transform=request.get("transform") or "affine",
             device=self.device,
             vgg19_weights=self.vgg19_weights,
-            seed=seed,
+            seed=request.get("seed", 0),
         )
-        pair |= {"pred": result, "name": ids["moving"], "files": ids}
-        pair = DescribePair(seed=seed, device=self.device)(MovePair()(pair))
-        report: dict[str, Any] = pair["report"] | {
-            "matrix_lps": ras_to_lps(result.affine).tolist(),
-            "returned": returned,
-        }
-        image: MetaTensor = pair["moved_labels" if returned == "labels" else "moved"]
-        if returned == "labels":
-            report["label_names"] = _label_names(store, ids["labels"], image)
-        return _temporary(image, returned), report
+        images = {key: _load(path, key, ids[key]) for key, path in paths.items()}
+        pair = read_pair({"name": name} | images, settings) | {"files": ids}
+        result = register_pair(pair, settings)
+        if not result.success:
+            raise RegistrationFailure(f"{moving} does not register to {ids['fixed']}: {'; '.join(result.reasons)}")
+        described = describe_pair(pair, result, settings)
+        report = described["report"] | {"matrix_lps": ras_to_lps(result.affine).tolist(), "returned": returned}
+        moved = described["images"]
+        if "moved_labels" in moved:
+            report["label_names"] = _label_names(store, ids["labels"], moved["moved_labels"])
+        if save:
+            report["saved"] = name
+            _save(store, name, pair, result, moved, report)
+        key = "moved_labels" if returned == "labels" else "moved"
+        handle, path = tempfile.mkstemp(prefix=f"moved_{returned}_", suffix=".nii.gz")
+        os.close(handle)
+        _write(Path(path), pair, moved, key)
+        return path, report
 
 
-def _read(path: str, name: str, identifier: Any) -> MetaTensor:
+def _load(path: str, name: str, identifier: Any) -> Image:
     try:
-        return read_image(path, name)
+        return load_image(path, name)
     except RegistrationError as error:
-        if error.value != path:
+        if os.path.dirname(path) not in str(error):
             raise
         # readers' messages are full of the server's paths
         logger.warning("%s", error)
         raise RegistrationError(name, identifier, "an image that can be read") from None
 
 
-def _label_names(datastore: Any, image: str, labels: MetaTensor) -> dict[str, int]:
+def _write(path: Path, pair: Mapping[str, Any], images: Mapping[str, Image], key: str) -> None:
+    """Write one of the moved images, in the type that it came in."""
+    labels = key == "moved_labels"
+    try:
+        write_image(path, images[key], like=pair["labels" if labels else "moving"], labels=labels)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _check_free(datastore: Any, name: str) -> None:
+    """
+    Raises:
+        RegistrationError: the datastore cannot keep results under this name.
+    """
+    if type(datastore) is not _LocalDatastore:
+        raise RegistrationError("save", True, "False: this server's datastore is not a folder")
+    if name in datastore.list_images():  # it may have been looked at and labeled
+        raise RegistrationError("save", name, "a name that is free: delete that image from the datastore first")
+
+
+def _save(
+    datastore: Any,
+    name: str,
+    pair: Mapping[str, Any],
+    result: RegistrationResult,
+    images: Mapping[str, Image],
+    report: Mapping[str, Any],
+) -> None:
+    """Add the results to the datastore, which copies the files."""
+    told = {key: report[key] for key in ("input", "verdict", "reasons", "preset", "transform", "matrix_lps")}
+    with tempfile.TemporaryDirectory() as folder:
+        image, transform = Path(folder, "moved.nii.gz"), Path(folder, "transform.tfm")
+        _write(image, pair, images, "moved")
+        result.save_transform(transform)
+        datastore.add_image(name, str(image), {"registration": told})
+        datastore.save_label(name, str(transform), TRANSFORM_TAG, {"registration": told})
+        if "moved_labels" in images:
+            _write(image, pair, images, "moved_labels")
+            named = [{"idx": value, "name": label} for label, value in report["label_names"].items()]
+            datastore.save_label(name, str(image), _ORIGINAL, {"label_info": named})
+
+
+def _label_names(datastore: Any, image: str, labels: Image) -> dict[str, int]:
     """Names of the values that are left after moving, by what the client that saved the label called them."""
     known: dict[int, str] = {}
     info = datastore.get_label_info(datastore.get_label_by_image_id(image, _FINAL), _FINAL).get("label_info")
     for entry in info if isinstance(info, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("idx"), int):
             known[entry["idx"]] = str(entry.get("name"))
-    values = np.unique(np.rint(labels.as_tensor().cpu().numpy())).astype(int).tolist()
+    values = np.unique(np.rint(labels.values.cpu().numpy())).astype(int).tolist()
     return {known.get(value, f"label_{value}"): value for value in values if value != 0}
-
-
-def _temporary(image: MetaTensor, returned: str) -> str:
-    handle, path = tempfile.mkstemp(prefix=f"moved_{returned}_", suffix=".nii.gz")
-    os.close(handle)
-    try:
-        write_image(Path(path), image, labels=returned == "labels")
-    except BaseException:
-        os.unlink(path)
-        raise
-    return path

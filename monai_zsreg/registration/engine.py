@@ -43,6 +43,8 @@ _SIDE = 24
 _LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
 # how far the correlation's best score stands above all others where it is right
 _MARGIN = 0.1
+# how far off an answer may be by what its own blocks say, lattice steps
+_SURE = 2.0
 # distance of candidates that mean the same place, frame units
 _SAME = 0.35
 # steps along the longest side that edges are found on
@@ -210,7 +212,14 @@ class Found:
         """Whether the images look so alike at the answer that there is no need to look further."""
         cost = self.costs[-1]
         alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
-        return alike or (self.margin is not None and self.margin >= _MARGIN)
+        stands_out = self.margin is not None and self.margin >= _MARGIN
+        return (alike or stands_out) and self.spread() <= _SURE
+
+    def spread(self) -> float:
+        """Root mean square of how far off the blocks say that the object may be, lattice steps of the finest level."""
+        basis = self.evidence.basis[:, : self.pair.dims] * torch.tensor([self.pair.dims**-0.5] * self.pair.dims + [1.0])
+        squares = torch.einsum("pij,qij->pq", basis, basis) * self.evidence.covariance
+        return float(squares.sum().clamp(min=0).sqrt()) * self.pair.unit / self.pair.base
 
     def affine(self) -> Tensor:
         """The answer, ``(D+1, D+1)``, fixed world to moving world, its last row exact."""

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
+from monai_zsreg.io import read_transform
 from monai_zsreg.label import app_folder
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration"
@@ -83,7 +84,7 @@ def serve(app: str, studies: Path, log: Path, *options: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, load_volume) -> Iterator[SimpleNamespace]:
-    """A datastore of a T1, a T2 shifted by its header, and a label of the T2."""
+    """A datastore of a T1, a T2 shifted by its header, a label of the T2, noise, and a file that is no image."""
     root = tmp_path_factory.mktemp("label")
     studies = root / "studies"
     (studies / "labels" / "final").mkdir(parents=True)
@@ -95,6 +96,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, load_volume) -> Iterator[Si
         nib.save(nib.Nifti1Image(values, affine), studies / f"{name}.nii.gz")
     labels = (values > np.percentile(values, 90)).astype(np.uint8) * 2
     nib.save(nib.Nifti1Image(labels, shifted), studies / "labels" / "final" / "t2.nii.gz")
+    noise = np.random.default_rng(0).random(values.shape, dtype=np.float32)
+    nib.save(nib.Nifti1Image(noise, header), studies / "noise.nii.gz")
+    (studies / "broken.nii.gz").write_text("no image")
     secret = root / "secret.nii.gz"
     shutil.copy(studies / "t2.nii.gz", secret)
     running = serve(str(app_folder(root / "app")), studies, root / "log.txt")
@@ -126,13 +130,17 @@ def test_info_and_moved_image(server: SimpleNamespace, tmp_path: Path) -> None:
 
     info = requests.get(f"{server.url}/info/", timeout=30).json()
     assert set(info["models"]) == {"register", "register_labels"}
-    assert "t2" in info["models"]["register"]["config"]["moving"]
+    models = info["models"]
+    assert models["register"]["config"]["moving"] == ["", "broken", "noise", "t1", "t2"]
+    assert models["register"]["config"]["preset"] == ["robust"], "the others need VGG-19's weights"
+    assert all("3D Slicer" in model["description"] for model in models.values())
+    assert models["register_labels"]["type"] == "segmentation" != models["register"]["type"]
     response = infer(server.url, "t1", moving="t2")
     assert response.status_code == 200, response.text
     answer = parts(response)
     report = json.loads(answer["params"])
-    assert report["quality"]["verdict"] == "PASS" and report["success"] is True
-    assert report["expected_error_mm"]["below_in_95_percent"] < 1.0
+    assert report["verdict"] == "PASS" and report["input"] == {"fixed": "t1", "moving": "t2"}
+    assert report["expected_error"]["below_in_95_percent"] < 1.0
     # both scans lie on one lattice but for the shift in the header
     np.testing.assert_allclose(np.array(report["matrix"])[:3, 3], server.shifted[:3, 3], atol=2.0)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -162,6 +170,29 @@ def test_moving_is_an_id_and_nothing_else(server: SimpleNamespace, name: Any) ->
     response = infer(server.url, "t1", moving=str(server.secret) if name == "SECRET" else name)
     assert response.status_code == 400 and "moving" in response.json()["detail"]
     assert "Traceback" not in response.text and len(response.text) < 500 and "id of an image" in response.text
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_typo_is_refused_with_what_is_allowed(server: SimpleNamespace) -> None:
+    response = infer(server.url, "t1", moving="t2", trasform="rigid")
+    assert response.status_code == 400
+    assert all(name in response.json()["detail"] for name in ("'trasform'", "did you mean 'transform'", "preset"))
+    # what 3D Slicer's client adds to its options
+    extra = {"client_id": "user-xyz", "result_extension": ".nrrd", "result_dtype": "uint8"}
+    assert infer(server.url, "t1", "json", moving="t2", **extra).status_code == 200
+
+
+@needs_server
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moving", "status", "told"),
+    [("noise", 422, "noise does not register to t1: "), ("broken", 400, "an image that can be read")],
+)
+def test_what_went_wrong_is_told_without_paths(server: SimpleNamespace, moving: str, status: int, told: str) -> None:
+    response = infer(server.url, "t1", moving=moving)
+    assert response.status_code == status and told in response.json()["detail"]
+    assert len(response.json()["detail"]) > len(told) and str(server.root) not in response.text
 
 
 @needs_server
@@ -205,7 +236,7 @@ def test_tutorial_against_the_server(server: SimpleNamespace, monkeypatch: pytes
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert "register" in names["info"]["models"]
-    assert names["quality"]["verdict"] == "PASS"
+    assert names["report"]["verdict"] == "PASS"
     assert "matrix_lps" in names["report"], "the server's answer, not the one computed here"
 
 
@@ -241,6 +272,45 @@ def test_two_hundred_requests_eight_at_once(server: SimpleNamespace) -> None:
     assert len(answers) == 200
     assert all(answer == answers[0] for answer in answers)
     assert grown < 100
+
+
+def fetched(server: SimpleNamespace, path: Path, what: str, **query: str) -> Path:
+    import requests
+
+    response = requests.get(f"{server.url}/datastore/{what}", params=query, timeout=30)
+    assert response.status_code == 200, response.text
+    path.write_bytes(response.content)
+    return path
+
+
+@needs_server
+@pytest.mark.slow
+def test_saved_results_can_be_fetched(server: SimpleNamespace, tmp_path: Path) -> None:
+    answer = parts(infer(server.url, "t1", moving="t2", labels="t2", save=True))
+    report = json.loads(answer["params"])
+    assert report["saved"] == "t2_on_t1"
+    image = fetched(server, tmp_path / "image.nii.gz", "image", image="t2_on_t1")
+    (tmp_path / "answer.nii.gz").write_bytes(answer["image"])
+    np.testing.assert_array_equal(nib.load(image).get_fdata(), nib.load(tmp_path / "answer.nii.gz").get_fdata())
+    transform = fetched(server, tmp_path / "t2_on_t1.tfm", "label", label="t2_on_t1", tag="transform")
+    np.testing.assert_allclose(read_transform(transform), report["matrix"], atol=1e-9)
+    labels = fetched(server, tmp_path / "labels.nii.gz", "label", label="t2_on_t1", tag="original")
+    assert set(np.unique(np.asarray(nib.load(labels).dataobj))) == {0, 2}
+    again = infer(server.url, "t1", moving="t2", save=True)
+    assert again.status_code == 400 and "a name that is free" in again.json()["detail"]
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_batch_keeps_results_and_does_not_end_with_a_failure(server: SimpleNamespace) -> None:
+    import requests
+
+    url = f"{server.url}/batch/infer/register"
+    response = requests.post(url, params={"images": "labeled", "run_sync": True}, json={"moving": "t1"}, timeout=300)
+    assert response.status_code == 200, response.text
+    assert "t1_on_t2" in requests.get(f"{server.url}/datastore/?output=all", timeout=30).text
+    response = requests.post(url, params={"images": "labeled", "run_sync": True}, json={"moving": "noise"}, timeout=300)
+    assert response.status_code == 200 and "does not register" in response.text
 
 
 @needs_server
