@@ -89,6 +89,8 @@ LIMITS = {("mind", 2): Limits(cost=(0.088, 0.099)), ("mind", 3): Limits(cost=(0.
 
 # what tells how alike the images look, and the margin that speaks for an answer where they do not
 _LIKENESS, _MARGIN = ("agreement", "cost"), 0.1
+# least lead over all rivals, standard errors, of an answer that is not called wrong for not looking alike
+_LEAD = 5.0
 
 _TEXTS = {
     "agreement": "the local structures of the two images agree by {percent:.0f} % only",
@@ -145,6 +147,9 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
+    # one that is sure of itself and ahead of all rivals is not called wrong for contrasts that share little
+    leads = min(measures.get(name, math.inf) for name in ("second", "mirror")) >= _LEAD
+    leads = leads and measures.get("error", math.inf) <= Limits().error[1]
     for name, text in _TEXTS.items():
         if name not in measures or (vouched and name in _LIKENESS):
             continue
@@ -153,6 +158,8 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
         distance = (warn - value) / (fail - warn) if math.isfinite(warn) else math.inf
         if math.isnan(distance):
             distance = -math.inf
+        if leads and name in _LIKENESS:
+            distance = max(distance, -1.0)
         score = min(score, distance)
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN

@@ -30,7 +30,7 @@ class MINDSSC(nn.Module):
     """
 
     name = "mind"
-    worst, unrelated = 0.15, 0.1
+    worst, unrelated = 0.15, 0.13
 
     def __init__(self, spatial_dims: int, dilation: int = 1) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class VGG19Patches(nn.Module):
 
     name = "vgg19"
     margin = 2
-    worst, unrelated = 0.15, 0.1
+    worst, unrelated = 0.15, 0.13
 
     def __init__(self, spatial_dims: int, weights: str | os.PathLike | None = None) -> None:
         super().__init__()
