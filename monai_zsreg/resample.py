@@ -10,6 +10,7 @@ more memory is needed than for one block.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -76,7 +77,10 @@ def resample(
         raise RegistrationError("values", f"{values.dtype} {tuple(values.shape)}", f"real numbers [C, *{source.shape}]")
     fills = [outside_value(channel, mode, dtype) if fill is None else _checked(fill, dtype) for channel in values]
     # a sum is not finite where a voxel is not: a test that takes no memory
-    holes = [values.is_floating_point() and not bool(channel.sum().isfinite()) for channel in values]
+    holes = [
+        not math.isfinite(outside) or (values.is_floating_point() and not bool(channel.sum().isfinite()))
+        for channel, outside in zip(values, fills, strict=True)
+    ]
     world = torch.eye(source.dims + 1) if transform is None else torch.as_tensor(transform)
     pull = target.index_pull(world.to("cpu", torch.float64), source).numpy()
     result = torch.empty((len(values), *target.shape), dtype=dtype, device=values.device)

@@ -153,16 +153,16 @@ class ApplyAffineRegistration(SpatialResample):
         if mode in MODES and padding_mode == "zeros" and not lazy_:
             grid = Grid(tuple(shape), checked_affine(target, dims, "fixed"))
             values = resample(source, Grid.of(source, "img"), grid, matrix, str(mode), fill)
-            moved = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
+            moved: Any = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
             extra = {"mode": mode, "padding_mode": padding_mode, "src_affine": header}
             self.push_transform(moved, orig_size=tuple(source.shape[1:]), extra_info=extra)
         else:
-            edited = _copy(source)
+            edited: Any = _copy(source)
             edited.affine = header
             # MONAI knows no value outside but 0
             shift = _outside(source, str(mode), fill) if padding_mode == "zeros" and not lazy_ else torch.zeros(1)
             edited = edited - shift if bool(shift.any()) else edited
-            moved: Any = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
+            moved = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
             moved = moved + shift if bool(shift.any()) else moved
         if self.tracing:
             trace = moved.pending_operations if lazy_ else moved.applied_operations
@@ -198,13 +198,13 @@ class ApplyAffineRegistration(SpatialResample):
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
         if mode in MODES and padding_mode == "zeros":
             grid = Grid(tuple(int(n) for n in shape), checked_affine(header, len(shape), "src_affine"))
-            native = MetaTensor(
+            native: Any = MetaTensor(
                 resample(data, Grid.of(data, "data"), grid, mode=mode), applied_operations=data.applied_operations
             )
         else:
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
-                native: Any = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
+                native = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
         native.meta = deepcopy(dict(extra[_NATIVE_META]))
         return native
 
@@ -522,10 +522,3 @@ def _check_device(device: str | torch.device | None) -> None:
     # counting does not start CUDA, which a process that will fork workers must not do
     if found.type == "meta" or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         raise RegistrationError("device", str(device), '"cpu", or a device of this machine such as "cuda"')
-
-
-def by_header(image: MetaTensor, fixed: MetaTensor, mode: str = "bilinear") -> MetaTensor:
-    """An image ``[C, *spatial]`` on the grid of ``fixed`` where the two headers put it, without a trace."""
-    transform = ApplyAffineRegistration(mode=mode)
-    transform.tracing = False
-    return transform(image, np.eye(fixed.ndim), fixed)
