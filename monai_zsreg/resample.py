@@ -32,7 +32,7 @@ _BLOCK_ON_CPU, _BLOCK_ON_GPU = 2**17, 2**20
 # bytes, above those of a block and its temporaries
 _FREED = 2**24
 # voxels along an axis that tell what the background is
-_ENOUGH = 128
+_ENOUGH = 64
 # values of these types need double precision
 _WIDE = (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
 # nearest neighbors are moved as whole numbers of their size, so that any value of any type arrives as it was
