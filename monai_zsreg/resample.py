@@ -10,6 +10,7 @@ more memory is needed than for one block.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -28,8 +29,10 @@ MODES = {"nearest": (0, 1), "bilinear": (0, 1), "bicubic": (1, 2)}
 
 # voxels of a block: what fits a core's cache; a GPU wants fewer and larger calls
 _BLOCK_ON_CPU, _BLOCK_ON_GPU = 2**17, 2**20
+# bytes, above those of a block and its temporaries
+_FREED = 2**24
 # voxels along an axis that tell what the background is
-_ENOUGH = 128
+_ENOUGH = 64
 # values of these types need double precision
 _WIDE = (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
 # nearest neighbors are moved as whole numbers of their size, so that any value of any type arrives as it was
@@ -76,9 +79,16 @@ def resample(
         raise RegistrationError("values", f"{values.dtype} {tuple(values.shape)}", f"real numbers [C, *{source.shape}]")
     fills = [outside_value(channel, mode, dtype) if fill is None else _checked(fill, dtype) for channel in values]
     # a sum is not finite where a voxel is not: a test that takes no memory
-    holes = [values.is_floating_point() and not bool(channel.sum().isfinite()) for channel in values]
+    holes = [
+        not math.isfinite(outside) or (values.is_floating_point() and not bool(channel.sum().isfinite()))
+        for channel, outside in zip(values, fills, strict=True)
+    ]
     world = torch.eye(source.dims + 1) if transform is None else torch.as_tensor(transform)
     pull = target.index_pull(world.to("cpu", torch.float64), source).numpy()
+    if values.is_cpu:
+        # glibc hands freed memory back to the system, to be faulted in again block by block (which took as long as all
+        # the rest), unless a larger piece was freed before
+        torch.empty(_FREED, dtype=torch.uint8)
     result = torch.empty((len(values), *target.shape), dtype=dtype, device=values.device)
     for block in _blocks(target.shape, pull, _BLOCK_ON_CPU if values.is_cpu else _BLOCK_ON_GPU):
         part, points = _locate(block, pull, source.shape, *MODES[mode])

@@ -94,7 +94,8 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         """
         batch = "_image_id" in request
         try:
-            return self._answer(dict(request) | ({"save": True} if batch else {}), datastore)
+            answer = self._answer(dict(request) | ({"save": True} if batch else {}), datastore)
+            return answer | ({"label": answer["params"]["saved"]} if batch else {})
         except RegistrationFailure as failure:
             status, reason = _FAILED, str(failure)
         except RegistrationError as error:

@@ -43,7 +43,7 @@ class PairMetric(CumulativeIterationMetric):
     def _compute_list(self, y_pred: Any, y: Any = None, **further: Any) -> Tensor:
         return self._compute_tensor(y_pred, y, **further)
 
-    def _compute_tensor(self, y_pred: Any, y: Any = None, **further: Any) -> Tensor:  # type: ignore[override]
+    def _compute_tensor(self, y_pred: Any, y: Any = None, **further: Any) -> Tensor:
         unknown = set(further) - set(self.further)
         if unknown:
             raise TypeError(f"{type(self).__name__} got {sorted(unknown)}, and knows {self.further}")

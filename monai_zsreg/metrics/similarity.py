@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -234,7 +235,7 @@ def _plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
     return (tensor != 0).any(dim=0)
 
 
-def _warn_of_other_places(fixed: Tensor | np.ndarray, moving: Tensor | np.ndarray) -> None:
+def _warn_of_other_places(fixed: Any, moving: Any) -> None:
     if hasattr(fixed, "affine") and hasattr(moving, "affine") and fixed.shape == moving.shape:
         if not Grid.of(fixed, "fixed").same_as(Grid.of(moving, "moving")):
             text = "fixed and moving have one shape but different affines; resample moving onto fixed before comparing"

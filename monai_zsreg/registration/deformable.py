@@ -15,12 +15,13 @@ checked for folds after each level, and smoothed where there is one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,13 @@ from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.side import finest_step
 
-__all__ = ["deform", "register_deformable"]
+if TYPE_CHECKING:
+    from monai_zsreg.registration.pair import Prepared
+
+__all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
+
+#: the name of this kind of transform
+DEFORMABLE = "deformable"
 
 # resolutions of the images in steps of the finest, and iterations at each
 _LEVELS = ((8, 10), (4, 12), (2, 12), (1, 7))
@@ -103,17 +110,40 @@ def register_deformable(
         ("moving", result.moving_image, moving_mask, result.masks[1]),
     ):
         side = Prepared(image, result.options.get(f"{name}_channel", 0), mask, name)
-        mask = before if side.mask is None else side.mask
-        sides.append((side.values[0].to(where), image.grid, _counts(mask, side.seen, where)))
+        side.mask = before if side.mask is None else side.mask
+        sides.append(side)
     with full_precision(where), torch.inference_mode():
-        found = deform(sides[0], sides[1], torch.as_tensor(result.affine), result.options.get("spacing"), stiffness)
-    # not an inference tensor, with which autograd of a caller could not work
-    return Deformation(found.affine, found.displacement.clone(), found.grid)
+        affine = torch.as_tensor(result.affine)
+        return deform_prepared(sides[0], sides[1], affine, result.options.get("spacing"), stiffness, where)
 
 
-def _counts(mask: Tensor | None, seen: Tensor | None, device: torch.device) -> Tensor | None:
-    found = [m[0].to(device) for m in (mask, seen) if m is not None]
-    return None if not found else torch.stack(found).all(0)
+def deform_prepared(
+    fixed: Prepared,
+    moving: Prepared,
+    affine: Tensor,
+    spacing: float | None,
+    stiffness: float | None,
+    device: torch.device,
+) -> Deformation:
+    """`deform` for two `Prepared` images, on a device."""
+    sides = []
+    for side in (fixed, moving):
+        masks = [mask[0].to(device) for mask in (side.mask, side.seen) if mask is not None]
+        sides.append((side.values[0].to(device), side.image.grid, torch.stack(masks).all(0) if masks else None))
+    found = deform(sides[0], sides[1], affine, spacing, stiffness)
+    # not an inference tensor, with which a caller's autograd could not work
+    with torch.inference_mode(False):
+        return Deformation(found.affine.clone(), found.displacement.cpu().clone(), found.grid)
+
+
+def check_stiffness(stiffness: Any) -> None:
+    """
+    Raises:
+        RegistrationError: it is neither None nor a length.
+    """
+    real = isinstance(stiffness, Real) and not isinstance(stiffness, bool)
+    if stiffness is not None and not (real and 0 < float(stiffness) < math.inf):
+        raise RegistrationError("stiffness", stiffness, "a length above 0, mm, or None")
 
 
 def deform(
@@ -132,8 +162,7 @@ def deform(
         spacing: finest step, mm; None for that of the images.
         stiffness: see `register_deformable`.
     """
-    if stiffness is not None and not (isinstance(stiffness, Real) and 0 < float(stiffness) < float("inf")):
-        raise RegistrationError("stiffness", stiffness, "a length above 0, mm, or None")
+    check_stiffness(stiffness)
     scene = _Scene(fixed, moving, affine, spacing)
     likeness = _INTENSITY if scene.agreement() > _ALIKE else _DESCRIPTORS
     length = likeness.stiffness * scene.step if stiffness is None else float(stiffness)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from monai_zsreg import resample as parts
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
+from monai_zsreg.io.displacement import read_displacement, write_displacement
 
 __all__ = ["Deformation", "determinant", "least_determinant"]
 
@@ -154,6 +156,37 @@ class Deformation:
             _fill(result, block, values, places.mT, mode, fills)
         return result
 
+    def save(self, path: str | os.PathLike, grid: Grid | None = None) -> None:
+        """Write the whole map, ``affine`` included, as a displacement field of ITK, for ``antsApplyTransforms -t``.
+
+        Args:
+            path: ends in ``.nii`` or ``.nii.gz``.
+            grid: where to state it, in the world that the map starts from; None for its own lattice, which loses
+                nothing. An inverse has no lattice with orthogonal axes: give it the grid of the moving image.
+
+        Raises:
+            RegistrationError: another suffix, or a lattice that such a file cannot hold.
+        """
+        write_displacement(path, *self._whole(self.grid if grid is None else grid))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Deformation:
+        """Read a displacement field of ITK or ANTs (``1Warp.nii.gz``); its affine part is the identity.
+
+        Raises:
+            RegistrationError: the file is missing, or holds no displacement field.
+        """
+        displacement, grid = read_displacement(path)
+        return cls(torch.eye(grid.dims + 1, dtype=torch.float64), displacement, grid)
+
+    def _whole(self, grid: Grid) -> tuple[Tensor, Grid]:
+        index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in grid.shape]).view(-1, self.dims)
+        result = torch.empty(self.dims, len(index))
+        for start in range(0, len(index), _BLOCK):
+            points = apply_affine(grid.affine, index[start : start + _BLOCK])
+            result[:, start : start + len(points)] = (self.apply(points) - points).mT
+        return result.view(self.dims, *grid.shape), grid
+
     def ddf(self, fixed: Grid, moving: Grid | None = None) -> Tensor:
         """As MONAI's networks and ``monai.networks.blocks.Warp`` have it: a displacement of every voxel, in voxels.
 
@@ -166,14 +199,11 @@ class Deformation:
             ``[D, *fixed.shape]`` float32: ``Warp()(moving[None], ddf[None])`` is the moved image.
         """
         moving = fixed if moving is None else moving
-        axes = [torch.arange(n, dtype=torch.float64) for n in fixed.shape]
-        index = torch.cartesian_prod(*axes).view(-1, self.dims)
-        result = torch.empty(self.dims, len(index))
-        for start in range(0, len(index), _BLOCK):
-            part = index[start : start + _BLOCK]
-            world = self.apply(apply_affine(fixed.affine, part))
-            result[:, start : start + len(part)] = (apply_affine(torch.linalg.inv(moving.affine), world) - part).mT
-        return result.view(self.dims, *fixed.shape)
+        dims = self.dims
+        back = torch.linalg.inv(moving.affine)
+        index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in fixed.shape]).view(-1, dims)
+        between = (apply_affine(back @ fixed.affine, index) - index).float().mT.view(dims, *fixed.shape)
+        return between + torch.einsum("ij,j...->i...", back[:dims, :dims].float(), self._whole(fixed)[0])
 
     @classmethod
     def from_ddf(cls, ddf: Tensor, fixed: Grid, moving: Grid | None = None) -> Deformation:

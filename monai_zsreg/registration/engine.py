@@ -133,6 +133,8 @@ class Settings:
         seed: of all random draws.
         rotations: number of rotations of the global search; None for 60 in 2D, 4000 in 3D.
         blocks: number of blocks at the finest level; None for 64 in 2D, 100 in 3D.
+        stiffness: how smooth the map of transform ``"deformable"`` is, see
+            `monai_zsreg.registration.deformable.register_deformable`; None for what suits the images.
         vgg19_weights: file with VGG-19's weights for what uses them; None for torchvision's.
 
     Raises:
@@ -146,6 +148,7 @@ class Settings:
     seed: int = 0
     rotations: int | None = None
     blocks: int | None = None
+    stiffness: float | None = None
     vgg19_weights: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -22,6 +22,8 @@ from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
+from monai_zsreg.registration.deformable import DEFORMABLE, check_stiffness, deform_prepared
+from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
@@ -111,7 +113,8 @@ def register(
         moving: likewise, of the same dimension.
         preset: ``"robust"``, global search and refinement, which needs no weights; ``"paper"``, Kori and Krishnamurthi
             as written; or ``"keypoints"``, the same mended so that it works across modalities.
-        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        transform: ``"rigid"``, ``"similarity"``, ``"affine"``, or ``"deformable"``: affine, then a smooth map that can
+            be inverted (preset ``"robust"`` only).
         device: where to compute; None takes the device of ``fixed`` if it is a tensor, else the CPU.
         vgg19_weights: VGG-19 state dict file, whole or cut, for what uses VGG-19; None for torchvision's, downloaded
             once.
@@ -153,13 +156,17 @@ def register(
     _check_spacing(spacing, one.image.grid, two.image.grid)
     common = {"vgg19_weights": vgg19_weights, "seed": seed, **options}
 
+    deformation: Deformation | None = None
     start = time.perf_counter()
     try:
         if preset == DEFAULT_PRESET:
             begin = None if initial is None else _matrix(initial, one.image, two.image)
-            settings = Settings(transform, **common)
+            settings = Settings("affine" if transform == DEFORMABLE else transform, **common)
             with full_precision(where), torch.inference_mode():
                 estimate = _estimate(one, two, begin, spacing, where, settings)
+                if transform == DEFORMABLE and not estimate.failed:
+                    deformation = deform_prepared(one, two, estimate.affine, spacing, settings.stiffness, where)
+                    estimate = _judged_anew(estimate, one, two, deformation, spacing, where, settings)
         else:
             for name, value in (("fixed_mask", one.mask), ("moving_mask", two.mask), ("initial", initial)):
                 if value is not None:
@@ -206,7 +213,31 @@ def register(
         options={name: value for name, value in given.items() if value is not None},
         device=str(where),
         masks=(one.mask, two.mask),
+        deformation=deformation,
     )
+
+
+def _judged_anew(
+    estimate: Estimate,
+    fixed: Prepared,
+    moving: Prepared,
+    deformation: Deformation,
+    spacing: float | None,
+    device: torch.device,
+    settings: Settings,
+) -> Estimate:
+    """How alike the images are once the moving one is deformed, in the figures of a pair that needs no more motion."""
+    grid = fixed.image.grid
+    values = deformation.resample(moving.values.to(device), moving.image.grid, grid)
+    moved = Prepared(Image(values, grid.affine), name="moving")
+    if moving.mask is not None:
+        mask = deformation.resample(moving.mask.to(device, torch.uint8), moving.image.grid, grid, "nearest", 0)
+        moved.mask = mask > 0 if bool(mask.any()) else None
+    identity = torch.eye(grid.dims + 1, dtype=torch.float64)
+    again = _estimate(fixed, moved, identity, spacing, device, replace(settings, search="none"))
+    measures = again.measures | {"least_determinant": float(deformation.jacobian().min())}
+    # what is known of the matrix says nothing of the map
+    return replace(estimate, measures=measures, covariance=None)
 
 
 def _estimate(
@@ -269,8 +300,10 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RegistrationError("preset", preset, "one of " + ", ".join(repr(name) for name in PRESETS))
-    if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    kinds = (*TRANSFORMS, DEFORMABLE) if preset == DEFAULT_PRESET else TRANSFORMS
+    if transform not in kinds:
+        raise RegistrationError("transform", transform, f"one of {kinds} with preset {preset!r}")
+    check_stiffness(options.get("stiffness"))
     number = _whole(seed)
     if number is None or not 0 <= number < 2**63:
         raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
@@ -282,7 +315,7 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
         return number
     known = [item.name for item in fields(Settings)]
     refuse_unknown(options, known)
-    Settings(transform, **options)
+    Settings("affine" if transform == DEFORMABLE else transform, **options)
     return number
 
 

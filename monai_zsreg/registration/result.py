@@ -24,6 +24,7 @@ from monai_zsreg.registration.confidence import (
     spread_at,
     weakest_direction,
 )
+from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.resample import resample
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class RegistrationResult:
         score: one number for all of them: 0 at the limit between PASS and WARN, larger is better.
         seconds: time of the estimate, without reading files.
         preset: name of the method.
-        transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
+        transform: ``"rigid"``, ``"similarity"``, ``"affine"`` or ``"deformable"``.
         fixed_image: the fixed image, whose grid results live on.
         moving_image: the moving image as it was.
         covariance: ``(D(D+1), D(D+1))`` of the first D rows of ``affine``, row after row; None for presets that do
@@ -55,6 +56,8 @@ class RegistrationResult:
         options: further arguments that `register` was called with.
         device: where it computed.
         masks: of the fixed and of the moving image, ``[1, *spatial]`` bool on their grids; None where none was given.
+        deformation: the whole map of transform ``"deformable"``, of which ``affine`` is the second half; None for the
+            others. How far off it may be is not known.
     """
 
     affine: np.ndarray
@@ -72,6 +75,7 @@ class RegistrationResult:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     device: str = "cpu"
     masks: tuple[Tensor | None, Tensor | None] = field(default=(None, None), repr=False)
+    deformation: Deformation | None = field(default=None, repr=False)
 
     @property
     def success(self) -> bool:
@@ -97,14 +101,11 @@ class RegistrationResult:
         """`apply` for an `Image` in the moving image's world (None: the moving image itself), without MONAI."""
         image = self.moving_image if image is None else image
         fixed = self.fixed_image
-        values = resample(
-            image.values.to(self.device),
-            image.grid,
-            fixed.grid,
-            torch.as_tensor(self.affine),
-            mode=mode,
-            fill=fill_value,
-        )
+        between = (image.values.to(self.device), image.grid, fixed.grid)
+        if self.deformation is not None:
+            values = self.deformation.resample(*between, mode=mode, fill=fill_value)
+        else:
+            values = resample(*between, torch.as_tensor(self.affine), mode=mode, fill=fill_value)
         where = {key: fixed.meta[key] for key in ("place", "unit") if key in fixed.meta}
         kept = {key: value for key, value in image.meta.items() if key not in ("place", "unit")}
         return Image(values, fixed.affine, kept | where)
@@ -115,7 +116,7 @@ class RegistrationResult:
 
         It repeats the estimate ten times, and does so when first asked for.
         """
-        if not self.success:
+        if not self.success or self.deformation is not None:
             return None
         from monai_zsreg.paper import blackening
 
@@ -141,7 +142,7 @@ class RegistrationResult:
         if places.ndim != 2 or places.shape[1] != dims:
             raise RegistrationError("points", places.shape, f"[N, {dims}]")
         if self.covariance is None:
-            return np.full(len(places), np.inf) if not self.success else np.asarray(self.uncertainty.at(places))
+            return np.full(len(places), np.inf) if self.uncertainty is None else np.asarray(self.uncertainty.at(places))
         spread = spread_at(self.covariance, places)
         return spread if level is None else error_quantile(spread, level, CALIBRATION[dims])
 
@@ -163,7 +164,7 @@ class RegistrationResult:
         own = grid is None
         grid = self.fixed_image.grid if grid is None else grid
         if self.covariance is None:
-            if self.success and own:
+            if own and self.uncertainty is not None:
                 return torch.as_tensor(self.uncertainty.displacement_map()).cpu()
             return torch.full((1, *grid.shape), float("inf"))
         trace = torch.as_tensor(row_trace(self.covariance))
@@ -172,6 +173,32 @@ class RegistrationResult:
     def uncertainty_map(self) -> MetaTensor:
         """`uncertainty_at` every voxel of the fixed image, mm: ``[1, *spatial]`` float32."""
         return replace(self.fixed_image, values=self.expected_error()).to_metatensor()
+
+    @cached_property
+    def displacement(self) -> MetaTensor:
+        """What transform ``"deformable"`` adds to ``affine``: ``[D, *lattice]``, mm along the axes of the fixed world.
+
+        A point x of the fixed world goes to ``affine (x + displacement(x))``.
+
+        Raises:
+            RegistrationError: of another kind of transform.
+        """
+        found = self._deformed()
+        return Image(found.displacement, found.grid.affine, {"unit": "mm"}).to_metatensor()
+
+    def jacobian(self) -> MetaTensor:
+        """Jacobian determinant of what transform ``"deformable"`` adds, ``[1, *lattice]``; see `displacement`."""
+        found = self._deformed()
+        return Image(found.jacobian(), found.grid.affine).to_metatensor()
+
+    def inverse(self) -> Deformation:
+        """The map of transform ``"deformable"`` from the moving to the fixed world; see `displacement`."""
+        return self._deformed().inverse()
+
+    def _deformed(self) -> Deformation:
+        if self.deformation is None:
+            raise RegistrationError("transform", self.transform, "'deformable', which has a displacement")
+        return self.deformation
 
     @property
     def parameters(self) -> AffineParameters:
@@ -190,7 +217,7 @@ class RegistrationResult:
 
         Returns:
             Images: ``MetaTensor [C, *fixed spatial]``. Points: where they are in the *moving* world, ``[N, D]``
-            float64; ``np.linalg.inv(result.affine)`` goes the other way.
+            float64; ``np.linalg.inv(result.affine)``, or `inverse`, goes the other way.
 
         Raises:
             RegistrationError: data that is none of these.
@@ -198,6 +225,8 @@ class RegistrationResult:
         dims = len(self.affine) - 1
         if isinstance(data, (np.ndarray, Tensor)) and data.ndim == 2 and data.shape[1] == dims:
             points = torch.as_tensor(data, dtype=torch.float64)
+            if self.deformation is not None:
+                return self.deformation.apply(data)
             mapped = apply_affine(torch.as_tensor(self.affine), points)
             return mapped.numpy() if isinstance(data, np.ndarray) else mapped
         image = load_image(data, "data")
@@ -215,8 +244,14 @@ class RegistrationResult:
 
         Args:
             path: the file to write.
-            format: see `monai_zsreg.io.write_transform`; None to go by the suffix.
+            format: see `monai_zsreg.io.write_transform`; None to go by the suffix. Transform ``"deformable"`` has one,
+                ITK's displacement field (``.nii.gz``); see `Deformation.save`.
         """
+        if self.deformation is not None:
+            if format not in (None, "itk"):
+                raise RegistrationError("format", format, "None: deformations are written as fields of ITK")
+            self.deformation.save(path)
+            return
         write_transform(path, self.affine, self.fixed_image, self.moving_image, format)
 
 

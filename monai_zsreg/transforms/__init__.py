@@ -4,6 +4,13 @@
 from __future__ import annotations
 
 from monai_zsreg.transforms.array import ApplyAffineRegistration, RegisterAffine, SaveAffine
+from monai_zsreg.transforms.deformable import (
+    ApplyDeformation,
+    RegisterDeformable,
+    RegisterDeformableD,
+    RegisterDeformabled,
+    RegisterDeformableDict,
+)
 from monai_zsreg.transforms.dictionary import (
     ApplyAffineRegistrationD,
     ApplyAffineRegistrationd,
@@ -17,6 +24,11 @@ from monai_zsreg.transforms.dictionary import (
 )
 
 __all__ = [
+    "ApplyDeformation",
+    "RegisterDeformable",
+    "RegisterDeformableD",
+    "RegisterDeformableDict",
+    "RegisterDeformabled",
     "ApplyAffineRegistration",
     "ApplyAffineRegistrationD",
     "ApplyAffineRegistrationDict",

@@ -30,6 +30,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationFailure, Registrat
 from monai_zsreg.geometry import Grid, checked_affine, checked_matrix, moved_header
 from monai_zsreg.io import ITK_SUFFIXES, read_transform, write_itk_transform
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
+from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.resample import MODES, outside_value, resample
 
 __all__ = ["AFFINE_KEY", "REASONS_KEY", "VERDICT_KEY", "ApplyAffineRegistration", "RegisterAffine", "SaveAffine"]
@@ -152,16 +153,16 @@ class ApplyAffineRegistration(SpatialResample):
         if mode in MODES and padding_mode == "zeros" and not lazy_:
             grid = Grid(tuple(shape), checked_affine(target, dims, "fixed"))
             values = resample(source, Grid.of(source, "img"), grid, matrix, str(mode), fill)
-            moved = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
+            moved: Any = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
             extra = {"mode": mode, "padding_mode": padding_mode, "src_affine": header}
             self.push_transform(moved, orig_size=tuple(source.shape[1:]), extra_info=extra)
         else:
-            edited = _copy(source)
+            edited: Any = _copy(source)
             edited.affine = header
             # MONAI knows no value outside but 0
             shift = _outside(source, str(mode), fill) if padding_mode == "zeros" and not lazy_ else torch.zeros(1)
             edited = edited - shift if bool(shift.any()) else edited
-            moved: Any = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
+            moved = super().__call__(edited, target, shape, mode, padding_mode, lazy=lazy_)
             moved = moved + shift if bool(shift.any()) else moved
         if self.tracing:
             trace = moved.pending_operations if lazy_ else moved.applied_operations
@@ -197,13 +198,13 @@ class ApplyAffineRegistration(SpatialResample):
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
         if mode in MODES and padding_mode == "zeros":
             grid = Grid(tuple(int(n) for n in shape), checked_affine(header, len(shape), "src_affine"))
-            native = MetaTensor(
+            native: Any = MetaTensor(
                 resample(data, Grid.of(data, "data"), grid, mode=mode), applied_operations=data.applied_operations
             )
         else:
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
-                native: Any = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
+                native = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
         native.meta = deepcopy(dict(extra[_NATIVE_META]))
         return native
 
@@ -236,6 +237,9 @@ class RegisterAffine(ApplyAffineRegistration):
         RegistrationError: a wrong argument.
     """
 
+    #: whether it knows how to apply more than a matrix
+    deforms = False
+
     def __init__(
         self,
         preset: str = DEFAULT_PRESET,
@@ -253,6 +257,8 @@ class RegisterAffine(ApplyAffineRegistration):
         super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy)
         if on_failure not in _ON_FAILURE:
             raise RegistrationError("on_failure", on_failure, "one of " + ", ".join(repr(way) for way in _ON_FAILURE))
+        if (transform == DEFORMABLE) != self.deforms:
+            raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
         method = {name: value for name, value in options.items() if name not in _PAIR_OPTIONS}
         check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **method)
@@ -516,10 +522,3 @@ def _check_device(device: str | torch.device | None) -> None:
     # counting does not start CUDA, which a process that will fork workers must not do
     if found.type == "meta" or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         raise RegistrationError("device", str(device), '"cpu", or a device of this machine such as "cuda"')
-
-
-def by_header(image: MetaTensor, fixed: MetaTensor, mode: str = "bilinear") -> MetaTensor:
-    """An image ``[C, *spatial]`` on the grid of ``fixed`` where the two headers put it, without a trace."""
-    transform = ApplyAffineRegistration(mode=mode)
-    transform.tracing = False
-    return transform(image, np.eye(fixed.ndim), fixed)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +249,50 @@ def test_determinants_tell_a_fold() -> None:
 def test_a_displacement_of_another_shape_is_refused(bend: Deformation) -> None:
     with pytest.raises(RegistrationError, match="displacement"):
         Deformation(bend.affine, bend.displacement[..., 1:], bend.grid)
+
+
+def test_files_hold_the_whole_map(bend: Deformation, tmp_path: Path) -> None:
+    bend.save(tmp_path / "warp.nii.gz")
+    again = Deformation.load(tmp_path / "warp.nii.gz")
+    np.testing.assert_allclose(again.apply(inner(bend)), bend.apply(inner(bend)), atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- kind of transform
+
+
+def test_register_gives_the_map_and_what_it_moves(slices, tmp_path: Path) -> None:
+    field = waves(slices.t2.shape[1:], 6, 20)
+    fixed = bent(slices.t1, field)
+    result = monai_zsreg.register(fixed, slices.t2, transform="deformable", stiffness=3.0)
+    assert result.verdict == "PASS" and result.transform == "deformable"
+    points = apply_affine(Grid.of(fixed).affine, torch.nonzero(fixed.as_tensor()[0] > 100)[::50].double()).numpy()
+    index = np.linalg.inv(Grid.of(fixed).affine.numpy())
+    index = points @ index[:2, :2].T + index[:2, 2]
+    truth = points + np.stack([ndimage.map_coordinates(f, index.T, order=1) for f in field], 1)
+    off = np.linalg.norm(result.apply(points) - truth, axis=1)
+    assert np.median(off) < 0.5 * np.median(np.linalg.norm(points - truth, axis=1))
+    np.testing.assert_allclose(result.inverse().apply(result.apply(points)), points, atol=1e-3)
+    # images by the same map, once
+    grid = Grid.of(fixed)
+    moved = result.deformation.resample(slices.t2.as_tensor(), Grid.of(slices.t2), grid)
+    torch.testing.assert_close(result.moved.as_tensor(), moved)
+    torch.testing.assert_close(result.apply(slices.t2).as_tensor(), moved)
+    assert result.displacement.shape == (2, *result.jacobian().shape[1:])
+    assert float(result.jacobian().min()) > 0
+    assert np.isinf(result.uncertainty_at(points)).all() and bool(torch.isinf(result.expected_error()).all())
+    result.save_transform(tmp_path / "warp.nii.gz")
+    np.testing.assert_allclose(
+        Deformation.load(tmp_path / "warp.nii.gz").apply(points), result.apply(points), atol=1e-2
+    )
+    with pytest.raises(RegistrationError, match="format"):
+        result.save_transform(tmp_path / "warp.txt", "text")
+
+
+def test_only_the_deformable_kind_has_a_displacement(slices) -> None:
+    result = monai_zsreg.register(slices.t1, slices.t1, transform="rigid", search="none")
+    with pytest.raises(RegistrationError, match="deformable"):
+        result.inverse()
+    with pytest.raises(RegistrationError, match="transform"):
+        monai_zsreg.register(slices.t1, slices.t1, preset="keypoints", transform="deformable")
+    with pytest.raises(RegistrationError, match="stiffness"):
+        monai_zsreg.register(slices.t1, slices.t1, transform="deformable", stiffness=-1.0)

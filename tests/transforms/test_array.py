@@ -174,6 +174,53 @@ def test_fill_value_lies_outside_only(known_pair) -> None:
     assert_same_header(transform.inverse(moved), known_pair.moving)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_outside_lies_the_background_unless_told_otherwise(known_pair, lazy: bool) -> None:
+    """CT: -1024 outside, also where execution is lazy, and whole numbers stay what they are."""
+    values = (known_pair.moving.as_tensor() * 1000).to(torch.int16) - 1024
+    scan = MetaTensor(values, affine=known_pair.moving.affine)
+    away = known_pair.affine.copy()
+    away[:-1, -1] += 7
+    transform = ApplyAffineRegistration(lazy=lazy)
+    moved = transform(scan, away, known_pair.fixed)
+    assert moved.dtype == torch.int16 and not moved.pending_operations
+    plain = ApplyAffineRegistration(fill_value=0)(scan.float() + 1024, away, known_pair.fixed) - 1024
+    assert (moved == -1024).float().mean() > 0.2 and (moved > -500).any()
+    assert float((moved - plain).abs().max()) < 0.51
+    back = transform.inverse(moved)
+    assert back.dtype == torch.int16 and int(back.min()) == -1024 and int(back.max()) < 1000
+    zero = evaluate_pending(transform(scan, away, known_pair.fixed, fill_value=0))
+    assert (zero == 0).float().mean() > 0.1
+    # near 0 the background does not stand in the way of lazy execution
+    pending = transform(known_pair.moving, away, known_pair.fixed)
+    assert bool(pending.pending_operations) == lazy
+
+
+def test_labels_beyond_single_precision_arrive_as_they_are(known_pair, itk_resample) -> None:
+    labels = known_pair.labels.long() * 1_000_003 + 614454277 * (known_pair.labels > 0)
+    transform = ApplyAffineRegistration(mode="nearest")
+    moved = transform(labels, known_pair.affine, known_pair.fixed)
+    plain = itk_resample(known_pair.labels, known_pair.fixed, known_pair.affine, nearest=True).astype(np.int64)
+    np.testing.assert_array_equal(moved.numpy(), plain * 1_000_003 + 614454277 * (plain > 0))
+    assert set(transform.inverse(moved).unique().tolist()) <= set(labels.unique().tolist())
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": 1}, {"mode": 3}, {"padding_mode": "border"}, {"mode": "bicubic"}], ids=str
+)
+def test_other_interpolations_and_paddings(known_pair, options: dict) -> None:
+    """What MONAI or torch computes: not far from linear interpolation of a smooth image, and invertible."""
+    transform = ApplyAffineRegistration(**options)
+    if options == {"mode": "bicubic"} and known_pair.fixed.ndim == 4:
+        with pytest.raises(RegistrationError, match="^mode: got 'bicubic'.*because the images are 3D"):
+            transform(known_pair.moving, known_pair.affine, known_pair.fixed)
+        return
+    moved = transform(known_pair.moving, known_pair.affine, known_pair.fixed)
+    linear = ApplyAffineRegistration()(known_pair.moving, known_pair.affine, known_pair.fixed)
+    assert float((moved - linear).abs().mean()) < 0.03
+    assert_same_header(transform.inverse(moved), known_pair.moving)
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [

@@ -48,6 +48,7 @@ from monai.transforms import (
     Spacingd,
 )
 
+from monai_zsreg import registration
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import AffineParameters, compose_parameters
 from monai_zsreg.transforms import ApplyAffineRegistrationd, RegisterAffined
@@ -78,6 +79,8 @@ PARAMETERS = {
     "flair": ((14.0, -16.0, -8.0), (-20.0, 12.0, 25.0), (0.96, 1.02, 1.04), (0.0, 0.03, -0.02)),
     "t1ce": ((-12.0, 10.0, 6.0), (6.0, 22.0, -15.0), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
 }
+# among the real data
+REAL = "open_ms_mni/patient07"
 # mm; voxels are 3 to 4.5 mm, and unregistered images are 15 mm and more off
 ALIGNED, MISALIGNED = 1.0, 12.0
 
@@ -267,6 +270,19 @@ def test_missing_modalities_leave_the_others_aligned(subjects: list[dict], itk_r
         assert_goes_back(moved, chain, key, itk_resample, load((key,))(item)[key])
 
 
+def test_preparing_the_fixed_image_once_changes_no_matrix(subjects: list[dict], monkeypatch) -> None:
+    native = load(IMAGES)(subjects[0])
+    made = []
+    side = registration.Prepared.side
+    monkeypatch.setattr(
+        registration.Prepared, "side", lambda self, *args: made.append(id(self.values)) or side(self, *args)
+    )
+    together = RegisterAffined(list(MOVING), "t1")(native)
+    assert len(set(made)) == 1 + len(MOVING)
+    for key in MOVING:
+        assert torch.equal(together[f"affine_{key}"], RegisterAffined(key, "t1")(native)[f"affine_{key}"])
+
+
 # --------------------------------------------------------------------------------------------------------- the end
 
 
@@ -292,7 +308,7 @@ def real_subject(realdata: Path, load_volume: Callable, tmp_path_factory) -> dic
     folder = tmp_path_factory.mktemp("real")
     paths = {}
     for number, key in enumerate(IMAGES):
-        image = load_volume(modality=key)
+        image = load_volume(REAL, key)
         voxels = torch.nn.functional.avg_pool3d(image.as_tensor(), 3)
         coarse = np.diag([3.0, 3.0, 3.0, 1.0])
         coarse[:3, 3] = 1.0
@@ -355,7 +371,7 @@ def test_brats_chain_on_a_real_subject(real_subject: dict, load_volume, itk_resa
         gap = transformed(item[f"affine_{key}"].numpy(), points) - transformed(truth(key), points)
         assert np.linalg.norm(gap, axis=1).mean() < 1.5, key
         # what the co-registered original shows in these voxels
-        original = itk_resample(load_volume(modality=key), item["image"], np.eye(4))[0]
+        original = itk_resample(load_volume(REAL, key), item["image"], np.eye(4))[0]
         inside = original > 0
         assert np.corrcoef(original[inside], item["image"][number].numpy()[inside])[0, 1] > 0.8, key
         assert_goes_back(item, chain, key, itk_resample, load((key,))(real_subject)[key])
