@@ -149,7 +149,8 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
     vouched = measures.get("margin", 0.0) >= _MARGIN
     # one that is sure of itself and ahead of all rivals is not called wrong for contrasts that share little
     leads = min(measures.get(name, math.inf) for name in ("second", "mirror")) >= _LEAD
-    leads = leads and measures.get("error", math.inf) <= Limits().error[1]
+    # the mirror image is a rival that there always is
+    leads = leads and "mirror" in measures and measures.get("error", math.inf) <= Limits().error[1]
     for name, text in _TEXTS.items():
         if name not in measures or (vouched and name in _LIKENESS):
             continue
