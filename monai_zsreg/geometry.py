@@ -313,7 +313,7 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
         RegistrationError: it is not a finite, invertible affine matrix of this size.
     """
     try:
-        found = torch.as_tensor(matrix).detach().to("cpu", torch.float64)
+        found = torch.as_tensor(matrix, dtype=torch.float64).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RegistrationError(name, matrix, f"a {dims + 1}x{dims + 1} matrix or a transform file") from error
     found = found.as_tensor() if hasattr(found, "as_tensor") else found
