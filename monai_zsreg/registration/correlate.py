@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_zsreg.registration.search import from_quaternions, rotation_matrices
+
 __all__ = ["Candidates", "correlate", "seen_region"]
 
 
@@ -465,9 +467,7 @@ def _rotations(dims: int, reach: float | None, number: int) -> Tensor:
             steps = max(1, round(number * min(1.0, reach / 180))) | 1
             angles = torch.linspace(-reach, reach, steps, dtype=torch.float64)
             angles = angles[angles.abs().argsort()]
-        angles = torch.deg2rad(angles)
-        rows = [angles.cos(), -angles.sin(), angles.sin(), angles.cos()]
-        return torch.stack(rows, dim=-1).view(-1, 2, 2)
+        return rotation_matrices(torch.deg2rad(angles)[:, None])
     generator = torch.Generator().manual_seed(0)
     draws = F.normalize(torch.randn(100_000, 4, generator=generator, dtype=torch.float64), dim=1)
     if reach is None:
@@ -483,7 +483,8 @@ def _rotations(dims: int, reach: float | None, number: int) -> Tensor:
         # all that stand for the last one, farthest point next
         near = torch.maximum(near, (draws @ _hamilton(chosen[-1], others).mT).abs().amax(1))
         chosen.append(draws[near.argmin()])
-    return _matrices(torch.stack(chosen))
+    # here the real part is first
+    return from_quaternions(torch.stack(chosen).roll(-1, dims=-1))
 
 
 def _hamilton(one: Tensor, others: Tensor) -> Tensor:
@@ -504,17 +505,6 @@ def _quaternion(matrix: Tensor) -> Tensor:
         [m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], m[2, 2] - m[0, 0] - m[1, 1]],
     ]
     return torch.linalg.eigh(torch.tensor(rows, dtype=torch.float64))[1][:, -1]
-
-
-def _matrices(quaternions: Tensor) -> Tensor:
-    """Rotations of quaternions ``[N, 4]``, real part first."""
-    w, x, y, z = quaternions.unbind(-1)
-    rows = [
-        *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
-        *(2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
-        *(2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
-    ]
-    return torch.stack(rows, dim=-1).view(-1, 3, 3)
 
 
 def _apart(

@@ -12,7 +12,7 @@ from torch import Tensor
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.side import Pair, Side
 
-__all__ = ["PoseSearch", "apart", "even_rotations", "rotation_matrices"]
+__all__ = ["PoseSearch", "apart", "even_rotations", "from_quaternions", "rotation_matrices"]
 
 _BINS = 16
 # part of the samples that must fall into the moving image before the rest is forgiven
@@ -33,12 +33,13 @@ def even_rotations(count: int, dims: int) -> Tensor:
     phi, psi = math.sqrt(2.0), 1.533751168755204288118041
     alpha, beta = 2 * math.pi * s / phi, 2 * math.pi * s / psi
     inner, outer = (s / count).sqrt(), (1 - s / count).sqrt()
-    return _from_quaternions(
+    return from_quaternions(
         torch.stack([inner * alpha.sin(), inner * alpha.cos(), outer * beta.sin(), outer * beta.cos()], dim=-1)
     )
 
 
-def _from_quaternions(q: Tensor) -> Tensor:
+def from_quaternions(q: Tensor) -> Tensor:
+    """Unit quaternions ``[..., 4]``, real part last, to rotation matrices ``[..., 3, 3]``."""
     x, y, z, w = q.unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
