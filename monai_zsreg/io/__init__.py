@@ -5,17 +5,13 @@ from __future__ import annotations
 
 from monai_zsreg.io.files import atomic_path, output_folder, write_json
 from monai_zsreg.io.images import Image, load_image, read_image, write_image
-from monai_zsreg.io.itk_transform import ITK_SUFFIXES, read_itk_transform, write_itk_transform
 from monai_zsreg.io.landmarks import Landmarks, pair_landmarks, read_landmarks
 from monai_zsreg.io.transforms import TRANSFORM_FORMATS, read_transform, write_transform
 
 __all__ = [
-    "ITK_SUFFIXES",
-    "read_itk_transform",
-    "write_itk_transform",
     "Image",
-    "TRANSFORM_FORMATS",
     "Landmarks",
+    "TRANSFORM_FORMATS",
     "atomic_path",
     "load_image",
     "output_folder",

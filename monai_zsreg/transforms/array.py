@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import FolderLayout, MetaTensor, get_track_meta
-from monai.transforms import SpatialResample, Transform
+from monai.transforms import InvertibleTransform, SpatialResample, Transform
 from monai.transforms.lazy.functional import apply_pending
 from monai.utils import GridSampleMode, GridSamplePadMode, LazyAttr, MetaKeys, SpaceKeys, TraceKeys, convert_to_tensor
 from monai.utils.misc import ImageMetaKey
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, RegistrationFailure, RegistrationWarning
 from monai_zsreg.geometry import Grid, checked_affine, checked_matrix, moved_header
-from monai_zsreg.io import ITK_SUFFIXES, read_transform, write_itk_transform
+from monai_zsreg.io import read_transform, write_transform
+from monai_zsreg.io.transforms import FORMATS
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
 from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.resample import MODES, outside_value, resample
@@ -52,13 +53,38 @@ _PAIR_OPTIONS = (
     "initial",
 )
 
-_NATIVE_META = "native_meta"
+NATIVE_META = "native_meta"
 _SPLINE_ORDERS = range(6)
 # lazily, zeros serve as background where they are this near to it, as a fraction of the range of intensities
 _NEAR = 0.05
 
 
-class ApplyAffineRegistration(SpatialResample):
+class Traced(InvertibleTransform):
+    """What the transforms that move an image share: their trace holds the native shape and metadata."""
+
+    def check_transforms_match(self, transform: Mapping) -> None:
+        # a worker that was spawned has a copy with another id; MONAI knows that only where all processes spawn
+        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
+            super().check_transforms_match(transform)
+
+    def popped(self, data: Any) -> tuple[dict[str, Any], tuple[int, ...], dict[Any, Any]]:
+        """Take the last entry of this kind off the trace of ``data``.
+
+        Returns:
+            What the transform noted, and the native shape and metadata.
+
+        Raises:
+            RegistrationError: ``data`` has lost its metadata.
+        """
+        if not isinstance(data, MetaTensor):
+            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
+        transform = self.pop_transform(data)
+        extra = transform[TraceKeys.EXTRA_INFO]
+        shape = tuple(int(n) for n in transform[TraceKeys.ORIG_SIZE])
+        return extra, shape, deepcopy(dict(extra[NATIVE_META]))
+
+
+class ApplyAffineRegistration(Traced, SpatialResample):
     """Put a moving image on the fixed image's grid with a known transform. Lazy execution and inversion work.
 
     The result has the fixed image's affine and other metadata, the moving image's file name, and the matrix as
@@ -167,19 +193,14 @@ class ApplyAffineRegistration(SpatialResample):
         if self.tracing:
             trace = moved.pending_operations if lazy_ else moved.applied_operations
             # as pairs: MONAI rewrites keys such as "id" in every dictionary that it finds in the trace
-            trace[-1][TraceKeys.EXTRA_INFO][_NATIVE_META] = list(native.items())
+            trace[-1][TraceKeys.EXTRA_INFO][NATIVE_META] = list(native.items())
             if lazy_:
                 # MONAI's own transforms do not state these, and what nobody states becomes bilinear and border
                 trace[-1][LazyAttr.INTERP_MODE], trace[-1][LazyAttr.PADDING_MODE] = mode, padding_mode
         moved.meta = _moved_meta(moved, native, fixed, matrix)
         return moved
 
-    def check_transforms_match(self, transform: Mapping) -> None:
-        # a worker that was spawned has a copy with another id; MONAI knows that only where all processes spawn
-        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
-            super().check_transforms_match(transform)
-
-    def inverse(self, data: Tensor) -> MetaTensor:
+    def inverse(self, data: Any) -> MetaTensor:
         """Voxels on the fixed grid back to the moving image's native grid and header.
 
         Args:
@@ -191,13 +212,10 @@ class ApplyAffineRegistration(SpatialResample):
         Raises:
             RegistrationError: ``data`` has lost its metadata.
         """
-        if not isinstance(data, MetaTensor):
-            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
-        transform = self.pop_transform(data)
-        extra, shape = transform[TraceKeys.EXTRA_INFO], transform[TraceKeys.ORIG_SIZE]
+        extra, shape, meta = self.popped(data)
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
         if mode in MODES and padding_mode == "zeros":
-            grid = Grid(tuple(int(n) for n in shape), checked_affine(header, len(shape), "src_affine"))
+            grid = Grid(shape, checked_affine(header, len(shape), "src_affine"))
             native: Any = MetaTensor(
                 resample(data, Grid.of(data, "data"), grid, mode=mode), applied_operations=data.applied_operations
             )
@@ -205,7 +223,7 @@ class ApplyAffineRegistration(SpatialResample):
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
                 native = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
-        native.meta = deepcopy(dict(extra[_NATIVE_META]))
+        native.meta = meta
         return native
 
 
@@ -361,8 +379,8 @@ class SaveAffine(Transform):
         separate_folder: bool = True,
         data_root_dir: str | os.PathLike = "",
     ) -> None:
-        if output_ext not in ITK_SUFFIXES:
-            raise RegistrationError("output_ext", output_ext, "one of " + ", ".join(ITK_SUFFIXES))
+        if output_ext not in FORMATS["itk"].suffixes:
+            raise RegistrationError("output_ext", output_ext, "one of " + ", ".join(FORMATS["itk"].suffixes))
         self.folder_layout = FolderLayout(
             output_dir=os.fspath(output_dir),
             postfix=output_postfix,
@@ -390,7 +408,7 @@ class SaveAffine(Transform):
         if img.is_batch:
             raise RegistrationError("img", tuple(img.shape), "one image; use decollate_batch first")
         subject = img.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "subject")
-        write_itk_transform(self.folder_layout.filename(subject), img.meta[AFFINE_KEY])
+        write_transform(self.folder_layout.filename(subject), img.meta[AFFINE_KEY], format="itk")
         return img
 
 

@@ -6,7 +6,7 @@ They are never lazy: a map is no matrix that could be merged with what is pendin
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,7 +15,6 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
 from monai.utils import MetaKeys, TraceKeys, ensure_tuple_rep
-from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid
@@ -26,12 +25,21 @@ from monai_zsreg.registration.pair import Prepared
 from monai_zsreg.resample import MODES
 from monai_zsreg.transforms.array import (
     AFFINE_KEY,
+    NATIVE_META,
     REASONS_KEY,
     VERDICT_KEY,
     RegisterAffine,
+    Traced,
     as_image,
     check_pair,
     evaluate_pending,
+)
+from monai_zsreg.transforms.dictionary import (
+    check_followers,
+    check_keys,
+    fixed_image,
+    led_followers,
+    present_followers,
 )
 
 __all__ = [
@@ -43,7 +51,7 @@ __all__ = [
 ]
 
 
-class ApplyDeformation(InvertibleTransform):
+class ApplyDeformation(Traced):
     """Put an image on the fixed image's grid with a known map, in one interpolation. Inversion works.
 
     Args:
@@ -94,31 +102,22 @@ class ApplyDeformation(InvertibleTransform):
         extra = {
             "mode": mode,
             # as pairs: MONAI rewrites keys such as "id" in every dictionary that it finds in the trace
-            "native_meta": list((deepcopy(dict(img.meta)) | {MetaKeys.AFFINE: img.affine.clone()}).items()),
+            NATIVE_META: list((deepcopy(dict(img.meta)) | {MetaKeys.AFFINE: img.affine.clone()}).items()),
             "map": (deformation.affine, deformation.displacement, deformation.grid.affine),
         }
         self.push_transform(moved, orig_size=tuple(img.shape[1:]), extra_info=extra)
         return moved
 
-    def check_transforms_match(self, transform: Mapping) -> None:
-        # a worker that was spawned has a copy with another id
-        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
-            super().check_transforms_match(transform)
-
-    def inverse(self, data: Tensor) -> MetaTensor:
+    def inverse(self, data: Any) -> MetaTensor:
         """Voxels on the fixed grid back to the moving image's native grid and header, by the inverse map.
 
         Raises:
             RegistrationError: ``data`` has lost its metadata.
         """
-        if not isinstance(data, MetaTensor):
-            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
-        transform = self.pop_transform(data)
-        extra, shape = transform[TraceKeys.EXTRA_INFO], transform[TraceKeys.ORIG_SIZE]
-        native = deepcopy(dict(extra["native_meta"]))
+        extra, shape, native = self.popped(data)
         affine, displacement, lattice = extra["map"]
         back = Deformation(affine, displacement, Grid(tuple(displacement.shape[1:]), lattice)).inverse()
-        like = MetaTensor(torch.empty(1, *(int(n) for n in shape)), affine=native[MetaKeys.AFFINE])
+        like = MetaTensor(torch.empty(1, *shape), affine=native[MetaKeys.AFFINE])
         values = back.resample(data.as_tensor(), Grid.of(data, "data"), Grid.of(like), extra["mode"])
         return MetaTensor(values, meta=native, applied_operations=data.applied_operations)
 
@@ -251,12 +250,8 @@ class RegisterDeformabled(MapTransform, InvertibleTransform):
         super().__init__(keys, allow_missing_keys)
         self.fixed_key = fixed_key
         self.followers = dict(followers or {})
-        if fixed_key in self.keys:
-            raise RegistrationError("fixed_key", fixed_key, f"a key that is not one of the images {list(self.keys)}")
-        for follower, leader in self.followers.items():
-            if leader not in self.keys or follower in (*self.keys, fixed_key):
-                allowed = f"a new key that follows one of the images {list(self.keys)}"
-                raise RegistrationError("followers", {follower: leader}, allowed)
+        check_keys(self.keys, fixed_key)
+        check_followers(self.followers, self.keys, fixed_key)
         self.mode, self.fill_value = (ensure_tuple_rep(value, len(self.keys)) for value in (mode, fill_value))
         count = len(self.followers)
         self.follower_mode, self.follower_fill_value = (
@@ -282,14 +277,8 @@ class RegisterDeformabled(MapTransform, InvertibleTransform):
             RegistrationFailure: see `RegisterAffine`.
         """
         d = dict(data)
-        if self.fixed_key not in d:
-            raise RegistrationError("fixed_key", self.fixed_key, f"a key of the data, which has {list(d)}")
-        followers = list(self._present_followers(d))
-        for follower in followers:
-            leader = self.followers[follower]
-            if leader not in d:
-                raise RegistrationError("data", list(d), f"the key {leader!r} too, because {follower!r} follows it")
-        fixed = evaluate_pending(as_image(d[self.fixed_key], "fixed"))
+        fixed = fixed_image(d, self.fixed_key)
+        followers = led_followers(self.followers, d, self.allow_missing_keys)
         prepared = self.registrar.prepare(fixed)
         maps: dict[Hashable, Deformation] = {}
         for key, mode, fill in self.key_iterator(d, self.mode, self.fill_value):
@@ -308,16 +297,9 @@ class RegisterDeformabled(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.registrar.inverse(d[key])
-        for follower in self._present_followers(d):
+        for follower in present_followers(self.followers, d, self.allow_missing_keys):
             d[follower] = self.follower_appliers[follower].inverse(d[follower])
         return d
-
-    def _present_followers(self, data: Mapping[Hashable, Any]) -> Iterator[Hashable]:
-        for follower in self.followers:
-            if follower in data:
-                yield follower
-            elif not self.allow_missing_keys:
-                raise KeyError(f"Key `{follower}` of `followers` was missing in the data.")
 
 
 RegisterDeformableD = RegisterDeformableDict = RegisterDeformabled

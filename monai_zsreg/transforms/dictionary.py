@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,8 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         self.fixed_key = fixed_key
         self.followers = dict(followers or {})
         self.affine_prefix = affine_prefix
-        _check_keys(self.keys, fixed_key)
-        _check_followers(self.followers, self.keys, fixed_key)
+        check_keys(self.keys, fixed_key)
+        check_followers(self.followers, self.keys, fixed_key)
         if not affine_prefix:
             raise RegistrationError("affine_prefix", affine_prefix, "a string that is not empty")
         taken = {fixed_key, *self.keys, *self.followers}
@@ -159,16 +159,12 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
             RegistrationFailure: see `RegisterAffine`.
         """
         d = dict(data)
-        followers = list(self._present_followers(d))
-        for follower in followers:
-            if self.followers[follower] not in d:
-                leader = self.followers[follower]
-                raise RegistrationError("data", list(d), f"the key {leader!r} too, because {follower!r} follows it")
+        followers = led_followers(self.followers, d, self.allow_missing_keys)
         lazy = self.lazy if lazy is None else lazy
         fixed: Any = None
         for key, options in self.key_iterator(d, self.key_options):
             if fixed is None:
-                fixed = _fixed_image(d, self.fixed_key)
+                fixed = fixed_image(d, self.fixed_key)
                 prepared = self.registrar.prepare(fixed)
             d[key] = self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
             d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
@@ -183,18 +179,9 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.registrar.inverse(d[key])
-        for follower in self._present_followers(d):
+        for follower in present_followers(self.followers, d, self.allow_missing_keys):
             d[follower] = self.applier.inverse(d[follower])
         return d
-
-    def _present_followers(self, data: Mapping[Hashable, Any]) -> Iterator[Hashable]:
-        for follower in self.followers:
-            if follower in data:
-                yield follower
-            elif not self.allow_missing_keys:
-                raise KeyError(
-                    f"Key `{follower}` of `followers` was missing in the data and allow_missing_keys==False."
-                )
 
 
 class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform):
@@ -234,7 +221,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         MapTransform.__init__(self, keys, allow_missing_keys)
         LazyTransform.__init__(self, lazy=lazy)
         self.fixed_key = fixed_key
-        _check_keys(self.keys, fixed_key)
+        check_keys(self.keys, fixed_key)
         if (affine_keys is None) == (affine is None):
             raise RegistrationError("affine_keys", affine_keys, "either affine_keys or affine, and not both")
         self.affine_keys: tuple = (None,) * len(self.keys)
@@ -265,7 +252,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         d = dict(data)
         fixed: Any = None
         for key, affine_key, options in self.key_iterator(d, self.affine_keys, self.key_options):
-            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
+            fixed = fixed_image(d, self.fixed_key) if fixed is None else fixed
             if self.affine is None and affine_key not in d:
                 raise RegistrationError("affine_keys", affine_key, f"a key of the data, which has {list(d)}")
             matrix = d[affine_key] if self.affine is None else self.affine
@@ -320,7 +307,7 @@ class SaveAffined(MapTransform):
         return d
 
 
-def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
+def fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
     if fixed_key not in data:
         raise RegistrationError("fixed_key", fixed_key, f"a key of the data, which has {list(data)}")
     # once for all keys
@@ -334,14 +321,14 @@ def _any_matrix(affine: Any) -> list[list[float]]:
     return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
 
-def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
+def check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
     if fixed_key in keys:
         raise RegistrationError("fixed_key", fixed_key, f"a key that is not one of the moving images {list(keys)}")
     if len(set(keys)) != len(keys):
         raise RegistrationError("keys", list(keys), "keys that differ")
 
 
-def _check_followers(followers: Mapping[Hashable, Hashable], keys: Sequence[Hashable], fixed_key: Hashable) -> None:
+def check_followers(followers: Mapping[Hashable, Hashable], keys: Sequence[Hashable], fixed_key: Hashable) -> None:
     for follower, leader in followers.items():
         if leader not in keys:
             raise RegistrationError("followers", {follower: leader}, f"a leader among the moving images {list(keys)}")
@@ -349,6 +336,36 @@ def _check_followers(followers: Mapping[Hashable, Hashable], keys: Sequence[Hash
             raise RegistrationError(
                 "followers", {follower: leader}, "a follower that is not itself registered or fixed"
             )
+
+
+def present_followers(
+    followers: Mapping[Hashable, Hashable], data: Mapping[Hashable, Any], allow_missing_keys: bool
+) -> list[Hashable]:
+    """The followers that are in the data.
+
+    Raises:
+        KeyError: one is missing, and that is not allowed.
+    """
+    missing = [follower for follower in followers if follower not in data]
+    if missing and not allow_missing_keys:
+        raise KeyError(f"Key `{missing[0]}` of `followers` was missing in the data and allow_missing_keys==False.")
+    return [follower for follower in followers if follower in data]
+
+
+def led_followers(
+    followers: Mapping[Hashable, Hashable], data: Mapping[Hashable, Any], allow_missing_keys: bool
+) -> list[Hashable]:
+    """`present_followers`, each with its leader.
+
+    Raises:
+        RegistrationError: a leader is missing: its follower would stay unaligned.
+    """
+    present = present_followers(followers, data, allow_missing_keys)
+    for follower in present:
+        leader = followers[follower]
+        if leader not in data:
+            raise RegistrationError("data", list(data), f"the key {leader!r} too, because {follower!r} follows it")
+    return present
 
 
 def _one_each(name: str, value: Any, count: int) -> tuple:

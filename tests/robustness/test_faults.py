@@ -21,7 +21,7 @@ import pytest
 import torch.nn.functional as F
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.io import read_itk_transform, write_json, write_transform
+from monai_zsreg.io import read_transform, write_json, write_transform
 from monai_zsreg.io.files import remove_leftovers
 
 INFERENCE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration" / "configs" / "inference.json"
@@ -72,7 +72,7 @@ def whole_files(output: Path) -> int:
         elif path.name.endswith(".nii.gz"):
             nib.load(path).get_fdata()
         elif path.suffix in (".tfm", ".h5", ".mat"):
-            read_itk_transform(path)
+            read_transform(path, format="itk")
         elif path.suffix == ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
         else:

@@ -14,7 +14,7 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate, set_track
 from monai.transforms import Compose, RandAffine, SpatialPad
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.io import read_itk_transform, write_transform
+from monai_zsreg.io import read_transform, write_transform
 from monai_zsreg.transforms import ApplyAffineRegistration, RegisterAffine, SaveAffine
 from monai_zsreg.transforms.array import evaluate_pending
 
@@ -344,7 +344,7 @@ def test_saves_the_matrix_under_the_name_of_the_image(known_pair, tmp_path: Path
     # the matrix is about worlds, so what happens to the grid later does not change it
     later = Compose([SpatialPad([60] * (moved.ndim - 1)), RandAffine(prob=1.0, rotate_range=0.3)])(moved)
     assert SaveAffine(tmp_path, output_ext=suffix)(later) is later
-    saved = read_itk_transform(tmp_path / "moving0" / f"moving0_affine{suffix}")
+    saved = read_transform(tmp_path / "moving0" / f"moving0_affine{suffix}", format="itk")
     np.testing.assert_allclose(saved, known_pair.affine, atol=1e-12)
     SaveAffine(tmp_path, output_postfix="to_t1", output_ext=suffix, separate_folder=False)(moved)
     assert (tmp_path / f"moving0_to_t1{suffix}").is_file()

@@ -38,7 +38,7 @@ from monai.utils import set_determinism
 from monai_zsreg import transforms
 from monai_zsreg.errors import RegistrationError, RegistrationFailure, RegistrationWarning
 from monai_zsreg.geometry import AffineParameters, compose_parameters, moved_header
-from monai_zsreg.io import read_itk_transform, write_itk_transform
+from monai_zsreg.io import read_transform, write_transform
 from monai_zsreg.transforms import ApplyAffineRegistrationd, RegisterAffined, SaveAffined
 
 
@@ -61,7 +61,7 @@ def files(pair_of, tmp_path: Path) -> list[dict]:
         save = SaveImage(tmp_path, output_postfix="", separate_folder=False, resample=False, print_log=False)
         for image in (pair.fixed, pair.moving, pair.labels):
             save(image[:1])
-        write_itk_transform(tmp_path / f"{seed}.tfm", pair.affine)
+        write_transform(tmp_path / f"{seed}.tfm", pair.affine, format="itk")
         names = ("fixed", "moving", "labels")
         items.append(
             {n: str(tmp_path / f"{n}{seed}.nii.gz") for n in names} | {"matrix": str(tmp_path / f"{seed}.tfm")}
@@ -98,7 +98,7 @@ def test_each_key_in_its_own_way(known_pair, itk_resample) -> None:
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_one_matrix_for_all(known_pair, tmp_path: Path, as_file: bool) -> None:
-    write_itk_transform(tmp_path / "t.tfm", known_pair.affine)
+    write_transform(tmp_path / "t.tfm", known_pair.affine, format="itk")
     affine = tmp_path / "t.tfm" if as_file else known_pair.affine.tolist()
     moved = ApplyAffineRegistrationd("moving", "fixed", affine=affine)(as_item(known_pair))["moving"]
     expected = apply_known()(as_item(known_pair))["moving"]
@@ -177,7 +177,7 @@ def check_inverted(items: list[dict], transform: Compose, sources: list[dict], i
         native = load(source)
         on_fixed = item["pred"].clone()
         back = invert(item)["pred"]
-        inverse = np.linalg.inv(read_itk_transform(source["matrix"]))
+        inverse = np.linalg.inv(read_transform(source["matrix"], format="itk"))
         np.testing.assert_array_equal(back.numpy(), itk_resample(on_fixed, native["moving"], inverse, nearest=True))
         assert back.any()
         assert torch.equal(back.affine, native["moving"].affine)
@@ -411,7 +411,7 @@ def test_registers_a_real_pair_with_what_follows(real_item: dict, lazy: bool, tm
     assert affine.dtype == torch.float64 and affine.shape == (3, 3)
     assert error_px(affine, real_item) < 0.3 * error_px(np.eye(3), real_item)
     assert torch.equal(affine, moved["moving"].meta["registration_affine"])
-    np.testing.assert_allclose(read_itk_transform(tmp_path / "m" / "m_affine.tfm"), affine.numpy(), atol=1e-9)
+    np.testing.assert_allclose(read_transform(tmp_path / "m" / "m_affine.tfm", format="itk"), affine.numpy(), atol=1e-9)
     assert moved["moving"].meta["registration_verdict"] in ("PASS", "WARN")
     assert isinstance(moved["moving"].meta["registration_reasons"], str)
     expected = ApplyAffineRegistrationd("labels", "fixed", affine=affine, mode="nearest")(real_item)["labels"]
