@@ -81,6 +81,11 @@ class Image:
         """Number of spatial dimensions."""
         return self.values.ndim - 1
 
+    @property
+    def length_unit(self) -> str:
+        """What lengths in the image's world are in, ``"mm"`` or ``"pixels"``."""
+        return "pixels" if self.meta.get("unit") == "pixel" else "mm"
+
     @cached_property
     def seen(self) -> Tensor | None:
         """``[1, *spatial]``, True where a channel is finite; None where that is everywhere."""

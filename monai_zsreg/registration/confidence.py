@@ -99,8 +99,8 @@ _TEXTS = {
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
     "error": "expected error {value:.1f} voxels of the finest level",
-    "second": "a second position, {second_mm:.0f} mm away on average, fits as well ({value:.1f} standard errors less)",
-    "mirror": "the mirror image fits as well or better; left and right may be exchanged ({value:.1f} standard errors)",
+    "second": "a second position, {second_distance:.0f} {unit} away, fits as well (lead {value:.1f} standard errors)",
+    "mirror": "the mirror image fits as well or better; left and right may be exchanged (lead {value:.1f})",
 }
 
 
@@ -121,7 +121,9 @@ class Judgement:
     score: float = 0.0
 
 
-def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], features: str | None) -> Judgement:
+def judge(
+    estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], features: str | None, unit: str = "mm"
+) -> Judgement:
     """The verdict.
 
     Args:
@@ -130,6 +132,7 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
         moving: grid of the moving image.
         notes: what is doubtful about the images themselves.
         features: descriptor that the measures were made with; None for methods that do not measure agreement.
+        unit: of lengths, for the sentences.
     """
     measures = estimate.measures | _shape(estimate, fixed)
     share = max(
@@ -166,7 +169,9 @@ def judge(estimate: Estimate, fixed: Grid, moving: Grid, notes: list[str], featu
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
             reasons = [
                 *reasons,
-                text.format(**{**measures, "value": value, "percent": 100 * value, "extent": 100 * (value - 1)}),
+                text.format(
+                    **{**measures, "unit": unit, "value": value, "percent": 100 * value, "extent": 100 * (value - 1)}
+                ),
             ]
     return Judgement(verdict, reasons, measures, score)
 

@@ -248,7 +248,7 @@ class Found:
         )
         if second is not None:
             away = float(distance(second.transform, self.answer.transform)) * self.pair.unit
-            found |= {"second": second.errors, "second_mm": away}
+            found |= {"second": second.errors, "second_distance": away}
         return found
 
     def covariance(self) -> Tensor:

@@ -192,7 +192,7 @@ def register(
 
     features = options.get("features", "mind") if preset == DEFAULT_PRESET else None
     notes = [note for side in (one, two) for note in side.image.meta.get("notes", ())]
-    judgement = judge(estimate, one.image.grid, two.image.grid, notes, features)
+    judgement = judge(estimate, one.image.grid, two.image.grid, notes, features, one.image.length_unit)
     if judgement.verdict == FAIL:
         warnings.warn(f"registration failed: {'; '.join(judgement.reasons)}", RegistrationWarning, stacklevel=2)
     given = {"regressor_weights": regressor_weights, "spacing": spacing, "initial": initial, **common}

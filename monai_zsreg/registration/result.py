@@ -152,8 +152,8 @@ class RegistrationResult:
         0.3 mm"; empty for presets without a covariance."""
         if self.covariance is None:
             return ""
-        unit = "pixels" if self.fixed_image.meta.get("unit") == "pixel" else "mm"
-        return weakest_direction(self.covariance, self.affine, self.fixed_image.grid, unit)
+        fixed = self.fixed_image
+        return weakest_direction(self.covariance, self.affine, fixed.grid, fixed.length_unit)
 
     def expected_error(self, grid: Grid | None = None) -> Tensor:
         """`uncertainty_at` the voxels of a grid, mm, ``[1, *spatial]`` float32.

@@ -54,7 +54,7 @@ def save_html_report(
     """
     told = report or {}
     views = views or _views(result)
-    unit = "pixels" if result.fixed_image.meta.get("unit") == "pixel" else "mm"
+    unit = result.fixed_image.length_unit
     tables = [*_agreement(told.get("metrics", {})), *_expected(result, unit), *_judged(result)]
     text = _template("pair.html").render(
         title=name or "registration",

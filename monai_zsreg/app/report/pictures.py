@@ -95,7 +95,7 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
     flat = grid.dims == 2 and "place" in image.meta  # a slice in space
     lines = torch.tensor(image.meta["place"], dtype=torch.float64)[:3, :2] if flat else grid.affine[:-1, :-1]
     world = _world_axes(lines)
-    known = image.meta.get("unit") != "pixel" and not image.meta.get("notes")
+    known = image.length_unit == "mm" and not image.meta.get("notes")
     if grid.dims == 2:
         (normal,) = {0, 1, 2} - set(world)
         return [_plane(grid, lines, world, None, _NAMES[normal] if flat and known else "", known)]
