@@ -28,7 +28,9 @@ _HOMES = {name: "monai_zsreg.errors" if name.endswith(("Error", "Failure", "Warn
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    # kept, so that it is looked up once, and is there for tools that read a module's own names
+    globals()[name] = found = getattr(import_module(_HOMES[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
+from monai.utils import optional_import
 from scipy import ndimage
 
 from monai_zsreg.benchmark import damage
@@ -21,6 +22,11 @@ from monai_zsreg.benchmark.brains import full_slices
 from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd, _ = optional_import("pandas")
 
 __all__ = ["ROWS", "anatomy_cases", "is_anatomies", "retina_pair"]
 

@@ -15,19 +15,26 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+from monai.utils import optional_import
 from scipy import ndimage
 from scipy.stats import weibull_min
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from monai_zsreg.benchmark.cases import Case, Row, Sample
 from monai_zsreg.benchmark.methods import LEVELS
 from monai_zsreg.benchmark.plots import COLORS, figure, save
 from monai_zsreg.benchmark.tables import machine, markdown, percent, write_lines
 from monai_zsreg.benchmark.volumes import Volume, transformed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sklearn.metrics import roc_auc_score, roc_curve
+else:
+    pd, _ = optional_import("pandas")
+    roc_auc_score, _ = optional_import("sklearn.metrics", name="roc_auc_score")
+    roc_curve, _ = optional_import("sklearn.metrics", name="roc_curve")
 
 __all__ = ["FAILURES", "NARROW", "coverage", "fit", "spoiled_cases", "tabulate", "verdict_table", "write_report"]
 

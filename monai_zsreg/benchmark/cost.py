@@ -11,16 +11,24 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
+from monai.utils import optional_import
 from scipy import ndimage
 
 from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
+from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd, _ = optional_import("pandas")
 
 __all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "timed", "whole_processes"]
 
@@ -146,6 +154,7 @@ def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]
     for family in dict.fromkeys(methods):
         try:
             module = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}")
+            version(PEERS[family].package)
         except ImportError as error:
             notes += [f"{family}: {error}"] if family not in ("ours", "none") else []
             continue

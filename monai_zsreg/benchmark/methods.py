@@ -86,7 +86,7 @@ def prepare_function(family: str) -> Callable[[Volume, Volume, Task], Callable[[
     """A method's ``prepare``, see `monai_zsreg.benchmark.peers`.
 
     Raises:
-        ImportError: the method is not installed.
+        ImportError: there is no such method. One that is not installed raises it when it is used.
     """
     own: dict[str, Callable[[Volume, Volume, Task], Callable[[], Any]]] = {"ours": ours, "none": none}
     return own.get(family) or importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare

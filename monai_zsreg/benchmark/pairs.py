@@ -12,12 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+from monai.utils import optional_import
 
 from monai_zsreg.benchmark.volumes import Volume, background_value, read_volume, transformed
 from monai_zsreg.errors import RegistrationError
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd, _ = optional_import("pandas")
 
 __all__ = ["Pair", "attach_residuals", "find_pairs", "photographs", "read_datalist", "read_residuals"]
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from monai.utils import optional_import
 
 from monai_zsreg.benchmark.tables import percent
 from monai_zsreg.io.files import atomic_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+else:
+    pd, _ = optional_import("pandas")
+    FigureCanvasAgg, _ = optional_import("matplotlib.backends.backend_agg", name="FigureCanvasAgg")
+    Figure, _ = optional_import("matplotlib.figure", name="Figure")
 
 __all__ = ["COLORS", "figure", "plot_capture", "plot_cost", "plot_figure4", "save"]
 

@@ -11,15 +11,20 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+from monai.utils import optional_import
 from scipy.stats import binomtest
 
 from monai_zsreg.benchmark.brains import STRESS
 from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.io.files import atomic_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd, _ = optional_import("pandas")
 
 __all__ = ["cost_table", "machine", "markdown", "percent", "summarize", "write_csv", "write_lines", "write_summary"]
 

@@ -74,6 +74,8 @@ _ROUNDS = (
     (0.7, 0.07, 0.004),
 )
 _TRIALS = 16
+# voxels on each side that smoothing reaches to, at most
+_WIDEST = 1000
 # candidates that take part in each round, and points that they are compared at
 _KEEP = (24, 16, 12, 8, 6, 4)
 _POINTS = 1200
@@ -296,7 +298,8 @@ def _smoothed(maps: Tensor, widths: list[float]) -> Tensor:
     for axis, width in enumerate(widths, start=1):
         if width < 0.2:
             continue
-        reach = math.ceil(2.5 * width)
+        # an image that is a point on the lattice is not blurred any further
+        reach = min(math.ceil(2.5 * width), _WIDEST)
         kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=maps.device) / width) ** 2)
         kernel = (kernel / kernel.sum()).to(maps).view(1, 1, -1)
         lines = maps.movedim(axis, -1)

@@ -208,7 +208,7 @@ def attempt(one: MetaTensor, two: MetaTensor, dtype: torch.dtype, device: torch.
     ]
     with full_precision(device), torch.inference_mode():
         found = find(Pair(*sides), Settings(), EFFORTS[grids[0].dims][0])
-    return found.pair.to_world(found.transform).numpy()
+    return found.affine().numpy()
 
 
 @pytest.mark.parametrize(("dims", "precision"), [(2, "highest"), (2, "medium"), (3, "high")])

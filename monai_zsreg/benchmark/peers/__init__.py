@@ -3,8 +3,9 @@
 
 A module of the table has ``prepare(fixed, moving, task)``, which makes the method's own images and returns a function
 that registers them: the pull matrix ``(D+1, D+1)`` from fixed world to moving world, RAS mm. It runs in a process of
-its own, so it may import what it likes. ``ImportError`` means that it cannot run here. It may have ``WHOLE``, a script
-that reads the files ``fixed`` and ``moving``, registers and writes ``output``, as a user of that package would.
+its own. ``ImportError`` means that it cannot run here; the module itself must not need its package. It may have
+``WHOLE``, a script that reads the files ``fixed`` and ``moving``, registers and writes ``output``, as a user of that
+package would.
 """
 
 from __future__ import annotations

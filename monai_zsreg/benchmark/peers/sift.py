@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import cv2 as _cv2
 import numpy as np
+from monai.utils import optional_import
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
 
-# its type stubs know neither SIFT nor arrays of points
-cv2: Any = _cv2
+cv2, _ = optional_import("cv2")
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:

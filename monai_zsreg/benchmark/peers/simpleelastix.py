@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import SimpleITK as _sitk
+from monai.utils import optional_import
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import matrix_of, sitk_image
@@ -15,14 +14,13 @@ from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
 
-# the other package's stubs know no elastix
-sitk: Any = _sitk
-if not hasattr(sitk, "ElastixImageFilter"):
-    # one module name, two packages: the one installed last is there
-    raise ImportError("the SimpleITK that is installed is the package SimpleITK, which has no elastix")
+sitk, _ = optional_import("SimpleITK")
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
+    if not hasattr(sitk, "ElastixImageFilter"):
+        # one module name, two packages: the one installed last is there
+        raise ImportError("the SimpleITK that is installed is the package SimpleITK, which has no elastix")
     dims = fixed.dims
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(task.threads)
     settings = sitk.GetDefaultParameterMap(task.transform)
