@@ -38,5 +38,6 @@ def __getattr__(name: str) -> object:
     if name in ("PairMetric", "SimilarityMetric", "TREMetric"):
         from monai_zsreg.metrics import pairwise
 
-        return getattr(pairwise, name)
+        globals()[name] = found = getattr(pairwise, name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
