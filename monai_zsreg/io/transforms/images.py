@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +23,8 @@ __all__ = ["GridLike", "Images", "Volume"]
 GridLike = str | os.PathLike | SpatialImage | Tensor | Image | Grid
 
 
-class Volume(NamedTuple):
+@dataclass(frozen=True)
+class Volume:
     """The lattice of an image, the voxel sizes that its header states, and the name of its file."""
 
     grid: Grid
