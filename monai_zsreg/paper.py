@@ -35,8 +35,9 @@ from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
 from monai_zsreg.registration.confidence import row_trace, spread_at
 from monai_zsreg.registration.estimate import Estimate
-from monai_zsreg.registration.pair import Prepared, refuse_unknown, register
+from monai_zsreg.registration.pair import refuse_unknown, register
 from monai_zsreg.registration.precision import full_precision
+from monai_zsreg.registration.prepared import Prepared
 from monai_zsreg.registration.result import RegistrationResult, quadratic_map
 from monai_zsreg.registration.side import longest_extent
 from monai_zsreg.resample import resample

@@ -14,7 +14,8 @@ import monai_zsreg
 from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.label.register import MISSING, PARAMETERS, RegisterTask, image_path
 from monai_zsreg.paper import build_network
-from monai_zsreg.registration.pair import refuse_unknown, resolve_device
+from monai_zsreg.registration import resolve_device
+from monai_zsreg.registration.pair import refuse_unknown
 
 MONAILabelApp, _ = optional_import(
     "monailabel.interfaces.app", name="MONAILabelApp", descriptor=MISSING, as_type="base"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,8 @@ from monai_zsreg.foreground import appearance
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
+from monai_zsreg.registration.prepared import Prepared, resolve_device
 from monai_zsreg.registration.side import finest_step
-
-if TYPE_CHECKING:
-    from monai_zsreg.registration.pair import Prepared
 
 __all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
 
@@ -101,8 +99,6 @@ def register_deformable(
     Raises:
         RegistrationError: a stiffness that is no length, or a mask that cannot be used.
     """
-    from monai_zsreg.registration.pair import Prepared, resolve_device
-
     where = resolve_device(device, result.device)
     sides = []
     for name, image, mask, before in (

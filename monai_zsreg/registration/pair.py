@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import os
 import time
 import warnings
-from collections import OrderedDict
 from dataclasses import fields, replace
 from importlib import import_module
 from numbers import Real
@@ -20,18 +18,18 @@ from torch import Tensor
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
-from monai_zsreg.io.images import Image, ImageLike, load_image
+from monai_zsreg.io.images import Image, ImageLike
 from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
 from monai_zsreg.registration.deformable import DEFORMABLE, check_stiffness, deform_prepared
 from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
+from monai_zsreg.registration.prepared import Prepared, resolve_device, whole_number
 from monai_zsreg.registration.result import RegistrationResult
-from monai_zsreg.registration.side import Pair, Side, finest_step, longest_extent
-from monai_zsreg.resample import resample
+from monai_zsreg.registration.side import Pair, finest_step, longest_extent
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Prepared", "check_options", "register", "resolve_device"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "check_options", "refuse_unknown", "register"]
 
 DEFAULT_PRESET = "robust"
 #: where the other presets live: modules with ``estimate`` and ``check_settings``, imported when one is asked for
@@ -42,46 +40,6 @@ PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 _SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
 # difference of costs that tells nothing
 _TIE = 5e-4
-# sides of an image that are kept: one for each scale that moving images may ask for
-_KEPT = 3
-
-
-class Prepared:
-    """An image and what the engine has found out about it, so that a series of pairs finds it out once.
-
-    Args:
-        source: see `register`.
-        channel: channel (or volume of a 4D file) to register on.
-        mask: where to look, above 0: an image on any grid in its world, or an array on its own; None: its foreground.
-        name: of the argument, for messages.
-
-    Raises:
-        RegistrationError: an image, channel or mask that cannot be used.
-
-    Example::
-
-        fixed = Prepared("t1.nii.gz")
-        results = [register(fixed, moving) for moving in ("t2.nii.gz", "flair.nii.gz")]
-    """
-
-    def __init__(self, source: ImageLike, channel: int = 0, mask: ImageLike | None = None, name: str = "fixed") -> None:
-        self.image: Image = load_image(source, name)
-        self.channel = _channel(self.image, channel, name)
-        self.values, self.seen = self.image.channel(self.channel, name), self.image.seen
-        self.mask = None if mask is None else _mask_on(mask, self.image, f"{name}_mask")
-        self._sides: OrderedDict[tuple[Any, ...], Side] = OrderedDict()
-
-    def side(self, base: float, coarse: float, faint: bool, device: torch.device) -> Side:
-        """See `Side`; kept for the next pair that asks for the same."""
-        key = (base, coarse, faint, str(device))
-        if key not in self._sides:
-            mask, seen = (None if m is None else m[0].to(device) for m in (self.mask, self.seen))
-            values = self.values[0].to(device)
-            self._sides[key] = Side(values, self.image.grid, base, coarse, mask, seen, faint)
-        self._sides.move_to_end(key)
-        while len(self._sides) > _KEPT:
-            self._sides.popitem(last=False)
-        return self._sides[key]
 
 
 def register(
@@ -304,7 +262,7 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
     if transform not in kinds:
         raise RegistrationError("transform", transform, f"one of {kinds} with preset {preset!r}")
     check_stiffness(options.get("stiffness"))
-    number = _whole(seed)
+    number = whole_number(seed)
     if number is None or not 0 <= number < 2**63:
         raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
     file = options.get("vgg19_weights")
@@ -331,46 +289,14 @@ def refuse_unknown(options: dict[str, Any], known: list[str]) -> None:
             raise RegistrationError("options", name, f"one of {', '.join(sorted(known))}{hint}")
 
 
-def resolve_device(device: str | torch.device | None, default: torch.device | str = "cpu") -> torch.device:
-    """A usable device.
-
-    Raises:
-        RegistrationError: no such device on this machine.
-    """
-    try:
-        found = torch.device(default if device is None else device)
-        torch.zeros(1, device=found).item()  # "meta" is a device too, but holds no numbers
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise RegistrationError(
-            "device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})'
-        ) from error
-    return found
-
-
 def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None, name: str) -> Prepared:
     if not isinstance(source, Prepared):
         return Prepared(source, channel, mask, name)
-    if mask is not None or _whole(channel) not in (0, source.channel):
+    if mask is not None or whole_number(channel) not in (0, source.channel):
         raise RegistrationError(
             f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)"
         )
     return source
-
-
-def _whole(value: Any) -> int | None:
-    """``value`` as an int if it is a whole number of any type but bool."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def _channel(image: Image, index: Any, name: str) -> int:
-    number = _whole(index)
-    count = len(image.values)
-    if number is None or not -count <= number < count:
-        raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {count}")
-    return number
 
 
 def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:
@@ -387,22 +313,3 @@ def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:
     if isinstance(initial, (str, os.PathLike)):
         initial = read_transform(initial, fixed, moving)
     return checked_matrix(initial, fixed.dims, "initial")
-
-
-def _mask_on(mask: ImageLike, image: Image, name: str) -> Tensor:
-    """A mask on the grid of its image, ``[1, *spatial]`` bool."""
-    read = load_image(mask, name)
-    if read.dims != image.dims:
-        raise RegistrationError(name, f"{read.dims}D image", f"a {image.dims}D image, as its image is")
-    values = (read.values[:1] > 0).to(torch.uint8)
-    if not isinstance(mask, (str, os.PathLike)) and not hasattr(mask, "affine"):
-        # an array lies on the grid of its image
-        if read.values.shape[1:] != image.values.shape[1:]:
-            allowed = f"the shape of its image, {tuple(image.values.shape[1:])}"
-            raise RegistrationError(name, tuple(read.values.shape), allowed)
-    else:
-        identity = torch.eye(image.dims + 1, dtype=torch.float64)
-        values = resample(values, read.grid, image.grid, identity, mode="nearest", fill=0)
-    if not bool(values.any()):
-        raise RegistrationError(name, "no voxel above 0 within its image", "a mask that shows where to look")
-    return values > 0

@@ -21,7 +21,7 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.io.images import Image
 from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.registration.displacement import Deformation
-from monai_zsreg.registration.pair import Prepared
+from monai_zsreg.registration.prepared import Prepared
 from monai_zsreg.resample import MODES
 from monai_zsreg.transforms.array import (
     AFFINE_KEY,
