@@ -20,6 +20,7 @@ from monai_zsreg import Prepared, RegistrationError, RegistrationWarning, regist
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io import Image, write_transform
 from monai_zsreg.registration import pair as pair_module
+from monai_zsreg.registration import prepared as prepared_module
 from monai_zsreg.registration import resolve_device
 from monai_zsreg.registration.side import Side
 
@@ -155,7 +156,7 @@ def test_one_fixed_image_for_many(pair: SimpleNamespace, monkeypatch: pytest.Mon
             made.append(arguments)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(pair_module, "Side", Counted)
+    monkeypatch.setattr(prepared_module, "Side", Counted)
     fixed = Prepared(pair.fixed)
     for _ in range(3):
         np.testing.assert_array_equal(register(fixed, pair.moving).affine, pair.result.affine)
