@@ -18,11 +18,31 @@ from scipy import ndimage
 
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
 
-__all__ = ["diagonal", "error", "moved_by", "padded", "pooled", "simulated", "template", "tissue_shares", "turn"]
+__all__ = [
+    "blobs",
+    "diagonal",
+    "error",
+    "moved_by",
+    "padded",
+    "pooled",
+    "simulated",
+    "template",
+    "tissue_shares",
+    "turn",
+]
 
 # signal of cerebrospinal fluid, gray and white matter
 _SIGNAL = {"t2": (1.0, 0.6, 0.35), "flair": (0.1, 0.9, 0.7)}
 _BRIGHTEST = 1000.0
+
+
+def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Random smooth float32 image; its rim of zeros makes all ways to treat the border the same."""
+    noise = torch.as_tensor(np.random.default_rng(seed).random((1, 1, *[n // 3 for n in shape]), dtype=np.float32))
+    image = F.interpolate(noise, size=shape)[0, 0].numpy()
+    inside = np.zeros(shape, dtype=np.float32)
+    inside[(slice(3, -3),) * len(shape)] = 1.0
+    return image * inside
 
 
 def _bent(values: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from monai.transforms import LoadImage
 from nibabel.affines import apply_affine
+from phantoms import blobs
 from scipy import io as scipy_io
 
 from monai_zsreg.errors import RegistrationError
@@ -44,15 +45,6 @@ def oblique(shape: tuple[int, ...], spacing: tuple[float, ...], flips: tuple[flo
     affine[:dims, :dims] *= flips
     affine[:dims, dims] = affine[:dims, :dims] @ [(1 - n) / 2 for n in shape] + np.arange(1, dims + 1)
     return affine
-
-
-def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Random smooth float32 image; its rim of zeros makes all ways to treat the border the same."""
-    noise = torch.as_tensor(np.random.default_rng(seed).random((1, 1, *[n // 3 for n in shape]), dtype=np.float32))
-    image = torch.nn.functional.interpolate(noise, size=shape)[0, 0].numpy()
-    inside = np.zeros(shape, dtype=np.float32)
-    inside[(slice(3, -3),) * len(shape)] = 1.0
-    return image * inside
 
 
 SHAPES = {2: ((26, 31), (37, 22)), 3: ((26, 31, 14), (37, 22, 25))}

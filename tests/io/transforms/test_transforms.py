@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from nibabel.affines import apply_affine
+from phantoms import blobs
 from scipy import ndimage
 
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
@@ -77,15 +78,6 @@ def images(name: str) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
         nib.Nifti1Image(blobs(FIXED_SHAPE, 0), header(FIXED_SHAPE, FIXED_SPACING, one, turned)),
         nib.Nifti1Image(blobs(MOVING_SHAPE, 1), header(MOVING_SHAPE, MOVING_SPACING, two, turned_too)),
     )
-
-
-def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Random smooth float32 image; its rim of zeros makes all ways to treat the border the same."""
-    noise = torch.as_tensor(np.random.default_rng(seed).random((1, 1, *[n // 3 for n in shape]), dtype=np.float32))
-    image = torch.nn.functional.interpolate(noise, size=shape)[0, 0].numpy()
-    inside = np.zeros(shape, dtype=np.float32)
-    inside[(slice(3, -3),) * len(shape)] = 1.0
-    return image * inside
 
 
 @pytest.fixture(params=list(PAIRS))
