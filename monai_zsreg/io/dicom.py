@@ -111,7 +111,7 @@ def _converted(source: Path, headers: Sequence[Any]) -> list[_Volume]:
     try:
         import dcm2niix
     except ImportError as error:
-        raise ImportError("reading a DICOM series needs the package dcm2niix") from error
+        raise ImportError(f"reading a DICOM series needs the package dcm2niix ({error})") from error
     with tempfile.TemporaryDirectory(prefix="monai_zsreg-") as out:
         # uncompressed, no search in folders below, not the user's defaults, sidecars with identifiers
         options = ["-z", "n", "-d", "0", "-g", "i", "-b", "y", "-ba", "n", "-f", "%s", "-o", out]
