@@ -58,6 +58,7 @@ def register(
     fixed_mask: ImageLike | None = None,
     moving_mask: ImageLike | None = None,
     initial: Any = None,
+    warn: bool = True,
     **options: Any,
 ) -> RegistrationResult:
     """Find the transform that takes every point of the fixed image to the same anatomy in the moving image.
@@ -87,11 +88,12 @@ def register(
         moving_mask: likewise for the moving image.
         initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
+        warn: whether a result with the verdict FAIL warns.
         options: further parameters: for ``"robust"`` those of `monai_zsreg.registration.engine.Settings`, such as
             ``search="local"``; for the others, those of `monai_zsreg.networks.ZeroShotAffineNet`.
 
     Returns:
-        The result; see `RegistrationResult`. One with the verdict FAIL warns.
+        The result; see `RegistrationResult`.
 
     Raises:
         RegistrationError: input that is wrong; the message names the argument, what it was and what is allowed.
@@ -156,7 +158,7 @@ def register(
     judgement = judge(estimate, *told)
     if before is not None:
         judgement = _no_better(judgement, judge(before, *told))
-    if judgement.verdict == FAIL:
+    if warn and judgement.verdict == FAIL:
         warnings.warn(f"registration failed: {'; '.join(judgement.reasons)}", RegistrationWarning, stacklevel=2)
     given = {"regressor_weights": regressor_weights, "spacing": spacing, "initial": initial, **common}
     given |= {"fixed_channel": one.channel, "moving_channel": two.channel}
