@@ -32,12 +32,12 @@ from monai_zsreg.io.images import Image
 from monai_zsreg.networks.regressors import load_regressor, shipped_weights
 from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
-from monai_zsreg.registration.confidence import row_trace, spread_at
+from monai_zsreg.registration.confidence import spread_at
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.pair import refuse_unknown, register
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared
-from monai_zsreg.registration.result import RegistrationResult, quadratic_map
+from monai_zsreg.registration.result import RegistrationResult, spread_map
 from monai_zsreg.registration.side import longest_extent
 from monai_zsreg.resample import resample
 
@@ -338,11 +338,9 @@ class Uncertainty:
     def displacement_map(self) -> MetaTensor:
         """`at` every voxel of the fixed image: ``[1, *spatial]`` float32."""
         grid = self.fixed.grid
-        squares = torch.full(grid.shape, float("inf"))
-        if len(self.matrices) > 1:
-            trace = torch.as_tensor(row_trace(self.covariance))
-            squares = quadratic_map(grid.affine.mT @ trace @ grid.affine, grid.shape).clamp(min=0)
-        return Image(squares.sqrt().float()[None], grid.affine).to_metatensor()
+        known = len(self.matrices) > 1
+        values = spread_map(self.covariance, grid) if known else torch.full((1, *grid.shape), float("inf"))
+        return Image(values, grid.affine).to_metatensor()
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
         """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show).
@@ -377,7 +375,7 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
 
     Args:
         result: of any preset.
-        fraction: part of the foreground pixels to blacken, 0 to 1.
+        fraction: of the foreground pixels to blacken, 0 to 1.
         repeats: number of repetitions, n.
 
     Raises:
@@ -408,7 +406,7 @@ def blacken(values: Tensor, fraction: float, generator: torch.Generator) -> Tens
 
     Args:
         values: ``[1, *spatial]``.
-        fraction: part of the foreground to set.
+        fraction: of the foreground to set.
         generator: on the CPU.
 
     Returns:
