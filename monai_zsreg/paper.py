@@ -89,17 +89,11 @@ def estimate(
     """Estimate the transform of a pair.
 
     Args:
-        fixed: 2D or 3D.
-        moving: of the same dimension.
+        fixed, moving: 2D or 3D, of one dimension.
         preset: key of `PRESETS`.
-        transform: see `monai_zsreg.register`, as the next seven.
-        device: where to compute.
-        seed: of the draws of keypoints.
         spacing: voxel size of the cubes, mm; None for the one above.
-        fixed_channel: channel to estimate on.
-        moving_channel: likewise.
-        vgg19_weights: file of VGG-19's weights.
-        regressor_weights: file of the regressor's weights, for the estimator ``"mlp"``.
+        transform, device, seed, fixed_channel, moving_channel, vgg19_weights, regressor_weights: see
+            `monai_zsreg.register`.
         network: in place of the preset's, such as one exported to TorchScript.
         settings: further parameters of `ZeroShotAffineNet`, in place of the preset's.
 
@@ -136,9 +130,7 @@ def keypoint_start(fixed: Image, moving: Image, **options: Any) -> tuple[Tensor 
     """Where the keypoints put the moving image: a start for the default preset's ``coarse="keypoints"``.
 
     Args:
-        fixed: see `estimate`.
-        moving: likewise.
-        options: of `estimate`.
+        fixed, moving, options: see `estimate`.
 
     Returns:
         ``(D+1, D+1)``, fixed world to moving world, None where it could not be estimated; and the keypoints.
@@ -221,11 +213,7 @@ def build_network(
     Args:
         preset: key of `PRESETS`.
         spatial_dims: 2 or 3.
-        transform: see `monai_zsreg.register`, as the other arguments.
-        vgg19_weights: see there.
-        regressor_weights: see there.
-        seed: see there.
-        device: see there.
+        transform, vgg19_weights, regressor_weights, seed, device: see `monai_zsreg.register`.
         settings: parameters of `ZeroShotAffineNet`, in place of the preset's.
 
     Raises:
