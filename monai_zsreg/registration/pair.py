@@ -246,7 +246,8 @@ def _estimate(
         earlier = None if found is None else found.affine()[None]
         again = find(Pair(one, two, initial), settings, effort, earlier)
         # the later attempt had the earlier one's answer too, and more to compare it with
-        if found is None or again.costs[-1] < found.costs[-1] + _TIE:
+        lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
+        if again.stands_out or (lower and not (found and found.stands_out)):
             found = again
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
