@@ -247,7 +247,7 @@ def _estimate(
         again = find(Pair(one, two, initial), settings, effort, earlier)
         # the later attempt had the earlier one's answer too, and more to compare it with
         lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
-        if again.stands_out or (lower and not (found and found.stands_out)):
+        if found is None or again.stands_out or (lower and not found.stands_out):
             found = again
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bundle's configurations run: for the model zoo's ``ci/unit_tests``, which starts it from the zoo's root.
 
-It stands alone: unittest, MONAI and what the bundle itself needs. Here the bundle is in ``bundles``, there in ``models``.
+It stands alone: unittest, MONAI and what the bundle itself needs. Here the bundle is in ``bundles``, there in
+``models``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class TestZeroShotAffineRegistration(unittest.TestCase):
         return json.loads((self.output / "demonstration" / "report.json").read_text(encoding="utf-8"))
 
     def test_train(self) -> None:
-        self.run_workflow("train", "train.json", max_epochs=1, epoch_length=2, val_batches=1, batch_size=16, hidden=[32])
+        quick = {"max_epochs": 1, "epoch_length": 2, "val_batches": 1, "batch_size": 16, "hidden": [32]}
+        self.run_workflow("train", "train.json", **quick)
         self.assertTrue((self.output / "model.pt").is_file())
 
     def test_inference(self) -> None:

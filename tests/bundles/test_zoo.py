@@ -104,5 +104,6 @@ def test_weights_in_the_bundle_are_used_and_export(bundle: Path, vgg19_weights: 
 
 
 def test_results_go_to_the_bundle_unless_told_otherwise() -> None:
-    parser = ConfigParser(config("inference.json") | {"bundle_root": "here", "vgg19_weights": UNTRAINED_FOR_CHECKS_ONLY})
+    given = {"bundle_root": "here", "vgg19_weights": UNTRAINED_FOR_CHECKS_ONLY}
+    parser = ConfigParser(config("inference.json") | given)
     assert parser.get_parsed_content("output_dir") == "here/eval"
