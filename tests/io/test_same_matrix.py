@@ -77,7 +77,7 @@ def ways(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix in (".gz", ".mgz"):
         file: Any = nib.load(path)
         yield "nibabel", load_image(np.squeeze(np.asanyarray(file.dataobj)), affine=file.affine)
-    if path.suffix != ".mgz":  # which it does not read
+    if sitk.ImageFileReader.GetImageIOFromFileName(str(path)):  # none for .mgz, in some of its releases NIfTI 2
         image = sitk.ReadImage(str(path))
         while image.GetDimension() > 3:
             image = image[..., 0]
