@@ -73,10 +73,14 @@ def flip(axis: int, n: int) -> np.ndarray:
 
 
 def ways(path: Path) -> Iterator[tuple[str, Any]]:
-    yield "LoadImaged", LoadImaged(keys="i", image_only=True, ensure_channel_first=True)({"i": path})["i"]
+    # MONAI gives .mgz to ITK, which does not read it
+    reader = "NibabelReader" if path.suffix == ".mgz" else None
+    loaded = LoadImaged(keys="i", reader=reader, image_only=True, ensure_channel_first=True)({"i": path})
+    yield "LoadImaged", loaded["i"]
     if path.suffix in (".gz", ".mgz"):
         file: Any = nib.load(path)
-        yield "nibabel", load_image(np.squeeze(np.asanyarray(file.dataobj)), affine=file.affine)
+        values = np.asanyarray(file.dataobj)
+        yield "nibabel", load_image(values.reshape(values.shape[:3]), affine=file.affine)
     if sitk.ImageFileReader.GetImageIOFromFileName(str(path)):  # none for .mgz, in some of its releases NIfTI 2
         image = sitk.ReadImage(str(path))
         while image.GetDimension() > 3:
