@@ -133,7 +133,7 @@ class Grid:
 
     @cached_property
     def center(self) -> Tensor:
-        """World coordinates of the middle of the field of view, ``(D,)``."""
+        """World coordinates of the center of the field of view, ``(D,)``."""
         middle = torch.tensor([(n - 1) / 2 for n in self.shape], dtype=torch.float64)
         return apply_affine(self.affine, middle.unsqueeze(0))[0]
 
@@ -417,7 +417,7 @@ def freesurfer_volume(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         Voxel sizes ``(3,)``; directions of the array axes, ``(3, 3)``, one a column (``xras``, ``yras``, ``zras``);
-        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the middle, ``(3,)``.
+        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the center, ``(3,)``.
     """
     affine = grid.affine.numpy()
     sizes = np.asarray(grid.spacing)

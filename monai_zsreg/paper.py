@@ -32,12 +32,12 @@ from monai_zsreg.io.images import Image
 from monai_zsreg.networks.regressors import load_regressor, shipped_weights
 from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
-from monai_zsreg.registration.confidence import row_trace, spread_at
+from monai_zsreg.registration.confidence import spread_at
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.pair import refuse_unknown, register
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared
-from monai_zsreg.registration.result import RegistrationResult, quadratic_map
+from monai_zsreg.registration.result import RegistrationResult, spread_map
 from monai_zsreg.registration.side import longest_extent
 from monai_zsreg.resample import resample
 
@@ -89,17 +89,11 @@ def estimate(
     """Estimate the transform of a pair.
 
     Args:
-        fixed: 2D or 3D.
-        moving: of the same dimension.
+        fixed, moving: 2D or 3D, of one dimension.
         preset: key of `PRESETS`.
-        transform: see `monai_zsreg.register`, as the next seven.
-        device: where to compute.
-        seed: of the draws of keypoints.
         spacing: voxel size of the cubes, mm; None for the one above.
-        fixed_channel: channel to estimate on.
-        moving_channel: likewise.
-        vgg19_weights: file of VGG-19's weights.
-        regressor_weights: file of the regressor's weights, for the estimator ``"mlp"``.
+        transform, device, seed, fixed_channel, moving_channel, vgg19_weights, regressor_weights: see
+            `monai_zsreg.register`.
         network: in place of the preset's, such as one exported to TorchScript.
         settings: further parameters of `ZeroShotAffineNet`, in place of the preset's.
 
@@ -136,9 +130,7 @@ def keypoint_start(fixed: Image, moving: Image, **options: Any) -> tuple[Tensor 
     """Where the keypoints put the moving image: a start for the default preset's ``coarse="keypoints"``.
 
     Args:
-        fixed: see `estimate`.
-        moving: likewise.
-        options: of `estimate`.
+        fixed, moving, options: see `estimate`.
 
     Returns:
         ``(D+1, D+1)``, fixed world to moving world, None where it could not be estimated; and the keypoints.
@@ -221,11 +213,7 @@ def build_network(
     Args:
         preset: key of `PRESETS`.
         spatial_dims: 2 or 3.
-        transform: see `monai_zsreg.register`, as the other arguments.
-        vgg19_weights: see there.
-        regressor_weights: see there.
-        seed: see there.
-        device: see there.
+        transform, vgg19_weights, regressor_weights, seed, device: see `monai_zsreg.register`.
         settings: parameters of `ZeroShotAffineNet`, in place of the preset's.
 
     Raises:
@@ -338,11 +326,9 @@ class Uncertainty:
     def displacement_map(self) -> MetaTensor:
         """`at` every voxel of the fixed image: ``[1, *spatial]`` float32."""
         grid = self.fixed.grid
-        squares = torch.full(grid.shape, float("inf"))
-        if len(self.matrices) > 1:
-            trace = torch.as_tensor(row_trace(self.covariance))
-            squares = quadratic_map(grid.affine.mT @ trace @ grid.affine, grid.shape).clamp(min=0)
-        return Image(squares.sqrt().float()[None], grid.affine).to_metatensor()
+        known = len(self.matrices) > 1
+        values = spread_map(self.covariance, grid) if known else torch.full((1, *grid.shape), float("inf"))
+        return Image(values, grid.affine).to_metatensor()
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
         """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show).
@@ -377,7 +363,7 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
 
     Args:
         result: of any preset.
-        fraction: part of the foreground pixels to blacken, 0 to 1.
+        fraction: of the foreground pixels to blacken, 0 to 1.
         repeats: number of repetitions, n.
 
     Raises:
@@ -408,7 +394,7 @@ def blacken(values: Tensor, fraction: float, generator: torch.Generator) -> Tens
 
     Args:
         values: ``[1, *spatial]``.
-        fraction: part of the foreground to set.
+        fraction: of the foreground to set.
         generator: on the CPU.
 
     Returns:

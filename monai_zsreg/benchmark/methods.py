@@ -76,7 +76,7 @@ def _own_word(result: Any, fixed: Volume) -> Answer:
 
 
 def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
-    """The headers' word."""
+    """What the headers say."""
     return lambda: np.eye(fixed.dims + 1)
 
 

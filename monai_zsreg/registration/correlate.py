@@ -22,28 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_zsreg.foreground import grown
 from monai_zsreg.registration.search import from_quaternions, rotation_matrices
 
-__all__ = ["Candidates", "correlate", "seen_region"]
+__all__ = ["Candidates", "correlate"]
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Transforms to refine, best first, no two of them alike.
 
+    The best score of a pair that belongs together mostly stands 0.1 to 0.5 above the second. That of a mirror image of
+    a symmetric body does so as well.
+
     Attributes:
         transform: ``[K, D+1, D+1]`` float64 on the CPU, fixed world to moving world.
         score: ``[K]`` correlation of the edge orientations over the overlap, 1 for the same image, less where the
             overlap is small.
         overlap: ``[K]`` part of the smaller of the two seen regions that lies in the other.
-        margin: how far the best score stands above the second; the others all lie apart from it. Pairs that belong
-            together mostly stand 0.1 to 0.5 above. A mirror image of a symmetric body stands out as well.
     """
 
     transform: Tensor
     score: Tensor
     overlap: Tensor
-    margin: float
 
 
 # lattice points along the longest side of the smaller image: of the correlation, with a limit of the rotations and
@@ -102,7 +103,8 @@ def correlate(
         moving: likewise, on the same device.
         fixed_affine: ``(D+1, D+1)`` float64, index to world, mm.
         moving_affine: likewise.
-        fixed_seen: what the image shows, bool ``[*spatial]``; None for all of it. See `seen_region`.
+        fixed_seen: what the image shows, bool ``[*spatial]``; None for all of it. See
+            `monai_zsreg.foreground.seen_region`.
         moving_seen: likewise.
         reach: largest rotation from the headers' word, degrees; None for every rotation.
         scales: lengths in the moving world over those in the fixed world to try.
@@ -122,10 +124,9 @@ def correlate(
     free = len(scales) > 1
     transforms, scores, overlaps = _improve(transforms, still, turned, step, free, seed)
     transforms, scores, chosen = _apart(transforms, scores, still, 2.5 * step, count)
-    margin = float(scores[0] - scores[1]) if len(scores) > 1 else 1.0
     if swap:
         transforms = torch.linalg.inv(transforms)
-    return Candidates(transforms, scores, overlaps[chosen], margin)
+    return Candidates(transforms, scores, overlaps[chosen])
 
 
 def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
@@ -135,52 +136,6 @@ def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
     step = min(float(still.max()), float(turned.max())) / cells[dims]
     whole = (still.max().expand(dims) if reach is None else still) + turned.norm()
     return step * max(1.0, float((whole / step).prod()) / largest[dims]) ** (1 / dims)
-
-
-def seen_region(values: Tensor, finite: Tensor | None = None, border: int = 2) -> Tensor:
-    """What an image shows: all but the darkness that begins at its rim, as outside a camera's circle or in padding.
-
-    The border between the two is no structure of the object, and gradients across it mislead: it is left out too.
-
-    Args:
-        values: ``[*spatial]``.
-        finite: where they are numbers, bool ``[*spatial]``; None for everywhere.
-        border: voxels to leave out along the darkness.
-
-    Returns:
-        bool ``[*spatial]``; all True where hardly anything would remain.
-    """
-    dims = values.ndim
-    known = torch.ones_like(values, dtype=torch.bool) if finite is None else finite
-    inside = values[known]
-    if inside.numel() == 0:
-        return torch.ones_like(known)
-    ends = torch.tensor([0.005, 0.995], dtype=torch.float32, device=values.device)
-    low, high = torch.quantile(inside[:: 1 + inside.numel() // 1_000_000].float(), ends)
-    dark = (values <= low + 0.03 * (high - low)) | ~known
-    rim = torch.zeros_like(dark)
-    for axis in range(dims):
-        rim.select(axis, 0).fill_(True)
-        rim.select(axis, values.shape[axis] - 1).fill_(True)
-    reached, size = dark & rim, -1
-    while int(reached.sum()) != size:
-        size = int(reached.sum())
-        for _ in range(8):
-            reached = _grown(reached) & dark
-    for _ in range(border):
-        reached = _grown(reached)
-    seen = ~reached & known
-    return seen if float(seen.float().mean()) > 0.02 else known
-
-
-def _grown(mask: Tensor) -> Tensor:
-    """A mask and its neighbors along the axes."""
-    result = mask.clone()
-    for axis in range(mask.ndim):
-        n = mask.shape[axis] - 1
-        result.narrow(axis, 1, n).logical_or_(mask.narrow(axis, 0, n))
-        result.narrow(axis, 0, n).logical_or_(mask.narrow(axis, 1, n))
-    return result
 
 
 @dataclass(frozen=True)
@@ -214,7 +169,7 @@ class _Maps:
             values = average(torch.where(seen, values, 0.0).nan_to_num(0.0, 0.0, 0.0)[None, None], factors)[0, 0]
             values = values / weight.clamp(min=1e-6)
             # a gradient needs both its neighbors
-            weight = (~_grown(weight < 0.99)).to(values)
+            weight = (~grown(weight < 0.99)).to(values)
         affine = affine @ _scaling(factors)
         spacing = affine[:dims, :dims].norm(dim=0)
         along = [

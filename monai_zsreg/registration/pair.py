@@ -81,11 +81,10 @@ def register(
         seed: of all random draws.
         spacing: finest voxel size to work at, mm; None for the finest spacing of the images, but no more than 512 (3D:
             256) voxels along the longest side (presets of the paper: see `monai_zsreg.paper`).
-        fixed_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take all.
-        moving_channel: likewise.
-        fixed_mask: where to look in the fixed image, above 0: an image on any grid in its world, or an array on its
-            own; None for its foreground. Preset ``"robust"`` only, as the next two.
-        moving_mask: likewise for the moving image.
+        fixed_channel, moving_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take
+            all.
+        fixed_mask, moving_mask: where to look in each image, above 0: an image on any grid in its world, or an array on
+            its own; None for its foreground. Preset ``"robust"`` only, as ``initial``.
         initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
         warn: whether a result with the verdict FAIL warns.
@@ -177,7 +176,7 @@ def register(
         keypoints=estimate.keypoints,
         options={name: value for name, value in given.items() if value is not None},
         device=str(where),
-        masks=(one.mask, two.mask),
+        masks=(_on_cpu(one.mask), _on_cpu(two.mask)),
         deformation=deformation,
     )
 
@@ -247,7 +246,8 @@ def _estimate(
         earlier = None if found is None else found.affine()[None]
         again = find(Pair(one, two, initial), settings, effort, earlier)
         # the later attempt had the earlier one's answer too, and more to compare it with
-        if found is None or again.costs[-1] < found.costs[-1] + _TIE:
+        lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
+        if found is None or again.stands_out or (lower and not found.stands_out):
             found = again
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
@@ -317,6 +317,10 @@ def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None
             f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)"
         )
     return source
+
+
+def _on_cpu(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.cpu()
 
 
 def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:

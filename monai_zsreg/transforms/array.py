@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -43,15 +43,8 @@ REASONS_KEY = "registration_reasons"
 
 _ON_FAILURE = ("raise", "warn", "ignore")
 # of `register`, and not of the method
-_PAIR_OPTIONS = (
-    "regressor_weights",
-    "spacing",
-    "fixed_channel",
-    "moving_channel",
-    "fixed_mask",
-    "moving_mask",
-    "initial",
-)
+_PAIR_OPTIONS = {"regressor_weights", "spacing", "fixed_channel", "moving_channel", "initial"}
+_PAIR_OPTIONS |= {"fixed_mask", "moving_mask"}
 
 NATIVE_META = "native_meta"
 _SPLINE_ORDERS = range(6)
@@ -146,10 +139,7 @@ class ApplyAffineRegistration(Traced, SpatialResample):
             affine: ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file of any format
                 of `monai_zsreg.io.read_transform`.
             fixed: image on the grid to move to, ``[C, *spatial]``; its voxels do not matter.
-            mode: overrides the constructor's.
-            padding_mode: overrides the constructor's.
-            fill_value: overrides the constructor's.
-            lazy: overrides the constructor's.
+            mode, padding_mode, fill_value, lazy: override the constructor's.
 
         Returns:
             ``[C, *fixed spatial]`` in the type of ``img``, whole numbers rounded; float32 where execution is lazy (the
@@ -240,14 +230,10 @@ class RegisterAffine(ApplyAffineRegistration):
     Args:
         preset: name of the method, see `monai_zsreg.register`.
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
-        mode: see `ApplyAffineRegistration`.
-        padding_mode: see `ApplyAffineRegistration`.
-        fill_value: see `ApplyAffineRegistration`.
-        device: where to compute the registration, None: chosen by `monai_zsreg.register`.
-        vgg19_weights: file with the weights of VGG-19 for the presets that use it.
-        seed: of all random draws; the same images, arguments and seed give the same matrix.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`.
+        device, vgg19_weights, seed: see `monai_zsreg.register`.
         on_failure: what a result with the verdict FAIL does: ``"raise"`` a `RegistrationFailure`; ``"warn"`` and go on
-            with the best matrix that was found; ``"ignore"``, the same without a word. ``meta`` says FAIL.
+            with the best matrix that was found; ``"ignore"``, the same without a warning. ``meta`` says FAIL.
         lazy: whether to execute lazily by default.
         options: further arguments of `monai_zsreg.register`.
 
@@ -273,8 +259,7 @@ class RegisterAffine(ApplyAffineRegistration):
         **options: Any,
     ) -> None:
         super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy)
-        if on_failure not in _ON_FAILURE:
-            raise RegistrationError("on_failure", on_failure, "one of " + ", ".join(repr(way) for way in _ON_FAILURE))
+        _check_choice("on_failure", on_failure, _ON_FAILURE)
         if (transform == DEFORMABLE) != self.deforms:
             raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
@@ -304,10 +289,7 @@ class RegisterAffine(ApplyAffineRegistration):
         Args:
             moving: image to register, ``[C, *spatial]``.
             fixed: image to register it to, ``[C, *spatial]``.
-            mode: overrides the constructor's.
-            padding_mode: overrides the constructor's.
-            fill_value: overrides the constructor's.
-            lazy: overrides the constructor's.
+            mode, padding_mode, fill_value, lazy: override the constructor's.
             prepared: what `prepare` made of ``fixed``, where several images are registered to it.
 
         Returns:
@@ -516,17 +498,18 @@ def _zeros_will_do(image: MetaTensor, mode: str, fill: float | None) -> bool:
 
 
 def _check_mode(mode: str | int) -> str | int:
-    allowed = (*MODES, *_SPLINE_ORDERS)
-    if isinstance(mode, bool) or mode not in allowed:
-        raise RegistrationError("mode", mode, "one of " + ", ".join(repr(m) for m in allowed))
+    _check_choice("mode", mode, (*MODES, *_SPLINE_ORDERS))
     return mode if isinstance(mode, int) else str(GridSampleMode(mode).value)
 
 
 def _check_padding_mode(padding_mode: str) -> str:
-    allowed = [m.value for m in GridSamplePadMode]
-    if padding_mode not in allowed:
-        raise RegistrationError("padding_mode", padding_mode, "one of " + ", ".join(repr(m) for m in allowed))
+    _check_choice("padding_mode", padding_mode, [m.value for m in GridSamplePadMode])
     return str(GridSamplePadMode(padding_mode).value)
+
+
+def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise RegistrationError(name, value, "one of " + ", ".join(repr(a) for a in allowed))
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -49,9 +49,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
 
     .. code-block:: python
 
-        RegisterAffined(
-            keys=["t2", "flair"], fixed_key="t1", followers={"t2_label": "t2"}, vgg19_weights="vgg19.pt"
-        )
+        RegisterAffined(keys=["t2", "flair"], fixed_key="t1", followers={"t2_label": "t2"})
 
     In a ``PersistentDataset`` give ``track_meta=True, weights_only=False``: without the first the cache drops the
     affine, without the second MONAI 1.6.1 cannot read back the metadata of a NIfTI file, and registers anew each time.
@@ -60,22 +58,13 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
     Args:
         keys: the moving images, ``[C, *spatial]``.
         fixed_key: the fixed image, ``[C, *spatial]``.
-        preset: see `RegisterAffine`.
-        transform: see `RegisterAffine`.
-        mode: interpolation, one for all ``keys`` or one each.
-        padding_mode: one for all ``keys`` or one each.
-        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        preset, transform, device, vgg19_weights, seed, on_failure: see `RegisterAffine`.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`; one for all ``keys`` or one each.
         followers: key of what follows to the key that it follows, such as ``{"t2_label": "t2"}``. It is moved by the
             same matrix; its own grid may differ from its leader's.
-        follower_mode: interpolation of followers, one for all or one each.
-        follower_padding_mode: one for all followers or one each.
-        follower_fill_value: one for all followers or one each.
+        follower_mode, follower_padding_mode, follower_fill_value: likewise, one for all followers or one each.
         affine_prefix: put before a key for the entry that holds its matrix. (Not after it: MONAI's ``Spacingd`` takes
             every entry whose name begins with ``<key>_`` for a dictionary of metadata.)
-        device: see `RegisterAffine`.
-        vgg19_weights: see `RegisterAffine`.
-        seed: see `RegisterAffine`.
-        on_failure: see `RegisterAffine`.
         allow_missing_keys: whether images of ``keys``, and followers, may be missing. A follower whose leader is
             missing is an error all the same, because it would stay unaligned.
         lazy: whether to execute lazily by default.
@@ -194,9 +183,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
             one each.
         affine: one matrix, or path of a transform file, for all ``keys`` of every item, instead of ``affine_keys``. A
             file is read at once; FLIRT's, which mean nothing without the images, go through ``affine_keys``.
-        mode: interpolation, one for all ``keys`` or one each.
-        padding_mode: one for all ``keys`` or one each.
-        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`; one for all ``keys`` or one each.
         allow_missing_keys: whether ``keys`` may be missing.
         lazy: whether to execute lazily by default.
 
@@ -272,11 +259,7 @@ class SaveAffined(MapTransform):
 
     Args:
         keys: registered images, whose matrices to write.
-        output_dir: see `SaveAffine`.
-        output_postfix: see `SaveAffine`.
-        output_ext: see `SaveAffine`.
-        separate_folder: see `SaveAffine`.
-        data_root_dir: see `SaveAffine`.
+        output_dir, output_postfix, output_ext, separate_folder, data_root_dir: see `SaveAffine`.
         allow_missing_keys: whether ``keys`` may be missing.
     """
 
