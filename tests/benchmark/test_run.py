@@ -237,4 +237,5 @@ def test_whole_processes_are_timed_and_what_fails_is_left_out(tmp_path: Path) ->
     fail = ["python", "-c", "raise SystemExit('no such option')"]
     table, notes = cost.timed({"copy": copy, "fail": fail}, moving, moving, repeats=2)
     assert table["process"].tolist() == ["copy"] and 0 < table["seconds"][0] < 20
+    assert table["MB"][0] == round(moving.stat().st_size / 1e6, 2)
     assert notes == ["fail: status 1, no such option"]
