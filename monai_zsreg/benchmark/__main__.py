@@ -83,7 +83,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
     several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
-    several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or one stress by name")
+    several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or a stress or row by name")
     several("--dims", type=int, choices=(2, 3), default=[2, 3])
     several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
     several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
@@ -146,7 +146,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     rows = [row for row in (*brains.ROWS, *anatomies.ROWS) if row.dims in args.dims]
     if args.protocols is not None:
         names = {name for p in args.protocols for name in (brains.STRESS if p == "stress" else (p,))}
-        rows = [row for row in rows if row.protocol in names]
+        rows = [row for row in rows if not {row.protocol, row.name}.isdisjoint(names)]
     if not rows:
         raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions")
     found: list[pairs.Pair] = []

@@ -41,6 +41,8 @@ _SIDE = 24
 # descriptors of two scans of one brain differ by less at the finest level; by somewhat more where the coarser image
 # shows nothing there, but then their slopes agree
 _LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
+# agreement below which nothing corresponds
+_RELATED = 0.15
 # how far the correlation's best score stands above all others where it is right; the lead in standard errors that a
 # better fit needs against it
 _MARGIN, _BETTER = 0.1, 3.0
@@ -216,7 +218,9 @@ class Found:
         """Whether the images look so alike at the answer that there is no need to look further."""
         cost = self.costs[-1]
         alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
-        return (alike or self.stands_out) and self.spread() <= _SURE
+        # of images with much that is flat any place costs little
+        leads = all(rival.errors >= _BETTER for rival in self.rivals) and self.agreement >= _RELATED
+        return (alike and leads or self.stands_out) and self.spread() <= _SURE
 
     @property
     def stands_out(self) -> bool:
