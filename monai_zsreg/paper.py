@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine, homogeneous
 from monai_zsreg.io.images import Image
@@ -392,16 +391,14 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
     fixed = Prepared(result.fixed_image, options.pop("fixed_channel", 0), result.masks[0])
     values = result.moving_image.channel(options.pop("moving_channel", 0), "moving")
     generator = torch.Generator().manual_seed(int(options.get("seed", 0)))
-    common = {"preset": result.preset, "transform": result.transform, "device": result.device, **options}
+    options |= {"preset": result.preset, "transform": result.transform, "device": result.device, "warn": False}
     found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegistrationWarning)
-        for _ in range(repeats):
-            copy = replace(result.moving_image, values=blacken(values, fraction, generator))
-            again = register(fixed, copy, moving_mask=result.masks[1], **common)
-            # blackened pixels alone may look unlike enough for the verdict FAIL; what counts is that there is a matrix
-            if again.score > -math.inf:
-                found.append(again.affine)
+    for _ in range(repeats):
+        copy = replace(result.moving_image, values=blacken(values, fraction, generator))
+        again = register(fixed, copy, moving_mask=result.masks[1], **options)
+        # blackened pixels alone may look unlike enough for the verdict FAIL; what counts is that there is a matrix
+        if again.score > -math.inf:
+            found.append(again.affine)
     shape = (-1, *np.shape(result.affine))
     return Uncertainty(np.reshape(found, shape), repeats, result.fixed_image, result.moving_image)
 

@@ -19,7 +19,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.io.images import Image, ImageLike
-from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
+from monai_zsreg.registration.confidence import FAIL, PASS, WARN, Judgement, honest_covariance, judge
 from monai_zsreg.registration.deformable import DEFORMABLE, check_stiffness, deform_prepared
 from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
@@ -58,6 +58,7 @@ def register(
     fixed_mask: ImageLike | None = None,
     moving_mask: ImageLike | None = None,
     initial: Any = None,
+    warn: bool = True,
     **options: Any,
 ) -> RegistrationResult:
     """Find the transform that takes every point of the fixed image to the same anatomy in the moving image.
@@ -87,11 +88,12 @@ def register(
         moving_mask: likewise for the moving image.
         initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
+        warn: whether a result with the verdict FAIL warns.
         options: further parameters: for ``"robust"`` those of `monai_zsreg.registration.engine.Settings`, such as
             ``search="local"``; for the others, those of `monai_zsreg.networks.ZeroShotAffineNet`.
 
     Returns:
-        The result; see `RegistrationResult`. One with the verdict FAIL warns.
+        The result; see `RegistrationResult`.
 
     Raises:
         RegistrationError: input that is wrong; the message names the argument, what it was and what is allowed.
@@ -115,6 +117,7 @@ def register(
     common = {"vgg19_weights": vgg19_weights, "seed": seed, **options}
 
     deformation: Deformation | None = None
+    before: Estimate | None = None
     start = time.perf_counter()
     try:
         if preset == DEFAULT_PRESET:
@@ -123,6 +126,7 @@ def register(
             with full_precision(where), torch.inference_mode():
                 estimate = _estimate(one, two, begin, spacing, where, settings)
                 if transform == DEFORMABLE and not estimate.failed:
+                    before = replace(estimate, reasons=list(estimate.reasons))
                     deformation = deform_prepared(one, two, estimate.affine, spacing, settings.stiffness, where)
                     estimate = _judged_anew(estimate, one, two, deformation, spacing, where, settings)
         else:
@@ -150,8 +154,11 @@ def register(
 
     features = options.get("features", "mind") if preset == DEFAULT_PRESET else None
     notes = [note for side in (one, two) for note in side.image.meta.get("notes", ())]
-    judgement = judge(estimate, one.image.grid, two.image.grid, notes, features, one.image.length_unit)
-    if judgement.verdict == FAIL:
+    told = (one.image.grid, two.image.grid, notes, features, one.image.length_unit)
+    judgement = judge(estimate, *told)
+    if before is not None:
+        judgement = _no_better(judgement, judge(before, *told))
+    if warn and judgement.verdict == FAIL:
         warnings.warn(f"registration failed: {'; '.join(judgement.reasons)}", RegistrationWarning, stacklevel=2)
     given = {"regressor_weights": regressor_weights, "spacing": spacing, "initial": initial, **common}
     given |= {"fixed_channel": one.channel, "moving_channel": two.channel}
@@ -173,6 +180,19 @@ def register(
         masks=(one.mask, two.mask),
         deformation=deformation,
     )
+
+
+def _no_better(deformed: Judgement, before: Judgement) -> Judgement:
+    """A verdict on a deformed pair that is no better than the one on its matrix.
+
+    Any two images can be bent until they look alike: that they then do says nothing about the matrix.
+    """
+    ranks = (PASS, WARN, FAIL)
+    reasons = list(deformed.reasons)
+    if ranks.index(before.verdict) > ranks.index(deformed.verdict):
+        reasons += [f"before it was deformed: {reason}" for reason in before.reasons if reason not in reasons]
+    verdict = max(deformed.verdict, before.verdict, key=ranks.index)
+    return replace(deformed, verdict=verdict, reasons=reasons, score=min(deformed.score, before.score))
 
 
 def _judged_anew(

@@ -341,10 +341,7 @@ class RegisterAffine(ApplyAffineRegistration):
             options = {name: value for name, value in options.items() if name not in ("fixed_channel", "fixed_mask")}
         else:
             fixed = evaluate_pending(fixed)
-        with warnings.catch_warnings():
-            if self.on_failure != "warn":
-                warnings.filterwarnings("ignore", "registration failed", RegistrationWarning)
-            result = register(fixed, evaluate_pending(moving), **options)
+        result = register(fixed, evaluate_pending(moving), warn=self.on_failure == "warn", **options)
         if not result.success and self.on_failure == "raise":
             name = moving.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the moving image")
             reasons = "; ".join(result.reasons) or "no reason given"
