@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import seen_region
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS
@@ -83,7 +82,7 @@ class Effort:
         trials: trials for each of them in a round.
         results: candidates that are refined.
         followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
-        patience: iterations, as a multiple of the usual ones.
+        patience: iterations at the first level, as a multiple of the usual ones.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
@@ -300,7 +299,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         if not going:
             going = _begin(blocks, candidates, settings, effort, effort.patience * stage.iterations)
         else:
-            going = _followed(blocks, going, settings.transform, effort.patience * stage.iterations)
+            going = _followed(blocks, going, settings.transform, stage.iterations)
         going, lost = _compared(blocks, going, candidates)
         beaten += lost
         if number >= 0:
@@ -369,14 +368,9 @@ def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Ef
 def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
     step = max(pair.base, pair.extent / _EDGES[pair.dims])
-    fixed, moving = pair.fixed.at(step), pair.moving.at(step)
     found = correlate(
-        fixed.values,
-        moving.values,
-        fixed.grid.affine,
-        moving.grid.affine,
-        seen_region(fixed.values),
-        seen_region(moving.values),
+        pair.fixed.at(step),
+        pair.moving.at(step),
         reach=effort.reach,
         scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.9, 1.0, 1.12),
         count=effort.results,
