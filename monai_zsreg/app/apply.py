@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from monai_zsreg.errors import RegistrationError
@@ -39,7 +38,8 @@ def compose_transforms(
     """Read transform files and make one transform of them.
 
     Args:
-        paths: the files, matrices or displacement fields (``.nii``, ``.nii.gz``); the first acts first on points of the fixed image.
+        paths: the files, matrices or displacement fields (``.nii``, ``.nii.gz``); the first acts first on points of
+            the fixed image.
         fixed: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
         moving: likewise.
         via: the images between the transforms, one fewer than ``paths``, where the formats depend on them.
@@ -70,7 +70,7 @@ def compose_transforms(
         total = found if total is None else compose(total, found)
     if invert:
         total = total.inverse() if isinstance(total, Deformation) else torch.linalg.inv(total)
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def _dims(transform: Transform) -> int:
@@ -135,7 +135,7 @@ def apply_files(
             raise RegistrationError("save-format", save_format, "itk, for what bends: a field, .nii.gz")
         pull.save(save_transform, None if one is None else one.grid)
     elif save_transform:
-        write_transform(save_transform, pull, one, two, save_format)
+        write_transform(save_transform, torch.as_tensor(pull), one, two, save_format)
     if output and moved is not None:
         write_image(output, moved, like=two, labels=labels)
     if landmarks is not None and save_points:

@@ -256,7 +256,7 @@ Transform = Tensor | Deformation
 def map_points(transform: Transform, points: Tensor) -> Tensor:
     """Where points ``[N, D]`` of the fixed world are in the moving world."""
     if isinstance(transform, Deformation):
-        return transform.apply(points)  # type: ignore[no-any-return]
+        return transform.apply(points)
     return apply_affine(transform, points)
 
 
@@ -264,7 +264,7 @@ def move(transform: Transform, values: Tensor, source: Grid, target: Grid, **opt
     """`monai_zsreg.resample.resample`, or `Deformation.resample`, whose ``options`` are the same."""
     if isinstance(transform, Deformation):
         return transform.resample(values, source, target, **options)
-    return parts.resample(values, source, target, transform, **options)
+    return resample(values, source, target, transform, **options)
 
 
 def sampled(where: Callable[[Tensor], Tensor], grid: Grid, affine: Tensor | None = None) -> Deformation:
@@ -287,12 +287,12 @@ def sampled(where: Callable[[Tensor], Tensor], grid: Grid, affine: Tensor | None
 
 def compose(first: Transform, second: Transform) -> Transform:
     """``second`` after ``first``: exact, but where both bend, which gives a map on the lattice of the first."""
-    if isinstance(first, Deformation) and isinstance(second, Deformation):
-        return sampled(lambda points: second.apply(first.apply(points)), first.grid, second.affine @ first.affine)
-    if isinstance(first, Deformation):
-        return Deformation(second @ first.affine, first.displacement, first.grid)
     if not isinstance(second, Deformation):
+        if isinstance(first, Deformation):
+            return Deformation(second @ first.affine, first.displacement, first.grid)
         return second @ first
+    if isinstance(first, Deformation):
+        return sampled(lambda points: second.apply(first.apply(points)), first.grid, second.affine @ first.affine)
     dims, back = second.dims, torch.linalg.inv(first)
     field_ = torch.einsum("ij,j...->i...", back[:dims, :dims].to(second.displacement), second.displacement)
     return Deformation(second.affine @ first, field_, replace(second.grid, affine=back @ second.grid.affine))

@@ -84,7 +84,7 @@ class RegistrationResult:
 
     @property
     def pull(self) -> Transform:
-        """What takes points of the fixed world to the moving world: ``deformation`` if there is one, else ``affine``."""
+        """Fixed world to moving world: ``deformation`` if there is one, else ``affine``."""
         return torch.as_tensor(self.affine) if self.deformation is None else self.deformation
 
     @cached_property
