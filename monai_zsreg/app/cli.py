@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 __all__ = ["main"]
 
 _PRESETS = ("robust", "keypoints", "paper")
-_TRANSFORMS = ("rigid", "similarity", "affine")
+_TRANSFORMS = ("rigid", "similarity", "affine", "deformable")
 _WRONG_INPUT, _FAILED = 2, 3
 
 _EXAMPLES = {
@@ -25,14 +25,17 @@ _EXAMPLES = {
   zsreg register t1.nii.gz t2.nii.gz flair.nii.gz -o out          several moving images, one fixed
   zsreg register ct.nii.gz mr.nii.gz --labels mr_seg.nii.gz --transform rigid
   zsreg register t1.nii.gz t2.nii.gz --set search=local --set spacing=2
+  zsreg register one.nii.gz other.nii.gz --transform deformable --set stiffness=2
   zsreg register --demo
 
 The first image stays; the others are moved onto its grid. Results of each go to OUTPUT/NAME/: moved.nii.gz,
-transform.tfm (ITK, ANTs, 3D Slicer), expected_error.nii.gz, report.html, overview.png, report.json.
+transform.tfm (ITK, ANTs, 3D Slicer), expected_error.nii.gz, report.html, overview.png, report.json. Of --transform
+deformable, transform.tfm is the affine part alone and displacement.nii.gz the whole map; stiffness is in mm.
 Exit status: 0 registered, 2 wrong input, 3 verdict FAIL, 1 anything else.""",
     "apply": """examples:
   zsreg apply flair_to_t1.mat --fixed t1.nii.gz --moving flair.nii.gz -o moved.nii.gz
   zsreg apply a.lta b.tfm --fixed t1.nii.gz --moving seg.nii.gz --labels -o moved_seg.nii.gz
+  zsreg apply displacement.nii.gz --fixed one.nii.gz --moving other_seg.nii.gz --labels -o seg.nii.gz
   zsreg apply t.tfm --points t1_points.csv --save-points flair_points.csv
   zsreg apply t.tfm --fixed t1.nii.gz --moving flair.nii.gz --save-transform flair_to_t1.mat --save-format fsl
 
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="zsreg", description="Affine registration of images of any modality, without training.")
+    parser = _Parser(prog="zsreg", description="Registration of images of any modality, without training.")
     parser.add_argument("--version", action=_Version, default=argparse.SUPPRESS, help="show the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
