@@ -33,7 +33,9 @@ from monai_zsreg.registration import Prepared, RegistrationResult, register
 __all__ = [
     "DEMONSTRATION",
     "FAILED",
+    "INDEX",
     "REPORT",
+    "SUMMARY",
     "WRONG_INPUT",
     "Settings",
     "describe_pair",
@@ -50,6 +52,8 @@ __all__ = [
 DEMONSTRATION = "demonstration"
 #: the file of a pair's results that is written last
 REPORT = "report.json"
+#: files beside the folders of many pairs
+SUMMARY, INDEX = "summary.csv", "index.html"
 #: exit statuses of the commands; 0: registered, 1: anything else
 WRONG_INPUT, FAILED = 2, 3
 
