@@ -10,7 +10,15 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["Appearance", "appearance", "background_value", "foreground_mask", "scale_intensity"]
+__all__ = [
+    "Appearance",
+    "appearance",
+    "background_value",
+    "foreground_mask",
+    "grown",
+    "scale_intensity",
+    "seen_region",
+]
 
 # quantiles between which intensities count as ordinary
 _LOW, _HIGH = 0.005, 0.995
@@ -20,6 +28,8 @@ _ENOUGH = 4_000_000
 _LEAST, _FAINT = 0.08, 0.005
 # likewise where the rim shows tissue, so that the background is not known but by being dark
 _DARK = 0.06
+# likewise of what an image does not show
+_DARKEST = 0.03
 # fraction of the range that a background varies by, and that it lies from the end of the range, at most
 _EVEN, _EXTREME = 0.12, 0.1
 
@@ -143,3 +153,41 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise RegistrationError(name, "NaN or infinity", "finite intensities")
     return tensor
+
+
+def seen_region(values: Tensor, border: int = 2) -> Tensor:
+    """What an image shows: all but the darkness that begins at its rim, as outside a camera's circle or in padding.
+
+    The border between the two is no structure of the object, and gradients across it mislead: it is left out too.
+
+    Args:
+        values: ``[*spatial]``, finite.
+        border: voxels to leave out along the darkness.
+
+    Returns:
+        bool ``[*spatial]``; all True where hardly anything would remain.
+    """
+    low, high = quantiles(values)
+    dark = values <= low + _DARKEST * (high - low)
+    rim = torch.zeros_like(dark)
+    for axis in range(values.ndim):
+        for end in (0, -1):
+            rim.select(axis, end).fill_(True)
+    reached, size = dark & rim, -1
+    while int(reached.sum()) != size:
+        size = int(reached.sum())
+        for _ in range(8):
+            reached = grown(reached) & dark
+    for _ in range(border):
+        reached = grown(reached)
+    return torch.ones_like(dark) if float(reached.float().mean()) > 0.98 else ~reached
+
+
+def grown(mask: Tensor) -> Tensor:
+    """A mask and its neighbors along the axes."""
+    result = mask.clone()
+    for axis in range(mask.ndim):
+        n = mask.shape[axis] - 1
+        result.narrow(axis, 1, n).logical_or_(mask.narrow(axis, 0, n))
+        result.narrow(axis, 0, n).logical_or_(mask.narrow(axis, 1, n))
+    return result

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coordinate systems, and the only code that converts between them.
+"""Coordinate systems, and the only code that converts between them (those of `monai_zsreg.networks` apart).
 
 A point of an image has these coordinates, all in array axis order unless said otherwise:
 
 ========  =====================================================================================
 index     voxel indices (i, j, k), voxel centers at whole numbers
-unit      ``(index + 0.5) / longest side``: isotropic, origin at the corner of the first voxel
 world     millimeters, RAS, as ``MetaTensor.affine`` maps them from indices (pixels without spacing)
 grid      normalized to [-1, 1] per axis with ``align_corners=False``, *reversed* axis order, as
           ``torch.nn.functional.affine_grid`` and ``grid_sample`` want them
@@ -37,19 +36,14 @@ __all__ = [
     "apply_affine",
     "checked_affine",
     "checked_matrix",
-    "compose_affine",
     "compose_parameters",
     "decompose_affine",
     "flip_points",
     "fraction_inside",
     "freesurfer_grid",
     "freesurfer_volume",
-    "fsl_from_index",
     "fsl_from_world",
     "homogeneous",
-    "index_before_shrinking",
-    "index_to_unit",
-    "isotropic_grid",
     "itk_lattice",
     "lps_to_ras",
     "moved_header",
@@ -57,24 +51,11 @@ __all__ = [
     "plane_of_slice",
     "pooled_grid",
     "ras_to_lps",
-    "theta_from_index",
-    "theta_from_unit",
-    "unit_from_world",
     "without_obliquity",
-    "unit_points_to_world",
-    "unit_points_without_padding",
-    "unit_to_index",
-    "unit_without_padding",
     "world_from_fsl",
     "world_from_index",
     "world_from_itk",
-    "world_from_unit",
 ]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# matrices; the functions on tensors alone compile with torch.jit.script, so they keep to its subset of Python
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def homogeneous(matrix: Tensor) -> Tensor:
@@ -82,11 +63,6 @@ def homogeneous(matrix: Tensor) -> Tensor:
     last = torch.zeros_like(matrix[..., :1, :])
     last[..., 0, -1] = 1.0
     return torch.cat([matrix, last], dim=-2)
-
-
-def compose_affine(outer: Tensor, inner: Tensor) -> Tensor:
-    """``outer`` after ``inner``, both ``[..., D, D+1]``, result likewise."""
-    return outer @ homogeneous(inner)
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
@@ -101,88 +77,6 @@ def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
     """
     dims = points.shape[-1]
     return points @ matrix[..., :dims, :dims].transpose(-1, -2) + matrix[..., :dims, dims].unsqueeze(-2)
-
-
-def unit_to_index(points: Tensor, longest: float) -> Tensor:
-    """Unit coordinates of points ``[..., D]`` to indices, for a grid whose longest side has ``longest`` voxels."""
-    return points * longest - 0.5
-
-
-def index_to_unit(points: Tensor, longest: float) -> Tensor:
-    """Indices of points ``[..., D]`` to unit coordinates, for a grid whose longest side has ``longest`` voxels."""
-    return (points + 0.5) / longest
-
-
-def index_before_shrinking(points: Tensor, factor: float) -> Tensor:
-    """Indices of points ``[..., D]`` in an image shrunk by averaging blocks of ``factor`` voxels to those before."""
-    return (points + 0.5) * factor - 0.5
-
-
-def unit_points_without_padding(points: Tensor, margin: float, longest: float) -> Tensor:
-    """Points ``[..., D]``, unit coordinates of a padded grid to those before padding; see `unit_without_padding`."""
-    return points * ((longest + 2.0 * margin) / longest) - margin / longest
-
-
-def unit_without_padding(matrix: Tensor, margin: float, longest: float) -> Tensor:
-    """Pull matrix in unit coordinates of a padded grid to those of the grid before padding.
-
-    Args:
-        matrix: ``[..., D, D+1]``.
-        margin: voxels added on every side.
-        longest: longest side before padding, voxels.
-    """
-    dims = matrix.shape[-2]
-    # unit = padded * scale - offset, in both images
-    scale, offset = (longest + 2.0 * margin) / longest, margin / longest
-    linear = matrix[..., :dims]
-    shift = matrix[..., dims] * scale + offset * linear.sum(dim=-1) - offset
-    return torch.cat([linear, shift.unsqueeze(-1)], dim=-1)
-
-
-def theta_from_unit(matrix: Tensor, size: list[int]) -> Tensor:
-    """Pull matrix between two images on one grid, unit coordinates, to the argument of ``affine_grid``.
-
-    Args:
-        matrix: ``[..., D, D+1]``, fixed unit coordinates to moving unit coordinates.
-        size: spatial shape of the grid, D numbers.
-
-    Returns:
-        ``[..., D, D+1]``: fixed grid coordinates to moving grid coordinates.
-    """
-    dims = len(size)
-    # unit = (grid + 1) * half, axis by axis
-    half = torch.tensor([0.5 * float(n) / float(max(size)) for n in size], dtype=matrix.dtype, device=matrix.device)
-    linear = matrix[..., :dims] * (half.unsqueeze(0) / half.unsqueeze(1))
-    shift = (torch.sum(matrix[..., :dims] * half, dim=-1) + matrix[..., dims]) / half - 1.0
-    return torch.cat([linear.flip([-2, -1]), shift.flip([-1]).unsqueeze(-1)], dim=-1)
-
-
-def theta_from_index(matrix: Tensor, fixed_size: Sequence[int], moving_size: Sequence[int]) -> Tensor:
-    """Pull matrix between two images on their own grids, indices, to the argument of ``affine_grid``.
-
-    Args:
-        matrix: ``[D+1, D+1]``, fixed indices to moving indices.
-        fixed_size: spatial shape of the fixed image.
-        moving_size: spatial shape of the moving image.
-
-    Returns:
-        ``[D, D+1]``: fixed grid coordinates to moving grid coordinates.
-    """
-    dims = len(fixed_size)
-    full = _index_to_grid(moving_size, matrix) @ matrix @ torch.linalg.inv(_index_to_grid(fixed_size, matrix))
-    return full[:dims]
-
-
-def _index_to_grid(size: Sequence[int], like: Tensor) -> Tensor:
-    dims = len(size)
-    # numbers first and one tensor at the end: filling a tensor number by number takes far longer
-    rows = [[0.0] * dims + [1.0]]
-    for axis, n in enumerate(size):
-        row = [0.0] * (dims + 1)
-        row[axis] = 2.0 / n
-        row[dims] = 1.0 / n - 1.0
-        rows.insert(0, row)
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -239,7 +133,7 @@ class Grid:
 
     @cached_property
     def center(self) -> Tensor:
-        """World coordinates of the middle of the field of view, ``(D,)``."""
+        """World coordinates of the center of the field of view, ``(D,)``."""
         middle = torch.tensor([(n - 1) / 2 for n in self.shape], dtype=torch.float64)
         return apply_affine(self.affine, middle.unsqueeze(0))[0]
 
@@ -252,7 +146,10 @@ class Grid:
     @cached_property
     def from_world(self) -> Tensor:
         """World coordinates to the normalized ones of ``grid_sample``, ``(D+1, D+1)`` float64 on the CPU."""
-        return _index_to_grid(self.shape, self.affine) @ torch.linalg.inv(self.affine)
+        axes = range(self.dims)
+        rows = [[2.0 / n * (a == b) for b in axes] + [1.0 / n - 1.0] for a, n in enumerate(self.shape)]
+        from_index = torch.tensor([*reversed(rows), [0.0] * self.dims + [1.0]], dtype=torch.float64)
+        return from_index @ torch.linalg.inv(self.affine)
 
     def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
         """True where both have one shape and their affines agree within ``tolerance`` mm at every corner."""
@@ -341,69 +238,6 @@ def nearest_axes(grid: Grid) -> Tensor:
     linear = grid.affine[: grid.dims, : grid.dims]
     u, _, vt = torch.linalg.svd(linear / torch.tensor(grid.spacing, dtype=torch.float64))
     return u @ vt
-
-
-def isotropic_grid(grid: Grid, spacing: float, side: int) -> Grid:
-    """A cube (square in 2D) of voxels along the world axes, around the middle of ``grid``.
-
-    The voxel in the cube's middle lies on a voxel of ``grid``, so an image that already lies along the world axes
-    with this spacing is copied, not interpolated.
-
-    Args:
-        grid: the grid of the image.
-        spacing: voxel size, mm.
-        side: number of voxels along every axis.
-    """
-    dims = grid.dims
-    middle = torch.tensor([float(n // 2) for n in grid.shape], dtype=torch.float64)
-    anchor = apply_affine(grid.affine, middle.unsqueeze(0))[0]
-    affine = torch.eye(dims + 1, dtype=torch.float64)
-    affine[:dims, :dims] *= spacing
-    affine[:dims, dims] = anchor - spacing * (side // 2)
-    return Grid((side,) * dims, affine)
-
-
-def world_from_unit(matrix: Tensor, fixed: Grid, moving: Grid) -> Tensor:
-    """Pull matrix in unit coordinates to world coordinates.
-
-    Args:
-        matrix: ``[D, D+1]``, unit coordinates of the ``fixed`` grid to unit coordinates of the ``moving`` grid.
-        fixed: grid that the fixed image was seen on.
-        moving: grid that the moving image was seen on.
-
-    Returns:
-        ``(D+1, D+1)`` float64 on the CPU, fixed world to moving world.
-    """
-    full = homogeneous(matrix.detach().cpu().double())
-    return (
-        moving.affine
-        @ torch.linalg.inv(_index_to_unit(moving))
-        @ full
-        @ _index_to_unit(fixed)
-        @ torch.linalg.inv(fixed.affine)
-    )
-
-
-def unit_from_world(transform: Tensor, fixed: Grid, moving: Grid) -> Tensor:
-    """Inverse of `world_from_unit`: a world pull matrix ``(D+1, D+1)`` to ``[D, D+1]`` in unit coordinates."""
-    full = (
-        _index_to_unit(moving) @ fixed.index_pull(transform.double(), moving) @ torch.linalg.inv(_index_to_unit(fixed))
-    )
-    return full[: fixed.dims]
-
-
-def unit_points_to_world(points: Tensor, grid: Grid) -> Tensor:
-    """Points ``[N, D]`` in unit coordinates of ``grid`` to world mm, float64 on the CPU."""
-    matrix = grid.affine @ torch.linalg.inv(_index_to_unit(grid))
-    return apply_affine(matrix, points.detach().cpu().double())
-
-
-def _index_to_unit(grid: Grid) -> Tensor:
-    longest = max(grid.shape)
-    matrix = torch.eye(grid.dims + 1, dtype=torch.float64)
-    matrix[: grid.dims] /= longest
-    matrix[: grid.dims, grid.dims] = 0.5 / longest
-    return matrix
 
 
 def pooled_grid(grid: Grid, factors: Sequence[int]) -> Grid:
@@ -522,23 +356,19 @@ def flip_points(points: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def fsl_from_index(grid: Grid, spacing: Sequence[float] | None = None) -> np.ndarray:
-    """Indices of a 3D image to FSL's scaled voxels, ``(4, 4)``.
+def _fsl_from_world(grid: Grid, spacing: Sequence[float] | None) -> np.ndarray:
+    """World coordinates of a 3D image to FSL's scaled voxels, ``(4, 4)``.
 
     These are indices times voxel size, whatever the direction of the axes. Where the determinant of the affine is
     positive (FSL: neurological), the first axis is counted from its other end, so that the system is always
     left-handed.
-
-    Args:
-        grid: of the image.
-        spacing: voxel sizes that the file's header states (``pixdim``), which FSL goes by; those of ``grid`` if None.
     """
     sizes = np.asarray(grid.spacing if spacing is None else spacing, dtype=np.float64)
     matrix = np.diag([*sizes, 1.0])
     if torch.linalg.det(grid.affine) > 0:
         matrix[0, 0] = -sizes[0]
         matrix[0, 3] = sizes[0] * (grid.shape[0] - 1)
-    return matrix
+    return matrix @ np.linalg.inv(grid.affine.numpy())
 
 
 def world_from_fsl(
@@ -554,14 +384,14 @@ def world_from_fsl(
         matrix: ``(4, 4)``, scaled voxels of the moving image (``-in``) to those of the fixed image (``-ref``).
         fixed: grid of the fixed image.
         moving: grid of the moving image.
-        fixed_spacing: see `fsl_from_index`.
-        moving_spacing: likewise.
+        fixed_spacing: voxel sizes that the fixed image's header states (``pixdim``), which FSL goes by; those of its
+            grid if None.
+        moving_spacing: likewise for the moving image.
 
     Returns:
         ``(4, 4)``, fixed world to moving world.
     """
-    to_fixed = fsl_from_index(fixed, fixed_spacing) @ np.linalg.inv(fixed.affine.numpy())
-    to_moving = fsl_from_index(moving, moving_spacing) @ np.linalg.inv(moving.affine.numpy())
+    to_fixed, to_moving = _fsl_from_world(fixed, fixed_spacing), _fsl_from_world(moving, moving_spacing)
     return np.linalg.inv(to_moving) @ np.linalg.inv(matrix) @ to_fixed
 
 
@@ -573,8 +403,7 @@ def fsl_from_world(
     moving_spacing: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Inverse of `world_from_fsl`: a world pull matrix ``(4, 4)`` to a matrix of FLIRT."""
-    to_fixed = fsl_from_index(fixed, fixed_spacing) @ np.linalg.inv(fixed.affine.numpy())
-    to_moving = fsl_from_index(moving, moving_spacing) @ np.linalg.inv(moving.affine.numpy())
+    to_fixed, to_moving = _fsl_from_world(fixed, fixed_spacing), _fsl_from_world(moving, moving_spacing)
     return to_fixed @ np.linalg.inv(transform) @ np.linalg.inv(to_moving)
 
 
@@ -588,7 +417,7 @@ def freesurfer_volume(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         Voxel sizes ``(3,)``; directions of the array axes, ``(3, 3)``, one a column (``xras``, ``yras``, ``zras``);
-        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the middle, ``(3,)``.
+        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the center, ``(3,)``.
     """
     affine = grid.affine.numpy()
     sizes = np.asarray(grid.spacing)
@@ -647,9 +476,8 @@ class AffineParameters:
 def _rotation(degrees: Sequence[float]) -> np.ndarray:
     """Rotation matrix of one angle (2D) or of three (3D: ``Rx Ry Rz``)."""
     matrix = np.eye(2 if len(degrees) == 1 else 3)
-    for angle, axes in zip(
-        np.radians(degrees), ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1)), strict=True
-    ):
+    planes = ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1))
+    for angle, axes in zip(np.radians(degrees), planes, strict=True):
         turn = np.eye(len(matrix))
         turn[np.ix_(axes, axes)] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         matrix = matrix @ turn

@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -26,19 +25,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine, homogeneous
 from monai_zsreg.io.images import Image
 from monai_zsreg.networks.regressors import load_regressor, shipped_weights
 from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
-from monai_zsreg.registration.confidence import row_trace, spread_at
+from monai_zsreg.registration.confidence import spread_at
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.pair import refuse_unknown, register
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared
-from monai_zsreg.registration.result import RegistrationResult, quadratic_map
+from monai_zsreg.registration.result import RegistrationResult, spread_map
 from monai_zsreg.registration.side import longest_extent
 from monai_zsreg.resample import resample
 
@@ -90,17 +89,11 @@ def estimate(
     """Estimate the transform of a pair.
 
     Args:
-        fixed: 2D or 3D.
-        moving: of the same dimension.
+        fixed, moving: 2D or 3D, of one dimension.
         preset: key of `PRESETS`.
-        transform: see `monai_zsreg.register`, as the next seven.
-        device: where to compute.
-        seed: of the draws of keypoints.
         spacing: voxel size of the cubes, mm; None for the one above.
-        fixed_channel: channel to estimate on.
-        moving_channel: likewise.
-        vgg19_weights: file of VGG-19's weights.
-        regressor_weights: file of the regressor's weights, for the estimator ``"mlp"``.
+        transform, device, seed, fixed_channel, moving_channel, vgg19_weights, regressor_weights: see
+            `monai_zsreg.register`.
         network: in place of the preset's, such as one exported to TorchScript.
         settings: further parameters of `ZeroShotAffineNet`, in place of the preset's.
 
@@ -137,9 +130,7 @@ def keypoint_start(fixed: Image, moving: Image, **options: Any) -> tuple[Tensor 
     """Where the keypoints put the moving image: a start for the default preset's ``coarse="keypoints"``.
 
     Args:
-        fixed: see `estimate`.
-        moving: likewise.
-        options: of `estimate`.
+        fixed, moving, options: see `estimate`.
 
     Returns:
         ``(D+1, D+1)``, fixed world to moving world, None where it could not be estimated; and the keypoints.
@@ -222,11 +213,7 @@ def build_network(
     Args:
         preset: key of `PRESETS`.
         spatial_dims: 2 or 3.
-        transform: see `monai_zsreg.register`, as the other arguments.
-        vgg19_weights: see there.
-        regressor_weights: see there.
-        seed: see there.
-        device: see there.
+        transform, vgg19_weights, regressor_weights, seed, device: see `monai_zsreg.register`.
         settings: parameters of `ZeroShotAffineNet`, in place of the preset's.
 
     Raises:
@@ -339,11 +326,9 @@ class Uncertainty:
     def displacement_map(self) -> MetaTensor:
         """`at` every voxel of the fixed image: ``[1, *spatial]`` float32."""
         grid = self.fixed.grid
-        squares = torch.full(grid.shape, float("inf"))
-        if len(self.matrices) > 1:
-            trace = torch.as_tensor(row_trace(self.covariance))
-            squares = quadratic_map(grid.affine.mT @ trace @ grid.affine, grid.shape).clamp(min=0)
-        return Image(squares.sqrt().float()[None], grid.affine).to_metatensor()
+        known = len(self.matrices) > 1
+        values = spread_map(self.covariance, grid) if known else torch.full((1, *grid.shape), float("inf"))
+        return Image(values, grid.affine).to_metatensor()
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
         """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show).
@@ -378,7 +363,7 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
 
     Args:
         result: of any preset.
-        fraction: part of the foreground pixels to blacken, 0 to 1.
+        fraction: of the foreground pixels to blacken, 0 to 1.
         repeats: number of repetitions, n.
 
     Raises:
@@ -392,16 +377,14 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
     fixed = Prepared(result.fixed_image, options.pop("fixed_channel", 0), result.masks[0])
     values = result.moving_image.channel(options.pop("moving_channel", 0), "moving")
     generator = torch.Generator().manual_seed(int(options.get("seed", 0)))
-    common = {"preset": result.preset, "transform": result.transform, "device": result.device, **options}
+    options |= {"preset": result.preset, "transform": result.transform, "device": result.device, "warn": False}
     found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegistrationWarning)
-        for _ in range(repeats):
-            copy = replace(result.moving_image, values=blacken(values, fraction, generator))
-            again = register(fixed, copy, moving_mask=result.masks[1], **common)
-            # blackened pixels alone may look unlike enough for the verdict FAIL; what counts is that there is a matrix
-            if again.score > -math.inf:
-                found.append(again.affine)
+    for _ in range(repeats):
+        copy = replace(result.moving_image, values=blacken(values, fraction, generator))
+        again = register(fixed, copy, moving_mask=result.masks[1], **options)
+        # blackened pixels alone may look unlike enough for the verdict FAIL; what counts is that there is a matrix
+        if again.score > -math.inf:
+            found.append(again.affine)
     shape = (-1, *np.shape(result.affine))
     return Uncertainty(np.reshape(found, shape), repeats, result.fixed_image, result.moving_image)
 
@@ -411,7 +394,7 @@ def blacken(values: Tensor, fraction: float, generator: torch.Generator) -> Tens
 
     Args:
         values: ``[1, *spatial]``.
-        fraction: part of the foreground to set.
+        fraction: of the foreground to set.
         generator: on the CPU.
 
     Returns:

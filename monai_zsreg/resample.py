@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 import numpy as np
@@ -48,6 +48,7 @@ def resample(
     mode: str = "bilinear",
     fill: float | None = None,
     dtype: torch.dtype | None = None,
+    shifts: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Put an image on another grid.
 
@@ -63,6 +64,8 @@ def resample(
         fill: value outside. Interpolation changes over to it within one voxel of the outermost voxel centers. None:
             the background of each channel; for nearest neighbors 0, unless the channel has negative values.
         dtype: of the result, that of ``values`` if None. Whole-number types get rounded and clipped values.
+        shifts: what is added to where ``transform`` leads: from indices ``[N, D]`` of ``target`` (float64, CPU) to
+            shifts ``[N, D]`` along the axes of ``source``, voxels; None for none.
 
     Returns:
         ``[C, *target.shape]`` on the device of ``values``, without gradients.
@@ -91,7 +94,7 @@ def resample(
         torch.empty(_FREED, dtype=torch.uint8)
     result = torch.empty((len(values), *target.shape), dtype=dtype, device=values.device)
     for block in _blocks(target.shape, pull, _BLOCK_ON_CPU if values.is_cpu else _BLOCK_ON_GPU):
-        part, points = _locate(block, pull, source.shape, *MODES[mode])
+        part, points = _locate(block, pull, source.shape, *MODES[mode], shifts)
         points = [[step.to(values.device, torch.float32) for step in axis] for axis in points]
         for out, channel, outside, hole in zip(result, values, fills, holes, strict=True):
             if part is None:
@@ -139,21 +142,32 @@ def _blocks(shape: Sequence[int], pull: np.ndarray, voxels: int) -> Iterator[tup
 
 
 def _locate(
-    block: tuple[slice, ...], pull: np.ndarray, shape: Sequence[int], before: int, after: int
+    block: tuple[slice, ...],
+    pull: np.ndarray,
+    shape: Sequence[int],
+    before: int,
+    after: int,
+    shifts: Callable[[Tensor], Tensor] | None,
 ) -> tuple[list[tuple[int, int]] | None, list[list[Tensor]]]:
     """Where a block lies in the image.
 
     Returns:
         First and past-the-last voxel along each axis of the image that the block needs, up to a rim outside of the
         image; None where it needs nothing but the fill value. For each axis of the image, what the axes of the block
-        contribute to the coordinate, counted from the first voxel: tensors that broadcast to the block.
+        contribute to the coordinate, counted from the first voxel, and the shifts: tensors that broadcast to the block.
     """
     dims = len(shape)
     corner = pull[:dims, :dims] @ [s.start for s in block] + pull[:dims, dims]
     part, points = [], []
+    bent = None
+    if shifts is not None:
+        index = torch.cartesian_prod(*[torch.arange(s.start, s.stop, dtype=torch.float64) for s in block])
+        bent = shifts(index.view(-1, dims)).mT.reshape(dims, *[s.stop - s.start for s in block])
     for axis in range(dims):
         steps = [pull[axis, i] * np.arange(s.stop - s.start) for i, s in enumerate(block)]
         low, high = (corner[axis] + sum(end(step) for step in steps) for end in (np.min, np.max))
+        if bent is not None:
+            low, high = (end + float(shift) for end, shift in zip((low, high), bent[axis].aminmax(), strict=True))
         if high <= -after or low >= shape[axis] + before:
             return None, []
         first = max(int(np.floor(low)), -after) - before
@@ -163,6 +177,7 @@ def _locate(
         part.append((first, last + 1))
         lying = [[-1 if i == j else 1 for j in range(dims)] for i in range(dims)]
         points.append([torch.from_numpy(step).reshape(*along) for step, along in zip(steps, lying, strict=True)])
+        points[-1] += [] if bent is None else [bent[axis]]
     return part, points
 
 

@@ -296,7 +296,7 @@ def latest_checkpoint(folder: str | Path) -> str:
 
 def begin_distributed() -> None:
     """Join the processes that ``torchrun`` started, unless that has been done."""
-    # its functions have the group as their default argument: imported later, they would hold it for ever
+    # its functions have the group as their default argument: imported later, they would hold it forever
     import torch.distributed.nn  # noqa: F401
 
     if not torch.distributed.is_initialized():
@@ -304,7 +304,7 @@ def begin_distributed() -> None:
 
 
 def end_distributed(network: nn.Module) -> None:
-    """Take leave of the other processes.
+    """Leave the process group.
 
     The group's threads end with the last reference to it. Threads that are still at work when the interpreter ends take
     the whole process down with SIGABRT.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from monai_zsreg.app.demo import bent
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
 
 __all__ = [
@@ -45,26 +46,13 @@ def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return image * inside
 
 
-def _bent(values: np.ndarray) -> np.ndarray:
-    """Sagittal planes shifted to the front and up by up to 6 mm, otherwise on the left than on the right."""
-    for axis, millimeters, waves in ((1, 6.0, 2.5), (2, 4.0, 1.5)):
-        bent = np.empty_like(values)
-        for number, x in enumerate(np.linspace(-1, 1, len(values))):
-            shift = millimeters * np.sin(waves * np.pi * x)
-            whole, part = int(np.floor(shift)), np.float32(shift - np.floor(shift))
-            plane = np.roll(values[number], whole, axis - 1)
-            bent[number] = (1 - part) * plane + part * np.roll(plane, 1, axis - 1)
-        values = bent
-    return values
-
-
 @lru_cache(maxsize=1)
 def _tissues() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """T1 in [0, 1], shares of the three tissues ``[3, I, J, K]``, index to world; 1 mm."""
     from nilearn import datasets
 
     images = [getattr(datasets, f"load_mni152_{name}template")(resolution=1) for name in ("", "gm_", "wm_")]
-    t1, gray, white = (_bent(image.get_fdata(dtype=np.float32)) for image in images)
+    t1, gray, white = (bent(image.get_fdata(dtype=np.float32)) for image in images)
     head = (t1 > 0).astype(np.float32)
     scale = head / np.maximum(gray + white, 1.0)
     # what is neither gray nor white is mostly fluid

@@ -11,7 +11,14 @@ import torch
 from monai.data import MetaTensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import appearance, background_value, foreground_mask, quantiles, scale_intensity
+from monai_zsreg.foreground import (
+    appearance,
+    background_value,
+    foreground_mask,
+    quantiles,
+    scale_intensity,
+    seen_region,
+)
 
 
 def ball(dims: int, air: float, tissue: float, noise: float = 0.0, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,3 +124,18 @@ def test_scaling_is_to_the_percentiles() -> None:
 def test_refuses(function, image: torch.Tensor) -> None:
     with pytest.raises(RegistrationError, match="^image: "):
         function(image)
+
+
+def test_what_a_camera_shows() -> None:
+    index = torch.cartesian_prod(torch.arange(80.0), torch.arange(90.0)).view(80, 90, 2)
+    radius = (index - torch.tensor([40.0, 45.0])).norm(dim=-1)
+    picture = torch.where(radius < 34, 3.0 + torch.rand(80, 90, generator=torch.Generator().manual_seed(0)), 0.0)
+    # dark, but within: it stays
+    picture[30:36, 40:50] = 0.0
+    seen = seen_region(picture)
+    assert bool(seen[radius < 30].all())
+    assert not bool(seen[radius > 35].any())
+    assert not bool(seen[(radius < 34) & (radius > 33.2)].any())
+    # no darkness at the rim, or nothing else
+    assert bool(seen_region(picture[20:60, 20:60]).all())
+    assert bool(seen_region(torch.full((20, 20), 3.0)).all())

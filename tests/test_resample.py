@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monai_zsreg import resample as module
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import AffineParameters, Grid, compose_parameters, theta_from_index
+from monai_zsreg.geometry import AffineParameters, Grid, compose_parameters
 from monai_zsreg.resample import outside_value, resample
 
 SHAPES = {2: ((41, 53), (37, 60)), 3: ((29, 35, 23), (31, 22, 27))}
@@ -81,7 +81,7 @@ def test_world_matrices_compose(dims: int) -> None:
 def test_bicubic_is_that_of_grid_sample(blocks: None) -> None:
     source, target = SHAPES[2]
     values, pull = noise(source), turn(2)
-    theta = theta_from_index(torch.as_tensor(pull), target, source)
+    theta = (grid(source).from_world @ torch.as_tensor(pull) @ torch.linalg.inv(grid(target).from_world))[:2]
     lattice = torch.nn.functional.affine_grid(theta[None], [1, 1, *target], align_corners=False)
     expected = torch.nn.functional.grid_sample(values[None], lattice, mode="bicubic", align_corners=False)[0]
     moved = resample(values, grid(source), grid(target), pull, mode="bicubic", fill=0.0)

@@ -96,6 +96,7 @@ def apply_files(
     moving: str | None = None,
     output: str | None = None,
     labels: bool = False,
+    fill_value: float | None = None,
     points: str | None = None,
     save_points: str | None = None,
     save_transform: str | None = None,
@@ -117,6 +118,7 @@ def apply_files(
             if image.dims != len(matrix) - 1:
                 raise RegistrationError(name, f"{image.dims}D image", f"a {len(matrix) - 1}D image, as the transform")
         mode, fill = ("nearest", 0.0) if labels else ("bilinear", None)
+        fill = fill if fill_value is None else fill_value
         values = resample(two.values, two.grid, one.grid, torch.as_tensor(matrix), mode=mode, fill=fill)
         moved = Image(values, one.affine, {key: one.meta[key] for key in ("place", "unit") if key in one.meta})
     # all of the input was fine: only now write

@@ -98,13 +98,16 @@ def settings(request: Mapping[str, Any]) -> Settings:
     options = request["options"] or {}
     if not isinstance(options, Mapping):
         raise RegistrationError("options", options, 'a dictionary such as "{spacing: 3}"')
-    weights = request["regressor_weights"]
+    weights, fill = request["regressor_weights"], request["fill_value"]
+    if fill is not None and (isinstance(fill, bool) or not isinstance(fill, Real)):
+        raise RegistrationError("fill_value", fill, "a number, or null for the background of the image")
     return Settings(
         output_dir=datalist.text(request["output_dir"], "output_dir"),
         options=options,
         uncertainty=flags["uncertainty"],
         page=flags["page"],
         exact=flags["evaluation"],
+        fill_value=None if fill is None else float(fill),
         regressor_weights=None if weights is None else datalist.text(weights, "regressor_weights"),
         **{
             key: request[key]

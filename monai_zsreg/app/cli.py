@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--moving", metavar="IMAGE", help="image or labels to move")
     add("-o", "--output", metavar="IMAGE", help="the moved image, .nii or .nii.gz")
     add("--labels", action="store_true", help="--moving holds labels: nearest neighbor, whole numbers")
+    _add_fill_value(add)
     add("--points", metavar="FILE", help="landmarks of the fixed image: .csv (RAS mm), .fcsv or .mrk.json")
     add("--save-points", metavar="CSV", help="where these lie in the moving image (default: print them)")
     add("--save-transform", metavar="FILE", help="the composed, inverted or converted transform")
@@ -149,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="of a pair, or one with folders of pairs")
     commands.add_parser("benchmark", help="Measure against other tools, see zsreg benchmark --help.", add_help=False)
     return parser
+
+
+def _add_fill_value(add: Any) -> None:
+    add("--fill-value", type=float, metavar="VALUE", help="outside of the moved image (default: its background)")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +169,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--vgg19-weights", metavar="FILE", help="state dict of VGG-19, for what uses it")
     add("--regressor-weights", metavar="FILE", help="state dict of the perceptron, for preset paper")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="further argument of monai_zsreg.register")
+    _add_fill_value(add)
     add("--uncertainty", action="store_true", help="the paper's uncertainty too, ten more estimates")
     add("--no-page", action="store_true", help="no pictures, no page")
     add("--json", action="store_true", help="print the reports as JSON, and nothing else")
@@ -252,8 +258,8 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
     check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
     resolve_device(args.device)
     options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
-    given = {name: getattr(args, name) for name in ("preset", "transform", "device", "seed", "uncertainty")}
-    given |= {name: _file(args, name) for name in _WEIGHTS}
+    names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
+    given = {name: getattr(args, name) for name in names} | {name: _file(args, name) for name in _WEIGHTS}
     return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
 
 
@@ -311,8 +317,15 @@ def _print_json(args: argparse.Namespace, settings: Any, progress: Any) -> None:
 def _apply(args: argparse.Namespace) -> int:
     if not (args.output or args.points or args.save_transform):
         _refuse("output", None, "something to do: --output, --points or --save-transform")
-    for option, needs in (("labels", "output"), ("save_points", "points"), ("save_format", "save_transform")):
-        if getattr(args, option) and not getattr(args, needs):
+    parts = (
+        ("labels", "output"),
+        ("fill_value", "output"),
+        ("save_points", "points"),
+        ("save_format", "save_transform"),
+    )
+    for option, needs in parts:
+        given = getattr(args, option)
+        if given is not None and given is not False and not getattr(args, needs):
             named = [name.replace("_", "-") for name in (needs, option)]
             _refuse(named[0], None, f"--{named[0]}, because --{named[1]} is given")
     for name in ("fixed", "moving") if args.output else ():

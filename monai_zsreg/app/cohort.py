@@ -76,7 +76,7 @@ def fingerprint(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             state = os.stat(path)
             states[key] = [str(path), state.st_size, state.st_mtime_ns]
-    work = {"uncertainty": settings.uncertainty, "exact": settings.exact}
+    work = {name: getattr(settings, name) for name in ("uncertainty", "exact", "fill_value")}
     return plain | work | {"version": monai_zsreg.__version__, "files": states}
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A demonstration pair with a known transform, made from what nilearn's wheel ships. Nothing is downloaded.
 
-The fixed image is a real average: the MNI152 T1 template (ICBM 2009 nonlinear symmetric, skull-stripped, 1 mm). The
-moving image is *simulated*: a contrast like T2 from that template's tissue maps, with noise and a bias field. Errors
-measured on this pair show that an installation works; they are no measure of accuracy on patients.
+The fixed image is a real average: the MNI152 T1 template (ICBM 2009 nonlinear symmetric, skull-stripped, 1 mm), bent by
+some millimeters, because it is its own mirror image and a head is not. The moving image is *simulated*: a contrast like
+T2 from that template's tissue maps, with noise and a bias field. Errors measured on this pair show that an installation
+works; they are no measure of accuracy on patients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_p
 from monai_zsreg.io import Image, output_folder, write_image
 from monai_zsreg.resample import resample
 
-__all__ = ["DemoPair", "demo_pair"]
+__all__ = ["DemoPair", "bent", "demo_pair"]
 
 # signal relative to the brightest tissue, in the order of a T2-weighted scan
 _SIGNAL = {"csf": 1.0, "gm": 0.6, "wm": 0.35}
@@ -87,7 +88,7 @@ def demo_pair(
     rng = np.random.default_rng(seed)
 
     grid = tissues["t1"].grid
-    mask = tissues["t1"].values[0] > 0
+    mask = (tissues["t1"].values[0] * _BRIGHTEST).round() > 0  # as stored
     inside = apply_affine(grid.affine, mask.nonzero().double())
     truth = _transform(inside.mean(0).tolist(), rng, rotation_degrees, shift_mm, scale, shear)
     moving = _acquire(tissues, truth, _moving_grid(apply_affine(torch.from_numpy(truth), inside)), rng, noise, bias)
@@ -109,7 +110,7 @@ def _tissues(spatial_dims: int) -> dict[str, Image]:
         "gm": datasets.load_mni152_gm_template(resolution=1),
         "wm": datasets.load_mni152_wm_template(resolution=1),
     }
-    arrays = {name: image.get_fdata(dtype=np.float32) for name, image in images.items()}
+    arrays = {name: bent(image.get_fdata(dtype=np.float32)) for name, image in images.items()}
     affine = np.asarray(images["t1"].affine, dtype=np.float64)
     if spatial_dims == 2:
         middle = arrays["t1"].shape[2] // 2
@@ -124,6 +125,23 @@ def _tissues(spatial_dims: int) -> dict[str, Image]:
         name: Image(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], torch.from_numpy(affine))
         for name, array in arrays.items()
     }
+
+
+def bent(values: np.ndarray) -> np.ndarray:
+    """A volume ``[*spatial]`` without mirror symmetry.
+
+    Its planes across the first axis are shifted along the other two by up to 6 and 4 voxels, on the left otherwise than
+    on the right.
+    """
+    for axis, largest, waves in ((1, 6.0, 2.5), (2, 4.0, 1.5)):
+        result = np.empty_like(values)
+        for number, x in enumerate(np.linspace(-1, 1, len(values))):
+            shift = largest * np.sin(waves * np.pi * x)
+            whole, part = int(np.floor(shift)), np.float32(shift - np.floor(shift))
+            plane = np.roll(values[number], whole, axis - 1)
+            result[number] = (1 - part) * plane + part * np.roll(plane, 1, axis - 1)
+        values = result
+    return values
 
 
 def _transform(

@@ -86,6 +86,7 @@ class Settings:
         uncertainty: whether to blacken pixels and estimate again (section 2.7 of the paper); costs ten estimates.
         page: whether to draw the pictures and the page.
         exact: whether to measure how alike the images are on all voxels, not on some two million.
+        fill_value: what stands outside of the moved image; None for its own background.
         demonstration_dims: 2 for a slice or 3 for a volume of the demonstration pair.
     """
 
@@ -100,6 +101,7 @@ class Settings:
     uncertainty: bool = False
     page: bool = True
     exact: bool = False
+    fill_value: float | None = None
     demonstration_dims: int = 3
 
     @property
@@ -242,6 +244,8 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         "versions": _versions(),
         "made_from": pair.get("made_from"),
     }
+    if settings.fill_value is not None:
+        images["moved"] = result.resampled(fill_value=settings.fill_value)
     if result.covariance is not None:
         images["expected_error"] = _error_map(result, fixed)
         center = fixed.grid.center.numpy()[None]

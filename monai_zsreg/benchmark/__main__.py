@@ -41,37 +41,36 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monai.utils import optional_import
+
+from monai_zsreg.benchmark import anatomies, brains, calibrate, cost, pairs, plots, tables
+from monai_zsreg.benchmark.cases import Case
+from monai_zsreg.benchmark.methods import Method, Task, make_methods
+from monai_zsreg.benchmark.peers import PEERS
+from monai_zsreg.benchmark.run import read_results, run_cases
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io.files import output_folder, write_json
 
 if TYPE_CHECKING:
-    from monai_zsreg.benchmark.cases import Case
-    from monai_zsreg.benchmark.methods import Method, Task
+    import pandas as pd
+else:
+    pd, _ = optional_import("pandas")
 
 __all__ = ["main"]
 
-_METHODS: tuple[str, ...] = (
-    "ours:robust",
-    "ours:paper",
-    "ours:keypoints",
-    "elastix",
-    "simpleelastix",
-    "ants",
-    "greedy",
-    "simpleitk",
-)
-_METHODS += ("sift", "none")
-# a minute or more a volume, against seconds
-_CAPS: tuple[str, ...] = (
-    "ants:3=20",
-    "elastix:3=40",
-    "simpleelastix:3=10",
-    "greedy:3=20",
-    "simpleitk:3=10",
-    "ours:paper:3=10",
-)
-_CAPS += ("ours:keypoints:3=10",)
-_QUICK_CAPS = (*(f"{name}:3=0" for name in _METHODS[1:8]), "elastix:3=2", "ants:2=6", "simpleitk:2=2")
+_SLOW = ("ours:paper", "ours:keypoints")  # of ours, in 3D
+_METHODS = ("ours:robust", *_SLOW, *PEERS, "none")
 _QUICK_SECONDS = 420.0
+
+Caps = dict[tuple[str, int], int]
+
+
+def _default_caps(quick: bool) -> Caps:
+    """How many cases of a row a slow method gets, by its name and number of dimensions."""
+    caps = {(name, 3): 0 if quick else 10 for name in _SLOW}
+    for name, peer in PEERS.items():
+        caps |= {(name, dims): cases for dims, cases in (peer.quick_cases if quick else peer.cases).items()}
+    return caps
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,18 +78,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m monai_zsreg.benchmark", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     several = partial(parser.add_argument, nargs="+")
+    slow = " ".join(f"{name}:{dims}={count}" for (name, dims), count in _default_caps(quick=False).items())
     add("data", nargs="*", help="folders or datalists; `calibrate` and such; `cost`; `table` to redo the tables alone")
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
     several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
     several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or one stress by name")
-    several("--kinds", choices=("real", "exact", "natural", "between", "header"), help="default: all")
     several("--dims", type=int, choices=(2, 3), default=[2, 3])
     several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
     several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
     add("--cases", type=int, help="cases of every row; each row has a default of its own")
-    several("--cap", default=[], metavar="METHOD:DIMS=N", help=f"cases of slow methods; default: {' '.join(_CAPS)}")
-    several("--planes", choices=("axial", "coronal", "sagittal"), default=["axial"])
+    several("--cap", default=[], metavar="METHOD:DIMS=N", help=f"cases of slow methods; default: {slow}")
     add("--slices", type=int, default=5, help="slices of a volume (2D)")
     add("--min-side", type=int, default=128, help="leave out smaller slices (2D)")
     add("--seed", type=int, default=0)
@@ -98,7 +96,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="where ours runs, such as cpu or cuda; default: its own choice")
     add("--vgg19-weights", help="weights file for the presets that need one")
     add("--time-limit", type=float, help="seconds after which no further registration begins")
-    add("--no-similarity", action="store_true", help="leave out Dice, SSIM, MI and MSE")
     several("--redo", default=[], help="methods to run again; `failures` for runs without an answer")
     add("--quick", action="store_true", help="a few cases of the main rows, within ten minutes on two cores")
     several("--symmetric", default=[], metavar="PATTERN", help="calibrate: subjects that a mirror leaves as they are")
@@ -119,9 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.data = args.data if mode == "run" else args.data[1:]
     methods: list[Method] = []
     try:
-        from monai_zsreg.benchmark.methods import Task, make_methods
-        from monai_zsreg.io.files import output_folder
-
         output_folder(args.output)
         task = Task(threads=args.threads, seed=args.seed, device=args.device, vgg19_weights=args.vgg19_weights)
         if mode == "cost":
@@ -146,8 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """Cases of the selected rows, in turn so that a run cut short has some of each, and notes on what was left out."""
-    from monai_zsreg.benchmark import anatomies, brains, pairs
-
     wanted = [tuple(text.split("-")) for text in args.pairs]
     if any(len(names) != 2 for names in wanted):
         raise RegistrationError("pairs", args.pairs, "two modalities with a hyphen between, such as t1-t2")
@@ -155,9 +147,8 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     if args.protocols is not None:
         names = {name for p in args.protocols for name in (brains.STRESS if p == "stress" else (p,))}
         rows = [row for row in rows if row.protocol in names]
-    rows = [row for row in rows if args.kinds is None or row.kind in args.kinds]
     if not rows:
-        raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions and kinds")
+        raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions")
     found: list[pairs.Pair] = []
     notes: list[str] = []
     manifest = None
@@ -172,7 +163,6 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     if args.residuals is not None:
         found = pairs.attach_residuals(found, pairs.read_residuals(args.residuals))
     found = [pair for pair in found if not any(fnmatch(pair.subject, pattern) for pattern in args.exclude)]
-    slicing = brains.Slicing(args.slices, tuple(args.planes), args.min_side)
     lists: list[list[Case]] = []
     for row in rows:
         count = args.cases if args.cases is not None else row.quick if args.quick else row.cases
@@ -180,7 +170,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             lists.append(anatomies.anatomy_cases(row, manifest, count, args.seed))
         else:
             some = pairs.photographs() if row.kind == "natural" else found
-            lists.append(brains.brain_cases(row, some, count, args.seed, slicing))
+            lists.append(brains.brain_cases(row, some, count, args.seed, args.slices, args.min_side))
         if count and not lists[-1]:
             notes.append(f"{row.name}: no pair suits this row")
     if not any(lists) or (not args.data and args.protocols is None):
@@ -206,18 +196,13 @@ def _end(args: argparse.Namespace) -> float:
 
 
 def _run(args: argparse.Namespace, methods: list[Method], cases: list[Case], notes: list[str]) -> None:
-    import pandas as pd
-
-    from monai_zsreg.benchmark import plots, tables
-    from monai_zsreg.benchmark.run import read_results, run_cases
-
     log = args.output / "results.jsonl"
     try:
         if cases:
-            caps = _caps([*(_QUICK_CAPS if args.quick else _CAPS), *args.cap])
+            caps = _default_caps(args.quick) | _caps(args.cap)
             _same_settings(args)
             notes += _usable(methods)
-            notes += run_cases(cases, methods, log, caps, _end(args), not args.no_similarity, args.redo)
+            notes += run_cases(cases, methods, log, caps, _end(args), redo=args.redo)
     finally:
         # an interrupted run leaves its tables too
         results = pd.DataFrame(read_results(log))
@@ -234,9 +219,7 @@ def _run(args: argparse.Namespace, methods: list[Method], cases: list[Case], not
 
 def _same_settings(args: argparse.Namespace) -> None:
     """Refuse to mix results of different images, slices or thread counts in one table."""
-    from monai_zsreg.io.files import write_json
-
-    names = ("residuals", "pairs", "exclude", "planes", "slices", "min_side", "threads", "device")
+    names = ("residuals", "pairs", "exclude", "slices", "min_side", "threads", "device")
     settings = {name: getattr(args, name) for name in names} | {"data": [str(Path(p).resolve()) for p in args.data]}
     settings["residuals"] = None if args.residuals is None else str(args.residuals.resolve())
     path = args.output / "settings.json"
@@ -248,8 +231,8 @@ def _same_settings(args: argparse.Namespace) -> None:
     write_json(path, settings)
 
 
-def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
-    caps = {}
+def _caps(texts: Sequence[str]) -> Caps:
+    caps: Caps = {}
     for text in texts:
         try:
             key, number = text.split("=")
@@ -261,10 +244,6 @@ def _caps(texts: Sequence[str]) -> dict[tuple[str, int], int]:
 
 
 def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
-    from monai_zsreg.benchmark import calibrate
-    from monai_zsreg.benchmark.methods import make_methods
-    from monai_zsreg.benchmark.run import read_results, run_cases
-
     args.cases = 40 if args.cases is None else args.cases
     cases, notes = _cases(args)
     _same_settings(args)
@@ -286,12 +265,6 @@ def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> N
 
 
 def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
-    import pandas as pd
-
-    from monai_zsreg.benchmark import cost, plots, tables
-    from monai_zsreg.benchmark.methods import make_methods
-    from monai_zsreg.benchmark.run import read_results, run_cases
-
     methods += make_methods(args.methods, task)
     head = ["", *tables.machine(args.threads), ""]
     if args.whole_process is not None:

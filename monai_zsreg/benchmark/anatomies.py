@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
 from scipy import ndimage
 
 from monai_zsreg.benchmark import damage
-from monai_zsreg.benchmark.brains import full_slices
+from monai_zsreg.benchmark.brains import full_slices, head_foot
 from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
@@ -114,7 +113,7 @@ def _make(case: Case, folder: Path, pair: pd.Series, where: int | None) -> Sampl
 def _slices(fixed: Volume, moving: Volume, where: int) -> tuple[Volume, Volume, float]:
     """An axial slice of each at one place, in pixels of the fixed image, and the pixel's size."""
     shown = moved(moving, fixed.shape, fixed.affine, np.eye(4), order=1)
-    axis = int(np.flatnonzero(nib.orientations.io_orientation(fixed.affine)[:, 0] == 2)[0])
+    axis = head_foot(fixed.affine)
     both = foreground(fixed.values) & foreground(shown.values)
     spots = full_slices(both, axis, 3) or [fixed.shape[axis] // 2]
     index = spots[min(where, len(spots) - 1)]

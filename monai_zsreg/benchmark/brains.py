@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from monai_zsreg.benchmark.pairs import Pair
 from monai_zsreg.benchmark.perturb import draw, limits_of, padding
 from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume
 
-__all__ = ["ROWS", "STRESS", "Slicing", "brain_cases"]
+__all__ = ["ROWS", "STRESS", "brain_cases", "full_slices", "head_foot"]
 
 STRESS = {
     "noise": "5 % noise in both images",
@@ -45,28 +44,19 @@ ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Slicing:
-    """Which slices of volumes 2D rows use."""
+def head_foot(affine: np.ndarray) -> int:
+    """The array axis nearest to the one from head to foot, of a 3D image."""
+    return int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0])
 
-    slices: int = 5  # of a volume and plane
-    planes: tuple[str, ...] = ("axial",)  # or coronal, sagittal
-    min_side: int = 128  # no perturbation in pixels suits smaller ones
 
-    def spots(self, image: Volume) -> list[tuple[int, int]]:
-        """Axis and index of each slice."""
-        codes = nib.orientations.io_orientation(image.affine)[:, 0]
-        names = {2: "axial", 1: "coronal", 0: "sagittal"}
-        seen = foreground(image.values)
-        spots = []
-        for plane in self.planes:
-            axis = next(a for a in range(3) if names[int(codes[a])] == plane)
-            sides = [n for a, n in enumerate(image.shape) if a != axis]
-            one, two = np.delete(image.spacing, axis)
-            # pixels are the unit in 2D, so they must be square
-            if min(sides) >= self.min_side and 0.95 < one / two < 1.05:
-                spots += [(axis, index) for index in full_slices(seen, axis, self.slices)]
-        return spots
+def _axial_slices(image: Volume, count: int, min_side: int) -> list[tuple[int, int]]:
+    """Axis and index of the slices that 2D rows use."""
+    axis = head_foot(image.affine)
+    one, two = np.delete(image.spacing, axis)
+    # pixels are the unit in 2D, so they must be square
+    if min(np.delete(image.shape, axis)) < min_side or not 0.95 < one / two < 1.05:
+        return []
+    return [(axis, index) for index in full_slices(foreground(image.values), axis, count)]
 
 
 def full_slices(mask: np.ndarray, axis: int, count: int) -> list[int]:
@@ -76,7 +66,9 @@ def full_slices(mask: np.ndarray, axis: int, count: int) -> list[int]:
     return sorted({int(good[round(q)]) for q in np.linspace(0, len(good) - 1, count + 2)[1:-1]}) if len(good) else []
 
 
-def brain_cases(row: Row, pairs: Iterable[Pair], count: int, seed: int, slicing: Slicing | None = None) -> list[Case]:
+def brain_cases(
+    row: Row, pairs: Iterable[Pair], count: int, seed: int, slices: int = 5, min_side: int = 128
+) -> list[Case]:
     """The first ``count`` cases of a row, subjects taking turns.
 
     Args:
@@ -84,12 +76,12 @@ def brain_cases(row: Row, pairs: Iterable[Pair], count: int, seed: int, slicing:
         pairs: pairs in one direction; both directions are used.
         count: number of cases. Pairs repeat with fresh transforms when there are fewer.
         seed: seed of the run.
-        slicing: which slices (2D).
+        slices: of a volume (2D).
+        min_side: of a slice, pixels: no perturbation in pixels suits smaller ones.
 
     Returns:
         At most ``count`` cases; none where no pair suits the row.
     """
-    slicing = slicing or Slicing()
     by_subject: dict[str, list[tuple[Pair, int | None, int | None]]] = {}
     for pair in pairs:
         if pair.kind != row.kind:
@@ -100,7 +92,7 @@ def brain_cases(row: Row, pairs: Iterable[Pair], count: int, seed: int, slicing:
             if image.dims < row.dims or (row.protocol == "skull" and not _has_skull(pair)):
                 continue
             if image.dims > row.dims:
-                spots = [*slicing.spots(image)]
+                spots = [*_axial_slices(image, slices, min_side)]
         directions = (pair,) if row.kind == "between" else (pair, pair.reversed())
         by_subject.setdefault(pair.subject, []).extend((p, *spot) for p in directions for spot in spots)
     queues = []
@@ -156,19 +148,19 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     if protocol == "cavity":
         moving = damage.blacken_cavity(moving, mask, rng)
     shape = tuple(int(n) for n in fixed.shape + 2 * pad)
-    head_foot = int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0]) if dims == 3 else 0
+    along = head_foot(affine) if dims == 3 else 0
     pull = np.linalg.inv(truth)
     if protocol in ("thick", "stack"):
-        shown = damage.thick_slices(moving, shape, affine, pull, head_foot, 4.0 if protocol == "stack" else 5.0)
+        shown = damage.thick_slices(moving, shape, affine, pull, along, 4.0 if protocol == "stack" else 5.0)
     else:
         shown = moved(moving, shape, affine, pull)
     if protocol == "cut":
-        shown = damage.cut_end(shown, head_foot, 1 / 3, bool(rng.integers(2)))
+        shown = damage.cut_end(shown, along, 1 / 3, bool(rng.integers(2)))
     if protocol == "stack":
-        first, last = damage.seen_slices(shown, head_foot)
+        first, last = damage.seen_slices(shown, along)
         count = min(int(rng.integers(4, 13)), last - first)
         start = int(rng.integers(first, last - count + 1))
-        shown = damage.crop(shown, head_foot, start, start + count)
+        shown = damage.crop(shown, along, start, start + count)
     around = [(int(p), int(p)) for p in pad]
     still = np.pad(fixed.values, around, constant_values=background_value(fixed.values))
     seen = np.pad(mask, around)
@@ -178,8 +170,8 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
 
     shift = np.eye(dims + 1)
     if pair.residual is not None:
-        along = np.array(pair.residual) / read_volume(pair.fixed).spacing
-        shift[:-1, -1] = fixed.affine[:-1, :-1] @ (along if axis is None else np.delete(along, axis))
+        steps = np.array(pair.residual) / read_volume(pair.fixed).spacing
+        shift[:-1, -1] = fixed.affine[:-1, :-1] @ (steps if axis is None else np.delete(steps, axis))
     known = pair.residual is not None or case.row.kind != "real"
     return Sample(
         fixed=one,

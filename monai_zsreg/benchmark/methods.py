@@ -58,9 +58,7 @@ def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.nda
     options |= {"device": task.device, "vgg19_weights": task.vgg19_weights, "seed": task.seed}
 
     def run() -> tuple[np.ndarray, Callable[[], Answer]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = register(*images, preset=preset, transform=task.transform, **options)
+        result = register(*images, preset=preset, transform=task.transform, **options)
         return result.affine, lambda: _own_word(result, fixed)
 
     return run
@@ -78,7 +76,7 @@ def _own_word(result: Any, fixed: Volume) -> Answer:
 
 
 def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
-    """The headers' word."""
+    """What the headers say."""
     return lambda: np.eye(fixed.dims + 1)
 
 
@@ -150,7 +148,8 @@ class Method:
 
 def _serve(pipe: Any, family: str) -> None:
     """Answer tasks until the other end closes."""
-    # what libraries print is not ours
+    # what libraries print is not ours, and what ours warns of is in its answer
+    warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     warm: set[int] = set()
     with suppress(EOFError, KeyboardInterrupt):

@@ -69,7 +69,7 @@ def plot_figure4(results: pd.DataFrame, path: Path) -> None:
 
 
 def plot_capture(results: pd.DataFrame, path: Path) -> None:
-    """Share of successes against rotation and against shift, 2D above, 3D below, with Wilson's intervals.
+    """Fraction of successes against rotation and against shift, 2D above, 3D below, with Wilson's intervals.
 
     Stress rows are left out: they fail for other reasons.
     """

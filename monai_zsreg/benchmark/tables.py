@@ -50,7 +50,7 @@ shear), `so3` (any rotation; 50 mm, or a third of the image in 2D), `natural`: p
 top of `paper` (2D) or `mild` (3D): {"; ".join(f"`{key}`: {text}" for key, text in STRESS.items())}. `anatomies` and
 `slices`: only the moving header is moved: `given` not at all, `p10` by 10 degrees and 10 mm, `p30` by 30 degrees and
 20 mm, `any` by 90 to 180 degrees, `cut` as `p10` with a third of the moving image cut off. `retina`: photographs of one
-retina that share a part of their fields of view.
+retina whose fields of view overlap in part.
 """
 _CHANGE_NOTES = """
 Mean of after minus before. Each image is scaled by its own 0.5 and 99.5 percentiles to [0, 1]; SSIM, MI and MSE are

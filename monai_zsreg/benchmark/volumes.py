@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -135,8 +134,10 @@ def moved(
 
 def labels_dice(fixed: Volume, moving: Volume, matrix: np.ndarray) -> float:
     """Mean Dice over the labels that both images have, the moving labels by nearest neighbor on the fixed grid."""
-    still = np.rint(fixed.values).astype(int)
-    shown = np.rint(moved(moving, fixed.shape, fixed.affine, matrix, order=0, fill=0.0).values).astype(int)
-    shared = set(np.unique(still)) & set(np.unique(np.rint(moving.values).astype(int))) - {0}
-    scores = [2 * ((still == k) & (shown == k)).sum() / ((still == k).sum() + (shown == k).sum()) for k in shared]
-    return float(np.mean(scores)) if scores else math.nan
+    import torch
+
+    from monai_zsreg.metrics import label_dice
+
+    shown = moved(moving, fixed.shape, fixed.affine, matrix, order=0, fill=0.0)
+    still = np.where(np.isin(fixed.values, moving.values), fixed.values, 0)
+    return label_dice(torch.from_numpy(still), torch.from_numpy(shown.values))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM: folders, and files with many frames, through dcm2niix.
+"""DICOM: folders and enhanced files through dcm2niix, other files by pydicom and ITK.
 
 dcm2niix knows the vendors: it tells series, times, echoes and mosaics apart and decodes their pixels. A NIfTI file
 states one spacing and (as dcm2niix writes it) no gantry tilt, so where the slices lie is taken from the DICOM headers.
+Of a file of its own ITK says where it lies, and pydicom what it holds: ITK takes masks of one bit for bytes and turns
+MONOCHROME1 around, which neither dcm2niix nor pydicom does.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from monai_zsreg.io.readers import Stored, from_nibabel, read_itk
 __all__ = ["is_dicom", "read_dicom_file", "read_dicom_folder"]
 
 _TAGS = [
+    "SOPClassUID",
+    "BitsAllocated",
     "SeriesInstanceUID",
     "StudyDate",
     "StudyTime",
@@ -36,6 +40,7 @@ _TAGS = [
     "PerFrameFunctionalGroupsSequence",
     "SharedFunctionalGroupsSequence",
 ]
+_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 # of the distance of two slices: what rounding in headers may leave
 _EVEN = 0.02
 # of the usual distance of two slices: farther ones have slices missing between them
@@ -65,18 +70,87 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_dicom_file(path: Path) -> Stored:
-    """One file: an image in 2D, a volume or a series of them where it has many frames."""
-    header = _header(path)
-    if header is not None and "PerFrameFunctionalGroupsSequence" in header:
-        return _one_of(_converted(path, [header]), path, None)
+    """One file: an image in 2D, a volume or a series of them where it has many frames, or a segmentation.
+
+    Raises:
+        Exception: what pydicom, dcm2niix or ITK raise for a file that they cannot read.
+    """
+    import pydicom
+
+    data: Any = pydicom.dcmread(path, force=True)
+    kind = data.get("SOPClassUID", data.file_meta.get("MediaStorageSOPClassUID"))
+    if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(data.dir()):
+        raise ValueError(f"a DICOM file without pixels ({getattr(kind, 'name', 'of no stated kind')})")
+    if kind == _SEGMENTATION:
+        return _segmentation(data)
+    if "PerFrameFunctionalGroupsSequence" in data and "SeriesInstanceUID" in data:
+        return _one_of(_converted(path, [data]), path, None)
     stored = read_itk(path)
-    spaced = header is None or "SpacingBetweenSlices" in header or "GridFrameOffsetVector" in header
-    if stored.channels.ndim == 4 and stored.channels.shape[-1] > 1 and not spaced:
+    pixels = _pixels(data)
+    if pixels is not None and pixels.shape == stored.channels.shape:
+        stored.channels = pixels
+        stored.meta["dtype"] = pixels.dtype.name
+    spaced = "SpacingBetweenSlices" in data or "GridFrameOffsetVector" in data
+    if stored.channels.shape[-1] > 1 and not spaced:
         # frames without a distance from one to the next are a film
         if len(stored.channels) > 1:
             raise ValueError("a film in color: save a frame, or the film in gray")
         stored.channels = np.moveaxis(stored.channels, -1, 1)[0][..., None]
     return stored
+
+
+def _pixels(data: Any) -> np.ndarray | None:
+    """``[C, columns, rows, frames]`` in the unit that the file states; None for what ITK decodes and pydicom does not.
+
+    That is some compressed pixels, color palettes, and color stated as luminance and chrominance.
+    """
+    if data.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2", "RGB"):
+        return None
+    try:
+        array = np.asarray(data.pixel_array)
+    except Exception:  # it raises many things where a decoder is missing, and ITK says what is wrong otherwise
+        return None
+    slope, intercept = float(data.get("RescaleSlope", None) or 1), float(data.get("RescaleIntercept", None) or 0)
+    if (slope, intercept) != (1.0, 0.0):
+        array = array * slope + intercept
+        if slope.is_integer() and intercept.is_integer() and np.abs(array).max() < 2**31:
+            array = array.astype(np.int16 if np.abs(array).max() < 2**15 else np.int32)
+    return array.reshape(-1, data.Rows, data.Columns, data.SamplesPerPixel).T
+
+
+def _segmentation(data: Any) -> Stored:
+    """A segmentation as one label image: the numbers of its segments, 0 where there is none."""
+    numbers = [
+        int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        for frame in data.PerFrameFunctionalGroupsSequence
+    ]
+    if data.SegmentationType != "BINARY":
+        raise ValueError(f"a segmentation of type {data.SegmentationType} instead of BINARY")
+    planes, points = (np.array(part, dtype=np.float64) for part in zip(*_frames(data), strict=True))
+    measures = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    axes, points = flip_points(planes[0].reshape(2, 3)), flip_points(points)
+    normal = np.cross(*axes)
+    along = (points - points[0]) @ normal
+    levels = np.unique(np.round(along, 3))
+    # empty slices are left out
+    step = float(np.diff(levels).min()) if len(levels) > 1 else float(measures.get("SpacingBetweenSlices", 1.0))
+    index = (along - along.min()) / step
+    apart = np.abs(points - points[0] - np.outer(along, normal)).max()
+    if np.ptp(planes, axis=0).max() > 1e-4 or apart > _EVEN * step or np.abs(index - index.round()).max() > _EVEN:
+        raise ValueError("a segmentation whose frames are not even steps along one normal")
+    masks = np.asarray(data.pixel_array).reshape(-1, data.Rows, data.Columns) > 0
+    if len(masks) != len(numbers):
+        raise ValueError(f"{len(masks)} frames of a segmentation and the places of {len(numbers)}")
+    labels = np.zeros((data.Columns, data.Rows, round(index.max()) + 1), dtype=np.min_scalar_type(max(numbers)))
+    for number, level, mask in zip(numbers, index.round().astype(int), masks, strict=True):
+        if labels[..., level][mask.T].any():
+            raise ValueError("a segmentation whose segments overlap")
+        labels[..., level][mask.T] = number
+    affine = np.eye(4)
+    rows, columns = (float(size) for size in measures.PixelSpacing)
+    affine[:3, :3] = np.stack([axes[0] * columns, axes[1] * rows, normal * step], axis=1)
+    affine[:3, 3] = points[along.argmin()]
+    return Stored(labels[None], affine, {"dtype": labels.dtype.name, "unit": "mm"})
 
 
 def read_dicom_folder(folder: Path, choice: str | None) -> Stored:
@@ -90,6 +164,9 @@ def read_dicom_folder(folder: Path, choice: str | None) -> Stored:
         ValueError: no image; several series and no choice; slices that do not form a volume.
     """
     headers = [header for header in map(_header, sorted(folder.iterdir())) if header is not None]
+    if any(header.get("BitsAllocated") == 1 for header in headers):
+        # which dcm2niix takes for bytes
+        raise ValueError("the folder holds masks of one bit: name the file of one")
     return _one_of(_converted(folder, headers), folder, choice)
 
 

@@ -305,6 +305,8 @@ def _from_stored(stored: Stored, name: str) -> Image:
 
 def _checked(values: Tensor, affine: Any, meta: dict[str, Any], name: str) -> Image:
     """The image, in 2D where it is a single slice."""
+    while values.ndim > 4 and values.shape[-1] == 1:  # time and what comes after it, as NIfTI has them
+        values = values.squeeze(-1)
     shape = tuple(values.shape)
     if values.ndim not in (3, 4):
         raise RegistrationError(name, shape, "a channel-first image with 2 or 3 spatial dimensions")

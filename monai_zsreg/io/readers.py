@@ -6,6 +6,7 @@ Every reader gives a `Stored` image. ITK takes seconds to import, so it is the l
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -111,13 +112,24 @@ def _read_picture(path: Path) -> Stored | None:
 
 
 def read_itk(path: Path) -> Stored:
-    """Whatever ITK reads."""
+    """Whatever ITK reads.
+
+    Raises:
+        ValueError: ITK does not read it.
+    """
     import itk
 
     try:
-        image, stored_type = itk.imread(str(path)), None
-    except (TypeError, KeyError):  # ITK's Python knows not every type of pixel
-        image, stored_type = _read_as_doubles(itk, str(path))
+        try:
+            image, stored_type = itk.imread(str(path)), None
+        except (TypeError, KeyError):  # ITK's Python knows not every type of pixel
+            image, stored_type = _read_as_doubles(itk, str(path))
+    except RuntimeError as error:
+        if "Could not create IO object" in str(error):
+            raise ValueError("its format is not known, or the file is damaged") from error
+        # without the places in ITK's sources
+        reason = re.sub(r"\S*/(ITK|GDCM)\S*|\S*\.(cxx|h|hxx):\d+\S*|\w+\(0x\w+\):|ITK ERROR:?|\(\):", "", str(error))
+        raise ValueError(f"ITK does not read it: {reason.strip()}") from error
     dims = int(image.GetImageDimension())
     # from [z, y, x, components] to [components, x, y, z]
     array = itk.array_from_image(image).T

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of registration: similarity of images, target registration error, and intervals for both.
+"""Measures of registration: similarity of images, target registration error, and success rates.
 
 `SimilarityMetric` and `TREMetric` are MONAI metrics; MONAI is imported when one is asked for.
 """

@@ -103,8 +103,7 @@ def label_dice(fixed: Tensor, moved: Tensor) -> float:
     """Mean Dice over the labels that the fixed label image has, 0 left out; a label that ``moved`` lacks counts as 0.
 
     Args:
-        fixed: ``[1, *spatial]``, whole numbers.
-        moved: likewise, on the same grid.
+        fixed, moved: ``[1, *spatial]``, whole numbers, on one grid.
 
     Raises:
         RegistrationError: no labels, or shapes that differ.

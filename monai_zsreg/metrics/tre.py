@@ -48,8 +48,7 @@ def target_registration_error(
     """Distance between where two transforms put the same points of the fixed image.
 
     Args:
-        affine: ``(D+1, D+1)``, the estimate.
-        truth: ``(D+1, D+1)``.
+        affine, truth: ``(D+1, D+1)``.
         points: ``[N, D]``, fixed world, RAS mm.
 
     Returns:
@@ -102,8 +101,7 @@ def foreground_tre(
     position, so along each row of voxels it is largest at the first or last foreground voxel.
 
     Args:
-        affine: ``(D+1, D+1)``, the estimate.
-        truth: ``(D+1, D+1)``.
+        affine, truth: ``(D+1, D+1)``.
         fixed: ``[C, *spatial]``, normally a ``MetaTensor``; a plain tensor counts as 1 mm voxels.
         mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. None: `foreground_mask` of
             ``fixed``, or all of it where that is empty.

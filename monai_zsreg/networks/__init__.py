@@ -5,7 +5,7 @@ from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import TRANSFORMS, LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
 from monai_zsreg.networks.resampler import AffineResampler
-from monai_zsreg.networks.vgg import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, VGG19Features
+from monai_zsreg.networks.vgg import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, VGG19Features, bundled_vgg19
 from monai_zsreg.networks.zero_shot import AffineEstimate, Status, ZeroShotAffineNet
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "Status",
     "VGG19Features",
     "ZeroShotAffineNet",
+    "bundled_vgg19",
 ]

@@ -92,7 +92,7 @@ class KeypointDetector(nn.Module):
     whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
     taken inside the foreground alone, and the negative is lifted by ``level``, so that the brightest tissue does not
     vanish in the background. Maps that answer to an empty image as strongly as to anything in the picture then give no
-    keypoint: it would be the middle of the frame in both images, a vote for "not moved".
+    keypoint: it would be the center of the frame in both images, a vote for "not moved".
 
     Args:
         features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``, with an attribute ``out_channels``.

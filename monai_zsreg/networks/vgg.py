@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.io.files import atomic_path
 
-__all__ = ["IMAGENET", "UNTRAINED_FOR_CHECKS_ONLY", "VGG19Features", "cached_weights_path", "vgg19_filters"]
+__all__ = [
+    "IMAGENET",
+    "UNTRAINED_FOR_CHECKS_ONLY",
+    "VGG19Features",
+    "bundled_vgg19",
+    "cached_weights_path",
+    "vgg19_filters",
+]
 
 IMAGENET = "imagenet"
 UNTRAINED_FOR_CHECKS_ONLY = "UNTRAINED_RANDOM_FILTERS_FOR_TOOL_CHECKS_ONLY"
@@ -110,6 +117,16 @@ class VGG19Features(nn.Module):
         for buffer, name in zip(buffers, _SHAPES, strict=True):
             buffer.copy_(state[name])
         self.loaded = True
+
+
+def bundled_vgg19(bundle_root: str | os.PathLike) -> str | None:
+    """The file that MONAI's ``download_large_files`` puts into a bundle, or None where it is not there.
+
+    Args:
+        bundle_root: folder of the bundle.
+    """
+    path = Path(bundle_root) / "models" / "vgg19-dcbb9e9d.pth"
+    return str(path) if path.is_file() else None
 
 
 def cached_weights_path() -> Path:

@@ -385,7 +385,7 @@ def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: T
 
 def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 1e-4) -> Tensor:
     """True ``[B]`` where unit points spread along one direction by less than ``ratio`` of another, or than ``least``:
-    keypoints of a constant image all lie at its middle but for rounding."""
+    keypoints of a constant image all lie at its center but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
     centered = ((points - (weight * points).sum(dim=1, keepdim=True) / total) * weight).double()

@@ -22,28 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_zsreg.foreground import grown, seen_region
+from monai_zsreg.geometry import Grid, nearest_axes, pooled_grid
 from monai_zsreg.registration.search import from_quaternions, rotation_matrices
+from monai_zsreg.registration.side import Level
 
-__all__ = ["Candidates", "correlate", "seen_region"]
+__all__ = ["Candidates", "correlate"]
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Transforms to refine, best first, no two of them alike.
 
+    The best score of a pair that belongs together mostly stands 0.1 to 0.5 above the second. That of a mirror image of
+    a symmetric body does so as well.
+
     Attributes:
         transform: ``[K, D+1, D+1]`` float64 on the CPU, fixed world to moving world.
         score: ``[K]`` correlation of the edge orientations over the overlap, 1 for the same image, less where the
             overlap is small.
-        overlap: ``[K]`` part of the smaller of the two seen regions that lies in the other.
-        margin: how far the best score stands above the second; the others all lie apart from it. Pairs that belong
-            together mostly stand 0.1 to 0.5 above. A mirror image of a symmetric body stands out as well.
     """
 
     transform: Tensor
     score: Tensor
-    overlap: Tensor
-    margin: float
 
 
 # lattice points along the longest side of the smaller image: of the correlation, with a limit of the rotations and
@@ -83,12 +84,8 @@ _POINTS = 1200
 
 @torch.no_grad()
 def correlate(
-    fixed: Tensor,
-    moving: Tensor,
-    fixed_affine: Tensor,
-    moving_affine: Tensor,
-    fixed_seen: Tensor | None = None,
-    moving_seen: Tensor | None = None,
+    fixed: Level,
+    moving: Level,
     *,
     reach: float | None = 45.0,
     scales: tuple[float, ...] = (1.0,),
@@ -98,34 +95,25 @@ def correlate(
     """Find where two images may belong, whatever their positions.
 
     Args:
-        fixed: values, ``[*spatial]``, 2D or 3D, of any resolution: they are averaged here.
-        moving: likewise, on the same device.
-        fixed_affine: ``(D+1, D+1)`` float64, index to world, mm.
-        moving_affine: likewise.
-        fixed_seen: what the image shows, bool ``[*spatial]``; None for all of it. See `seen_region`.
-        moving_seen: likewise.
+        fixed: the fixed image, of any resolution: it is averaged here.
+        moving: the moving image, on the same device.
         reach: largest rotation from the headers' word, degrees; None for every rotation.
         scales: lengths in the moving world over those in the fixed world to try.
         count: largest number of candidates.
         seed: of the random draws that improve the candidates.
     """
-    pairs = ((fixed, fixed_affine, fixed_seen), (moving, moving_affine, moving_seen))
-    sides = [_sides(values, affine) for values, affine, _ in pairs]
+    sides = [_sides(fixed.grid), _sides(moving.grid)]
     # the smaller one turns, in the smaller box
     swap = float(sides[0].norm()) < float(sides[1].norm())
     step = _step(sides[swap], sides[not swap], reach)
-    maps = [_Maps.of(values.float(), affine.double().cpu(), seen, step) for values, affine, seen in pairs]
+    maps = [_Maps.of(image, step) for image in (fixed, moving)]
     still, turned = reversed(maps) if swap else maps
     factors = [1 / s for s in scales] if swap else list(scales)
     transforms, scores = _scan(still, turned, step, reach, factors)
-    transforms = _apart(transforms, scores, still, 1.5 * step, 2 * count)[0]
-    free = len(scales) > 1
-    transforms, scores, overlaps = _improve(transforms, still, turned, step, free, seed)
-    transforms, scores, chosen = _apart(transforms, scores, still, 2.5 * step, count)
-    margin = float(scores[0] - scores[1]) if len(scores) > 1 else 1.0
-    if swap:
-        transforms = torch.linalg.inv(transforms)
-    return Candidates(transforms, scores, overlaps[chosen], margin)
+    transforms, _ = _apart(transforms, scores, still, 1.5 * step, 2 * count)
+    transforms, scores = _improve(transforms, still, turned, step, len(scales) > 1, seed)
+    transforms, scores = _apart(transforms, scores, still, 2.5 * step, count)
+    return Candidates(torch.linalg.inv(transforms) if swap else transforms, scores)
 
 
 def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
@@ -137,118 +125,58 @@ def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
     return step * max(1.0, float((whole / step).prod()) / largest[dims]) ** (1 / dims)
 
 
-def seen_region(values: Tensor, finite: Tensor | None = None, border: int = 2) -> Tensor:
-    """What an image shows: all but the darkness that begins at its rim, as outside a camera's circle or in padding.
-
-    The border between the two is no structure of the object, and gradients across it mislead: it is left out too.
-
-    Args:
-        values: ``[*spatial]``.
-        finite: where they are numbers, bool ``[*spatial]``; None for everywhere.
-        border: voxels to leave out along the darkness.
-
-    Returns:
-        bool ``[*spatial]``; all True where hardly anything would remain.
-    """
-    dims = values.ndim
-    known = torch.ones_like(values, dtype=torch.bool) if finite is None else finite
-    inside = values[known]
-    if inside.numel() == 0:
-        return torch.ones_like(known)
-    ends = torch.tensor([0.005, 0.995], dtype=torch.float32, device=values.device)
-    low, high = torch.quantile(inside[:: 1 + inside.numel() // 1_000_000].float(), ends)
-    dark = (values <= low + 0.03 * (high - low)) | ~known
-    rim = torch.zeros_like(dark)
-    for axis in range(dims):
-        rim.select(axis, 0).fill_(True)
-        rim.select(axis, values.shape[axis] - 1).fill_(True)
-    reached, size = dark & rim, -1
-    while int(reached.sum()) != size:
-        size = int(reached.sum())
-        for _ in range(8):
-            reached = _grown(reached) & dark
-    for _ in range(border):
-        reached = _grown(reached)
-    seen = ~reached & known
-    return seen if float(seen.float().mean()) > 0.02 else known
-
-
-def _grown(mask: Tensor) -> Tensor:
-    """A mask and its neighbors along the axes."""
-    result = mask.clone()
-    for axis in range(mask.ndim):
-        n = mask.shape[axis] - 1
-        result.narrow(axis, 1, n).logical_or_(mask.narrow(axis, 0, n))
-        result.narrow(axis, 0, n).logical_or_(mask.narrow(axis, 1, n))
-    return result
-
-
 @dataclass(frozen=True)
 class _Maps:
     """Edge orientations of an image.
 
     Attributes:
         values: ``[P + 1, *spatial]``: the upper triangle of the tensor along world axes, and what part is seen.
-        affine: ``(D+1, D+1)`` float64, index to world.
-        sides: ``[D]`` lengths of the field of view, mm.
+        grid: their lattice.
     """
 
     values: Tensor
-    affine: Tensor
-    sides: Tensor
+    grid: Grid
 
     @classmethod
-    def of(cls, values: Tensor, affine: Tensor, seen: Tensor | None, step: float) -> _Maps:
-        dims = values.ndim
-        sides = _sides(values, affine)
-        spacing = affine[:dims, :dims].norm(dim=0)
-        factors = [
-            max(1, min(round(step / _FINER / float(s)), n // 4)) for s, n in zip(spacing, values.shape, strict=True)
-        ]
+    def of(cls, image: Level, step: float) -> _Maps:
+        grid = image.grid
+        dims = grid.dims
+        factors = [max(1, min(round(step / _FINER / s), n // 4)) for s, n in zip(grid.spacing, grid.shape, strict=True)]
+        grid = pooled_grid(grid, factors)
         average = F.avg_pool2d if dims == 2 else F.avg_pool3d
-        if seen is None:
-            values = average(values.nan_to_num(0.0, 0.0, 0.0)[None, None], factors)[0, 0]
-            weight = torch.ones_like(values)
-        else:
-            weight = average(seen.to(values)[None, None], factors)[0, 0]
-            values = average(torch.where(seen, values, 0.0).nan_to_num(0.0, 0.0, 0.0)[None, None], factors)[0, 0]
-            values = values / weight.clamp(min=1e-6)
-            # a gradient needs both its neighbors
-            weight = (~_grown(weight < 0.99)).to(values)
-        affine = affine @ _scaling(factors)
-        spacing = affine[:dims, :dims].norm(dim=0)
+        values = image.values.float()
+        seen = seen_region(values)
+        weight = average(seen.to(values)[None, None], factors)[0, 0]
+        values = average(torch.where(seen, values, 0.0)[None, None], factors)[0, 0] / weight.clamp(min=1e-6)
+        # a gradient needs both its neighbors
+        weight = (~grown(weight < 0.99)).to(values)
         along = [
             torch.gradient(values, dim=axis)[0] if n > 1 else torch.zeros_like(values)
             for axis, n in enumerate(values.shape)
         ]
-        to_world = torch.linalg.inv(affine[:dims, :dims]).mT.to(values)
+        to_world = torch.linalg.inv(grid.affine[:dims, :dims]).mT.to(values)
         gradient = torch.einsum("ij,j...->i...", to_world, torch.stack(along))
         energy = gradient.square().sum(0)
         typical = (energy * weight).sum() / weight.sum().clamp(min=1)
         gradient = gradient / (energy + _FAINT * typical + 1e-30).sqrt()
         tensor = torch.stack([gradient[i] * gradient[j] for i, j in _upper(dims)] + [torch.ones_like(values)])
-        smooth = _smoothed(tensor * weight, [float(0.5 * step / s) for s in spacing])
+        smooth = _smoothed(tensor * weight, [0.5 * step / s for s in grid.spacing])
         share = smooth[-1:]
-        return cls(torch.cat([smooth[:-1] / share.clamp(min=1e-6), share]), affine, sides)
+        return cls(torch.cat([smooth[:-1] / share.clamp(min=1e-6), share]), grid)
 
     @property
     def dims(self) -> int:
-        return self.values.ndim - 1
+        return self.grid.dims
 
     @property
-    def center(self) -> Tensor:
-        """Middle of the field of view, world."""
-        middle = torch.tensor([(n - 1) / 2 for n in self.values.shape[1:]] + [1.0], dtype=torch.float64)
-        return (self.affine @ middle)[:-1]
+    def sides(self) -> Tensor:
+        return _sides(self.grid)
 
     @property
     def axes(self) -> Tensor:
-        """The nearest orthonormal, right-handed axes, ``(D, D)`` columns."""
-        linear = self.affine[: self.dims, : self.dims]
-        u, _, vt = torch.linalg.svd(linear / linear.norm(dim=0))
-        if float(torch.linalg.det(u @ vt)) < 0:
-            u = torch.cat([u[:, :-1], -u[:, -1:]], dim=1)
-        return u @ vt
+        """Orthonormal, right-handed axes near the grid's, ``(D, D)`` columns."""
+        axes = nearest_axes(self.grid)
+        return axes * torch.tensor([1.0] * (self.dims - 1) + [float(torch.linalg.det(axes).sign())])
 
     def volume(self) -> float:
         """Of what is seen, mm to the power of D."""
@@ -276,17 +204,9 @@ class _Maps:
         return channels, (inside & (found[:, -1] > 0.5)).to(found)
 
 
-def _sides(values: Tensor, affine: Tensor) -> Tensor:
+def _sides(grid: Grid) -> Tensor:
     """Lengths of the field of view, ``[D]`` float64."""
-    dims = values.ndim
-    return affine[:dims, :dims].double().cpu().norm(dim=0) * torch.tensor(values.shape, dtype=torch.float64)
-
-
-def _scaling(factors: list[int]) -> Tensor:
-    """Indices of blocks of voxels to those of the voxels."""
-    matrix = torch.diag(torch.tensor([*factors, 1], dtype=torch.float64))
-    matrix[:-1, -1] = torch.tensor([(f - 1) / 2 for f in factors], dtype=torch.float64)
-    return matrix
+    return torch.tensor([n * s for n, s in zip(grid.shape, grid.spacing, strict=True)], dtype=torch.float64)
 
 
 def _upper(dims: int) -> list[tuple[int, int]]:
@@ -344,8 +264,8 @@ def _lattice(axes: Tensor, center: Tensor, shape: tuple[int, ...], step: float) 
 def _on_lattice(maps: _Maps, axes: Tensor, shape: tuple[int, ...], step: float) -> tuple[Tensor, Tensor, Tensor]:
     """The maps on lattices about their middle: mean-free channels ``[N, C, *shape]``, what is seen, and matrices."""
     dims, device = maps.dims, maps.values.device
-    world = _lattice(axes, maps.center, shape, step)
-    index = (torch.linalg.inv(maps.affine) @ world).to(device, torch.float32)
+    world = _lattice(axes, maps.grid.center, shape, step)
+    index = (torch.linalg.inv(maps.grid.affine) @ world).to(device, torch.float32)
     ticks = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32, device=device) for n in shape])
     points = ticks @ index[:, :dims, :dims].mT + index[:, None, :dims, dims]
     # the maps are smooth and their grid is finer than the lattice: the nearest of its points will do
@@ -430,30 +350,20 @@ def _normalized(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: 
 
 
 def _good_size(least: int) -> int:
-    """The next product of 2, 3 and 5, with little odd in it, that transforms are quick for."""
-    size = least
-    while True:
-        rest = size
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return size
-        size += 1
+    """The next even number without a prime factor above 11: transforms of such sizes are quick."""
+    size = least + least % 2
+    while pow(2 * 3 * 5 * 7 * 11, 64, size) > 0:
+        size += 2
+    return size
 
 
 @lru_cache
 def _lattice_rotations(dims: int) -> Tensor:
     """Rotations that take a cubic lattice onto itself, ``[G, D, D]``: 4 in 2D, 24 in 3D; the identity first."""
-    found = []
-    for order in permutations(range(dims)):
-        for signs in product((1.0, -1.0), repeat=dims):
-            matrix = torch.zeros(dims, dims, dtype=torch.float64)
-            for row, (column, sign) in enumerate(zip(order, signs, strict=True)):
-                matrix[row, column] = sign
-            if float(torch.linalg.det(matrix)) > 0:
-                found.append(matrix)
-    return torch.stack(found)
+    axes = torch.eye(dims, dtype=torch.float64)
+    signs = [torch.tensor(sign, dtype=torch.float64) for sign in product((1.0, -1.0), repeat=dims)]
+    found = torch.stack([axes[list(order)] * sign for order in permutations(range(dims)) for sign in signs])
+    return found[torch.linalg.det(found) > 0]
 
 
 @lru_cache
@@ -462,65 +372,38 @@ def _rotations(dims: int, reach: float | None, number: int) -> Tensor:
 
     Without a limit, ``number`` of them come with the rotations of the lattice, and only one of each such set is given.
     """
-    group = _lattice_rotations(dims)
+    group = _lattice_rotations(dims) if reach is None else torch.eye(dims, dtype=torch.float64)[None]
+    number //= len(group)
     if dims == 2:
         if reach is None:
-            angles = torch.arange(number // len(group), dtype=torch.float64) * (360.0 / number)
+            angles = torch.arange(number, dtype=torch.float64) * (90.0 / number)
         else:
             steps = max(1, round(number * min(1.0, reach / 180))) | 1
             angles = torch.linspace(-reach, reach, steps, dtype=torch.float64)
             angles = angles[angles.abs().argsort()]
         return rotation_matrices(torch.deg2rad(angles)[:, None])
     generator = torch.Generator().manual_seed(0)
-    draws = F.normalize(torch.randn(100_000, 4, generator=generator, dtype=torch.float64), dim=1)
-    if reach is None:
-        others = torch.stack([_quaternion(g) for g in group])
-        number //= len(group)
-        draws = draws[:20_000]
-    else:
-        others = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-        draws = draws[draws[:, 0].abs() >= math.cos(math.radians(reach) / 2)][:20_000]
-    chosen = [torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)]
-    near = torch.zeros(len(draws), dtype=torch.float64)
+    draws = from_quaternions(F.normalize(torch.randn(100_000, 4, generator=generator, dtype=torch.float64), dim=1))
+    least = math.cos(math.radians(reach or 180))
+    draws = draws[draws.diagonal(dim1=1, dim2=2).sum(1) >= 1 + 2 * least][:20_000]
+    # the farthest from all that those chosen stand for comes next; angles by the trace of the quotient
+    chosen = [torch.eye(3, dtype=torch.float64)]
+    near = torch.full((len(draws),), -1.0, dtype=torch.float64)
     for _ in range(number - 1):
-        # all that stand for the last one, farthest point next
-        near = torch.maximum(near, (draws @ _hamilton(chosen[-1], others).mT).abs().amax(1))
+        near = torch.maximum(near, (draws.flatten(1) @ (chosen[-1] @ group).flatten(1).mT).amax(1))
         chosen.append(draws[near.argmin()])
-    # here the real part is first
-    return from_quaternions(torch.stack(chosen).roll(-1, dims=-1))
+    return torch.stack(chosen)
 
 
-def _hamilton(one: Tensor, others: Tensor) -> Tensor:
-    """Products of a quaternion with others ``[G, 4]``."""
-    w, v = one[0], one[1:]
-    real = w * others[:, :1] - (others[:, 1:] @ v)[:, None]
-    imaginary = w * others[:, 1:] + others[:, :1] * v + torch.linalg.cross(v.expand_as(others[:, 1:]), others[:, 1:])
-    return torch.cat([real, imaginary], dim=1)
-
-
-def _quaternion(matrix: Tensor) -> Tensor:
-    """Of a rotation, by the largest eigenvector of Bar-Itzhack's matrix (2000)."""
-    m = matrix
-    rows = [
-        [m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
-        [m[2, 1] - m[1, 2], m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],
-        [m[0, 2] - m[2, 0], m[0, 1] + m[1, 0], m[1, 1] - m[0, 0] - m[2, 2], m[1, 2] + m[2, 1]],
-        [m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], m[2, 2] - m[0, 0] - m[1, 1]],
-    ]
-    return torch.linalg.eigh(torch.tensor(rows, dtype=torch.float64))[1][:, -1]
-
-
-def _apart(
-    transforms: Tensor, scores: Tensor, still: _Maps, distance: float, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of each neighborhood, best first: transforms, scores and their numbers.
+def _apart(transforms: Tensor, scores: Tensor, still: _Maps, distance: float, count: int) -> tuple[Tensor, Tensor]:
+    """The best of each neighborhood, best first.
 
     Two are neighbors where they take the corners of a box half as large as the field of view to places that lie, in
     the root mean square, no more than ``distance`` apart.
     """
     dims = still.dims
     signs = torch.cartesian_prod(*[torch.tensor([-0.25, 0.25], dtype=torch.float64)] * dims)
-    corners = still.center + (signs * still.sides) @ still.axes.mT
+    corners = still.grid.center + (signs * still.sides) @ still.axes.mT
     places = corners @ transforms[:, :dims, :dims].mT + transforms[:, None, :dims, dims]
     left = scores.clone()
     chosen: list[int] = []
@@ -529,35 +412,33 @@ def _apart(
         chosen.append(top)
         gap = (places - places[top]).square().sum(-1).mean(-1).sqrt()
         left[gap <= distance] = -torch.inf
-    index = torch.tensor(chosen)
-    return transforms[index], scores[index], index
+    return transforms[chosen], scores[chosen]
 
 
 def _improve(
     transforms: Tensor, still: _Maps, turned: _Maps, step: float, free: bool, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shake candidates, each time by less, and keep what scores better: transforms, scores and overlaps."""
+) -> tuple[Tensor, Tensor]:
+    """Shake candidates, each time by less, and keep what scores better."""
     dims, device = still.dims, still.values.device
     generator = torch.Generator().manual_seed(seed)
     # points that the still image shows, on a lattice moved by a random part of a step
     shape = tuple(math.ceil(float(n)) for n in 1.6 * still.sides / step)
-    world = _lattice(still.axes[None], still.center, shape, step / 1.6)[0]
+    world = _lattice(still.axes[None], still.grid.center, shape, step / 1.6)[0]
     ticks = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in shape])
     points = (ticks + torch.rand(ticks.shape, generator=generator, dtype=torch.float64) - 0.5) @ world[:dims, :dims].mT
     points = points + world[:dims, dims]
-    to_index = torch.linalg.inv(still.affine)
+    to_index = torch.linalg.inv(still.grid.affine)
     index = points @ to_index[:dims, :dims].mT + to_index[:dims, dims]
     channels, seen = still.at(index[None].to(device, torch.float32), still.axes[None])
     shown = seen[0].cpu().nonzero()[:, 0]
     if len(shown) == 0:
-        none = torch.zeros(len(transforms), dtype=torch.float64)
-        return transforms, none, none
+        return transforms, torch.zeros(len(transforms), dtype=torch.float64)
     shown = shown[torch.randperm(len(shown), generator=generator)[:_POINTS]]
     channels, points = channels[0, :, shown.to(device)], points[shown]
     least = min(still.volume(), turned.volume()) / still.volume()
 
-    def score(trials: Tensor) -> tuple[Tensor, Tensor]:
-        index = torch.linalg.inv(turned.affine) @ trials
+    def score(trials: Tensor) -> Tensor:
+        index = torch.linalg.inv(turned.grid.affine) @ trials
         linear = trials[:, :dims, :dims]
         linear = linear / torch.linalg.det(linear).abs()[:, None, None] ** (1 / dims)
         where = points @ index[:, :dims, :dims].mT + index[:, None, :dims, dims]
@@ -571,24 +452,23 @@ def _improve(
             common, first, second = ((a * b * weight).sum((1, 2)) for a, b in ((one, two), (one, one), (two, two)))
             share = (total / len(points) / least).clamp(max=1.0)
             value = common / (first * second).clamp(min=1e-12).sqrt() * share.clamp(min=1e-3).sqrt().sqrt()
-            results.append(torch.stack([torch.where(share > _LEAST, value, -1.0), share]))
-        value, share = torch.cat(results, dim=1).cpu().double()
-        return value, share
+            results.append(torch.where(share > _LEAST, value, -1.0))
+        return torch.cat(results).cpu().double()
 
-    scores, overlaps = score(transforms)
+    scores = score(transforms)
     transforms = transforms.clone()
     for (turn, shift, scale), keep in zip(_ROUNDS, _KEEP, strict=True):
         first = scores.topk(min(keep, len(scores))).indices
         n = len(first) * _TRIALS
-        motion = _motions(n, dims, math.radians(turn), shift * step, scale if free else 0.0, still.center, generator)
+        motion = _motions(
+            n, dims, math.radians(turn), shift * step, scale if free else 0.0, still.grid.center, generator
+        )
         trials = transforms[first].repeat_interleave(_TRIALS, 0) @ motion
-        value, share = (part.view(-1, _TRIALS) for part in score(trials))
-        best, which = value.max(1)
+        best, which = score(trials).view(-1, _TRIALS).max(1)
         better = best > scores[first]
-        places, which = first[better], which[better]
-        transforms[places] = trials.view(-1, _TRIALS, dims + 1, dims + 1)[better, which]
-        scores[places], overlaps[places] = best[better], share[better, which]
-    return transforms, scores, overlaps
+        transforms[first[better]] = trials.view(-1, _TRIALS, dims + 1, dims + 1)[better, which[better]]
+        scores[first[better]] = best[better]
+    return transforms, scores
 
 
 def _motions(
@@ -599,11 +479,8 @@ def _motions(
     def draw(size: int) -> Tensor:
         return torch.randn(n, size, generator=generator, dtype=torch.float64)
 
-    spin = torch.zeros(n, dims, dims, dtype=torch.float64)
-    pairs = [(i, j) for i, j in _upper(dims) if i != j]
-    for value, (i, j) in zip(draw(len(pairs)).mT, pairs, strict=True):
-        spin[:, i, j], spin[:, j, i] = value * turn / len(pairs) ** 0.5, -value * turn / len(pairs) ** 0.5
-    linear = torch.linalg.matrix_exp(spin) * torch.exp(scale * draw(1))[:, :, None]
+    angles = 1 if dims == 2 else 3
+    linear = rotation_matrices(draw(angles) * turn / angles**0.5) * torch.exp(scale * draw(1))[:, :, None]
     result = torch.eye(dims + 1, dtype=torch.float64).repeat(n, 1, 1)
     result[:, :dims, :dims] = linear
     result[:, :dims, dims] = center - linear @ center + shift * draw(dims)

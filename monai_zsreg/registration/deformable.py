@@ -62,16 +62,20 @@ class _Likeness:
     Attributes:
         stiffness: default of the smoothing length, finest steps.
         fluid: smoothing of the equations, steps of the level.
+        ridge: what is added to the diagonal of the equations, parts of its mean: points that show little move little.
         turns: iterations that it takes to look at all channels.
     """
 
     stiffness: float
     fluid: float
+    ridge: float
     turns: int
 
 
-_INTENSITY = _Likeness(0.8, 1.0, 1)
-_DESCRIPTORS = _Likeness(2.0, 2.0, 4)
+_INTENSITY = _Likeness(0.8, 1.5, 0.5, 1)
+_DESCRIPTORS = _Likeness(2.0, 2.0, 0.3, 4)
+# how intensities are freed of their surroundings: see `_local`
+_AROUND = (2.2, 0.1)
 
 
 def register_deformable(
@@ -381,27 +385,28 @@ def _level(scene: _Scene, likeness: _Likeness, scale: int, iterations: int, shif
             for equation, slope in zip(equations[len(pairs) :], slopes, strict=True):
                 equation.addcmul_(slope, gap)
         smoothed = _resized(equations, lattice, fluid)
-        step = _solved(smoothed[: len(pairs)], smoothed[len(pairs) :], pairs)
+        step = _solved(smoothed[: len(pairs)], smoothed[len(pairs) :], pairs, likeness.ridge)
         step = step / step.norm(dim=0, keepdim=True).clamp(min=1.0) / half
         shift = _blurred(step + _pulled(shift, step), elastic)
     return shift
 
 
 def _described(image: Tensor, likeness: _Likeness) -> Tensor:
-    return _local(image, 1.6) if likeness is _INTENSITY else _mind(image)
+    return _local(image, *_AROUND) if likeness is _INTENSITY else _mind(image)
 
 
-def _local(image: Tensor, width: float) -> Tensor:
+def _local(image: Tensor, width: float, quiet: float = 1e-3) -> Tensor:
     """An image freed of its local mean and divided by its local deviation, ``[1, *n]``.
 
     Args:
         image: ``[1, *n]``.
         width: of the Gaussian that weighs the surroundings, points.
+        quiet: part of the usual variance that is added to each: what varies less is noise.
     """
     widths = [width] * (image.ndim - 1)
     mean = _blurred(image, widths)
     variance = (_blurred(image.square(), widths) - mean.square()).clamp_(min=0)
-    return (image - mean) / (variance + 1e-3 * variance.mean()).clamp_(min=1e-20).sqrt_()
+    return (image - mean) / (variance + quiet * variance.mean()).clamp_(min=1e-20).sqrt_()
 
 
 def _mind(image: Tensor) -> Tensor:
@@ -448,7 +453,7 @@ def _slopes(image: Tensor) -> list[Tensor]:
     return slopes
 
 
-def _solved(normal: Tensor, right: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+def _solved(normal: Tensor, right: Tensor, pairs: list[tuple[int, int]], part: float) -> Tensor:
     """The step of every point, ``[D, *lattice]``, points of the level.
 
     The slopes are those of the sum of both images, over two points: four times the derivative of their mean.
@@ -457,10 +462,11 @@ def _solved(normal: Tensor, right: Tensor, pairs: list[tuple[int, int]]) -> Tens
         normal: upper triangles of the normal matrices, ``[D(D + 1) / 2, *lattice]``.
         right: right-hand sides, ``[D, *lattice]``.
         pairs: which entries ``normal`` has.
+        part: see `_Likeness.ridge`.
     """
     dims = len(right)
     matrix = dict(zip(pairs, normal, strict=True))
-    ridge = 0.3 * sum(matrix[i, i].mean() for i in range(dims)).clamp(min=1e-20)
+    ridge = part * sum(matrix[i, i].mean() for i in range(dims)).clamp(min=1e-20)
     sides = [4.0 * side for side in right]
     matrix = {(i, j): entry + ridge if i == j else entry for (i, j), entry in matrix.items()}
     for i in range(dims):

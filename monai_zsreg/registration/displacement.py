@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -14,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_zsreg import resample as parts
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
 from monai_zsreg.io.displacement import read_displacement, write_displacement
+from monai_zsreg.resample import resample
 
 __all__ = ["Deformation", "determinant", "least_determinant"]
 
@@ -135,26 +134,15 @@ class Deformation:
         Returns:
             ``[C, *target.shape]`` on the device of ``values``.
         """
-        dtype = dtype or values.dtype
-        if mode not in parts.MODES:
-            raise RegistrationError("mode", mode, f"one of {', '.join(parts.MODES)}")
-        if values.is_complex() or tuple(values.shape[1:]) != source.shape:
-            found = f"{values.dtype} {tuple(values.shape)}"
-            raise RegistrationError("values", found, f"real numbers [C, *{source.shape}]")
-        fills = [parts.outside_value(c, mode, dtype) if fill is None else float(fill) for c in values]
-        pull = target.index_pull(self.affine, source)
         to_lattice = target.index_pull(torch.eye(self.dims + 1, dtype=torch.float64), self.grid)
         # the displacement as indices of the moving image
         linear = (torch.linalg.inv(source.affine) @ self.affine)[: self.dims, : self.dims]
         steps = torch.einsum("ij,j...->i...", linear.to(self.displacement), self.displacement).to(values.device)
-        result = torch.empty((len(values), *target.shape), dtype=dtype, device=values.device)
-        for block in parts._blocks(target.shape, pull.numpy(), parts._BLOCK_ON_CPU):
-            axes = [torch.arange(s.start, s.stop, dtype=torch.float64) for s in block]
-            index = torch.cartesian_prod(*axes).view(-1, self.dims)
-            shifts = _sample(steps, apply_affine(to_lattice, index).to(values.device, torch.float32))
-            places = apply_affine(pull, index).to(values.device) + shifts
-            _fill(result, block, values, places.mT, mode, fills)
-        return result
+
+        def shifts(index: Tensor) -> Tensor:
+            return _sample(steps, apply_affine(to_lattice, index).to(values.device, torch.float32))
+
+        return resample(values, source, target, self.affine, mode, fill, dtype, shifts)
 
     def save(self, path: str | os.PathLike, grid: Grid | None = None) -> None:
         """Write the whole map, ``affine`` included, as a displacement field of ITK, for ``antsApplyTransforms -t``.
@@ -269,31 +257,6 @@ def _sample(field_: Tensor, index: Tensor) -> Tensor:
         field_[None], where.view(1, *[1] * (dims - 1), -1, dims), padding_mode="border", align_corners=False
     )
     return found.view(len(field_), -1).mT.to(index)
-
-
-def _fill(
-    result: Tensor, block: tuple[slice, ...], values: Tensor, places: Tensor, mode: str, fills: list[float]
-) -> None:
-    """A block of ``result [C, *spatial]`` from ``values`` at indices ``[D, N]``, as `monai_zsreg.resample` does it."""
-    before, after = parts.MODES[mode]
-    shape = [s.stop - s.start for s in block]
-    ends, points = [], []
-    for place, n in zip(places, values.shape[1:], strict=True):
-        low, high = (float(end) for end in place.aminmax())
-        first = max(math.floor(low), -after) - before
-        ends.append((first, max(first, min(math.floor(high), n - 1 + before)) + after + 2))
-        points.append([(place - first).float().view(shape)])
-    inside = all(last > 0 and first < n for (first, last), n in zip(ends, values.shape[1:], strict=True))
-    for out, channel, fill in zip(result, values, fills, strict=True):
-        if not inside:
-            out[block] = fill
-        elif mode == "nearest":
-            out[block] = parts._look_up(parts._cut(channel, ends, fill), points).to(out.dtype)
-        else:
-            wide = torch.float64 if channel.dtype in parts._WIDE else torch.float32
-            hole = channel.is_floating_point() and not bool(channel.sum().isfinite())
-            found = parts._interpolate(parts._cut(channel, ends, fill, wide), points, mode, hole)
-            out[block] = parts._settled(found, out.dtype)
 
 
 def determinant(steps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
-from monai_zsreg.registration.correlate import correlate, seen_region
+from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS
 from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
@@ -41,8 +41,9 @@ _SIDE = 24
 # descriptors of two scans of one brain differ by less at the finest level; by somewhat more where the coarser image
 # shows nothing there, but then their slopes agree
 _LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
-# how far the correlation's best score stands above all others where it is right
-_MARGIN = 0.1
+# how far the correlation's best score stands above all others where it is right; the lead in standard errors that a
+# better fit needs against it
+_MARGIN, _BETTER = 0.1, 3.0
 # how far off an answer may be by what its own blocks say, lattice steps
 _SURE = 2.0
 # distance of candidates that mean the same place, frame units
@@ -81,7 +82,7 @@ class Effort:
         trials: trials for each of them in a round.
         results: candidates that are refined.
         followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
-        patience: iterations, as a multiple of the usual ones.
+        patience: iterations at the first level, as a multiple of the usual ones.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
@@ -215,8 +216,12 @@ class Found:
         """Whether the images look so alike at the answer that there is no need to look further."""
         cost = self.costs[-1]
         alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
-        stands_out = self.margin is not None and self.margin >= _MARGIN
-        return (alike or stands_out) and self.spread() <= _SURE
+        return (alike or self.stands_out) and self.spread() <= _SURE
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the correlation has one best place, and the answer is there."""
+        return self.margin is not None and self.margin >= _MARGIN
 
     def spread(self) -> float:
         """Root mean square of how far off the blocks say that the object may be, lattice steps of the finest level."""
@@ -294,8 +299,8 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         if not going:
             going = _begin(blocks, candidates, settings, effort, effort.patience * stage.iterations)
         else:
-            going = _followed(blocks, going, settings.transform, effort.patience * stage.iterations)
-        going, lost = _compared(blocks, going)
+            going = _followed(blocks, going, settings.transform, stage.iterations)
+        going, lost = _compared(blocks, going, candidates)
         beaten += lost
         if number >= 0:
             # a level that was left out shows the next one's
@@ -304,8 +309,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
-    margin = None if candidates.scores is None else _margin(candidates, going[0].transform)
-    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, margin)
+    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, candidates.margin(going[0].transform))
 
 
 @dataclass
@@ -321,6 +325,14 @@ class _Candidates:
     pose: PoseSearch
     starts: Tensor
     scores: Tensor | None = None
+
+    def margin(self, answer: Tensor) -> float | None:
+        """How far the score of an answer ``(D+1, D+1)`` stands above the best score apart from it."""
+        if self.scores is None:
+            return None
+        there = distance(self.starts[-len(self.scores) :], answer) < _SAME
+        best = [float(self.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
+        return best[0] - best[1]
 
 
 def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None) -> _Candidates:
@@ -348,13 +360,6 @@ def _begin(
     return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
 
 
-def _margin(candidates: _Candidates, answer: Tensor) -> float:
-    assert candidates.scores is not None
-    there = distance(candidates.starts[-len(candidates.scores) :], answer) < _SAME
-    best = [float(candidates.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
-    return best[0] - best[1]
-
-
 def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Rotations spread over all directions, scored by mutual information of coarse images, the best shaken."""
     return pose.everywhere(settings.rotations or {2: 60, 3: 4000}[pair.dims], effort.results), None
@@ -363,14 +368,9 @@ def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Ef
 def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
     step = max(pair.base, pair.extent / _EDGES[pair.dims])
-    fixed, moving = pair.fixed.at(step), pair.moving.at(step)
     found = correlate(
-        fixed.values,
-        moving.values,
-        fixed.grid.affine,
-        moving.grid.affine,
-        seen_region(fixed.values),
-        seen_region(moving.values),
+        pair.fixed.at(step),
+        pair.moving.at(step),
         reach=effort.reach,
         scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.9, 1.0, 1.12),
         count=effort.results,
@@ -398,23 +398,33 @@ def _hypotheses(kinds: list[str], result: Refinement) -> list[Hypothesis]:
     return [Hypothesis(*row) for row in rows]
 
 
-def _compared(blocks: Blocks, going: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+def _compared(
+    blocks: Blocks, going: list[Hypothesis], candidates: _Candidates
+) -> tuple[list[Hypothesis], list[Hypothesis]]:
     """The hypotheses to follow, the answer first, and those that are clearly behind it."""
     # a reflection is no answer, however well it fits
-    going = sorted(going, key=lambda hypothesis: (hypothesis.kind == "mirror", hypothesis.cost))
-    transforms = torch.stack([hypothesis.transform for hypothesis in going])
-    apart = distance(transforms, transforms[0]) > _APART * blocks.step
-    # what met the answer is no rival
-    going = [going[0]] + [hypothesis for hypothesis, far in zip(going, apart, strict=True) if far]
-    if len(going) == 1:
-        return going, []
-    behind, errors = lead_of(blocks, torch.stack([hypothesis.transform for hypothesis in going]))
-    going = [
-        replace(hypothesis, behind=mean, errors=error)
-        for hypothesis, mean, error in zip(going, behind.tolist(), errors.tolist(), strict=True)
-    ]
+    going = _against(blocks, sorted(going, key=lambda hypothesis: (hypothesis.kind == "mirror", hypothesis.cost)))
+    for rival in going[1:]:
+        # descriptors of images that share little do not tell such places apart
+        if rival.kind != "mirror" and rival.errors < _BETTER and (candidates.margin(rival.transform) or 0) >= _MARGIN:
+            going = _against(blocks, [rival] + [other for other in going if other is not rival])
+            break
     rivals = going[1:]
     return (
         going[:1] + [rival for rival in rivals if rival.errors < _BEATEN],
         [rival for rival in rivals if rival.errors >= _BEATEN],
     )
+
+
+def _against(blocks: Blocks, going: list[Hypothesis]) -> list[Hypothesis]:
+    """The first hypothesis and those that did not meet it, with how far they are behind it."""
+    transforms = torch.stack([hypothesis.transform for hypothesis in going])
+    apart = distance(transforms, transforms[0]) > _APART * blocks.step
+    going = [going[0]] + [hypothesis for hypothesis, far in zip(going, apart, strict=True) if far]
+    if len(going) == 1:
+        return going
+    behind, errors = lead_of(blocks, torch.stack([hypothesis.transform for hypothesis in going]))
+    return [
+        replace(hypothesis, behind=mean, errors=error)
+        for hypothesis, mean, error in zip(going, behind.tolist(), errors.tolist(), strict=True)
+    ]

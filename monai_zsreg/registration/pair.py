@@ -19,7 +19,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.geometry import Grid, checked_matrix
 from monai_zsreg.io import read_transform
 from monai_zsreg.io.images import Image, ImageLike
-from monai_zsreg.registration.confidence import FAIL, honest_covariance, judge
+from monai_zsreg.registration.confidence import FAIL, PASS, WARN, Judgement, honest_covariance, judge
 from monai_zsreg.registration.deformable import DEFORMABLE, check_stiffness, deform_prepared
 from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
@@ -58,6 +58,7 @@ def register(
     fixed_mask: ImageLike | None = None,
     moving_mask: ImageLike | None = None,
     initial: Any = None,
+    warn: bool = True,
     **options: Any,
 ) -> RegistrationResult:
     """Find the transform that takes every point of the fixed image to the same anatomy in the moving image.
@@ -80,18 +81,18 @@ def register(
         seed: of all random draws.
         spacing: finest voxel size to work at, mm; None for the finest spacing of the images, but no more than 512 (3D:
             256) voxels along the longest side (presets of the paper: see `monai_zsreg.paper`).
-        fixed_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take all.
-        moving_channel: likewise.
-        fixed_mask: where to look in the fixed image, above 0: an image on any grid in its world, or an array on its
-            own; None for its foreground. Preset ``"robust"`` only, as the next two.
-        moving_mask: likewise for the moving image.
+        fixed_channel, moving_channel: channel (or volume of a 4D file) to estimate on; ``apply`` and ``moved`` take
+            all.
+        fixed_mask, moving_mask: where to look in each image, above 0: an image on any grid in its world, or an array on
+            its own; None for its foreground. Preset ``"robust"`` only, as ``initial``.
         initial: where to start, ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file;
             None for what the headers say. The global search tries it beside all others.
+        warn: whether a result with the verdict FAIL warns.
         options: further parameters: for ``"robust"`` those of `monai_zsreg.registration.engine.Settings`, such as
             ``search="local"``; for the others, those of `monai_zsreg.networks.ZeroShotAffineNet`.
 
     Returns:
-        The result; see `RegistrationResult`. One with the verdict FAIL warns.
+        The result; see `RegistrationResult`.
 
     Raises:
         RegistrationError: input that is wrong; the message names the argument, what it was and what is allowed.
@@ -115,6 +116,7 @@ def register(
     common = {"vgg19_weights": vgg19_weights, "seed": seed, **options}
 
     deformation: Deformation | None = None
+    before: Estimate | None = None
     start = time.perf_counter()
     try:
         if preset == DEFAULT_PRESET:
@@ -123,6 +125,7 @@ def register(
             with full_precision(where), torch.inference_mode():
                 estimate = _estimate(one, two, begin, spacing, where, settings)
                 if transform == DEFORMABLE and not estimate.failed:
+                    before = replace(estimate, reasons=list(estimate.reasons))
                     deformation = deform_prepared(one, two, estimate.affine, spacing, settings.stiffness, where)
                     estimate = _judged_anew(estimate, one, two, deformation, spacing, where, settings)
         else:
@@ -150,8 +153,11 @@ def register(
 
     features = options.get("features", "mind") if preset == DEFAULT_PRESET else None
     notes = [note for side in (one, two) for note in side.image.meta.get("notes", ())]
-    judgement = judge(estimate, one.image.grid, two.image.grid, notes, features, one.image.length_unit)
-    if judgement.verdict == FAIL:
+    told = (one.image.grid, two.image.grid, notes, features, one.image.length_unit)
+    judgement = judge(estimate, *told)
+    if before is not None:
+        judgement = _no_better(judgement, judge(before, *told))
+    if warn and judgement.verdict == FAIL:
         warnings.warn(f"registration failed: {'; '.join(judgement.reasons)}", RegistrationWarning, stacklevel=2)
     given = {"regressor_weights": regressor_weights, "spacing": spacing, "initial": initial, **common}
     given |= {"fixed_channel": one.channel, "moving_channel": two.channel}
@@ -170,9 +176,22 @@ def register(
         keypoints=estimate.keypoints,
         options={name: value for name, value in given.items() if value is not None},
         device=str(where),
-        masks=(one.mask, two.mask),
+        masks=(_on_cpu(one.mask), _on_cpu(two.mask)),
         deformation=deformation,
     )
+
+
+def _no_better(deformed: Judgement, before: Judgement) -> Judgement:
+    """A verdict on a deformed pair that is no better than the one on its matrix.
+
+    Any two images can be bent until they look alike: that they then do says nothing about the matrix.
+    """
+    ranks = (PASS, WARN, FAIL)
+    reasons = list(deformed.reasons)
+    if ranks.index(before.verdict) > ranks.index(deformed.verdict):
+        reasons += [f"before it was deformed: {reason}" for reason in before.reasons if reason not in reasons]
+    verdict = max(deformed.verdict, before.verdict, key=ranks.index)
+    return replace(deformed, verdict=verdict, reasons=reasons, score=min(deformed.score, before.score))
 
 
 def _judged_anew(
@@ -227,7 +246,8 @@ def _estimate(
         earlier = None if found is None else found.affine()[None]
         again = find(Pair(one, two, initial), settings, effort, earlier)
         # the later attempt had the earlier one's answer too, and more to compare it with
-        if found is None or again.costs[-1] < found.costs[-1] + _TIE:
+        lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
+        if found is None or again.stands_out or (lower and not found.stands_out):
             found = again
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
@@ -297,6 +317,10 @@ def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None
             f"{name}_mask" if mask is not None else f"{name}_channel", "given", "it in Prepared(...)"
         )
     return source
+
+
+def _on_cpu(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.cpu()
 
 
 def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:

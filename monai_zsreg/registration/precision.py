@@ -19,7 +19,7 @@ _before: list[str] = []
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither half precision nor TF32 while the block runs: coordinates bear neither.
+    """No half precision and no TF32 while the block runs: both are too coarse for coordinates.
 
     torch keeps these settings for the whole process. They are put back when the last of all blocks that run at the
     same time ends, so that threads do not take each other's settings for the caller's.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,8 +168,7 @@ class RegistrationResult:
             if own and self.uncertainty is not None:
                 return torch.as_tensor(self.uncertainty.displacement_map()).cpu()
             return torch.full((1, *grid.shape), float("inf"))
-        trace = torch.as_tensor(row_trace(self.covariance))
-        return quadratic_map(grid.affine.mT @ trace @ grid.affine, grid.shape).clamp_(min=0).sqrt_().float()[None]
+        return spread_map(self.covariance, grid)
 
     def uncertainty_map(self) -> MetaTensor:
         """`uncertainty_at` every voxel of the fixed image, mm: ``[1, *spatial]`` float32."""
@@ -255,21 +255,12 @@ class RegistrationResult:
         write_transform(path, self.affine, self.fixed_image, self.moving_image, format)
 
 
-def quadratic_map(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``h M h`` with h = (index, 1) at every voxel, without a table of all indices.
-
-    Args:
-        matrix: ``(D+1, D+1)`` float64.
-        shape: of the image.
-    """
-    dims = len(shape)
-    axes = [
-        torch.arange(n, dtype=torch.float64).view([-1 if a == b else 1 for b in range(dims)])
-        for a, n in enumerate(shape)
-    ]
-    axes.append(torch.ones([1] * dims, dtype=torch.float64))
-    total = torch.zeros(tuple(shape), dtype=torch.float64)
-    for i, first in enumerate(axes):
-        for j, second in enumerate(axes):
-            total += matrix[i, j] * first * second
-    return total
+def spread_map(covariance: np.ndarray, grid: Grid) -> Tensor:
+    """`spread_at` every voxel of a grid in the fixed world, without a table of them: ``[1, *spatial]`` float32."""
+    affine = grid.affine.numpy()
+    quadratic = affine.T @ row_trace(covariance) @ affine
+    axes = [*np.ogrid[tuple(slice(0.0, float(n)) for n in grid.shape)], np.ones([1] * grid.dims)]
+    total = np.zeros(grid.shape)
+    for (i, one), (j, two) in product(enumerate(axes), repeat=2):
+        total += quadratic[i, j] * one * two
+    return torch.from_numpy(total).clamp_(min=0).sqrt_().float()[None]

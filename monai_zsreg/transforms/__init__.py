@@ -3,14 +3,7 @@
 
 from __future__ import annotations
 
-from monai_zsreg.transforms.array import ApplyAffineRegistration, RegisterAffine, SaveAffine
-from monai_zsreg.transforms.deformable import (
-    ApplyDeformation,
-    RegisterDeformable,
-    RegisterDeformableD,
-    RegisterDeformabled,
-    RegisterDeformableDict,
-)
+from monai_zsreg.transforms.array import ApplyAffineRegistration, RegisterAffine, RegisterDeformable, SaveAffine
 from monai_zsreg.transforms.dictionary import (
     ApplyAffineRegistrationD,
     ApplyAffineRegistrationd,
@@ -18,13 +11,15 @@ from monai_zsreg.transforms.dictionary import (
     RegisterAffineD,
     RegisterAffined,
     RegisterAffineDict,
+    RegisterDeformableD,
+    RegisterDeformabled,
+    RegisterDeformableDict,
     SaveAffineD,
     SaveAffined,
     SaveAffineDict,
 )
 
 __all__ = [
-    "ApplyDeformation",
     "RegisterDeformable",
     "RegisterDeformableD",
     "RegisterDeformableDict",

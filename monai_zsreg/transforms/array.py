@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Array transforms: register a moving image, apply a known transform, save a transform.
+"""Array transforms: register a moving image, apply a known matrix or deformation, save a matrix.
 
 An image is put on the fixed grid in two steps: its header moves by the inverse of the pull matrix T
 (``affine = inv(T) @ affine``), then its voxels are resampled to the fixed grid. The header edit acts on the world side
 of the affine and pending (lazy) operations act on its index side, so the two commute: lazily, the edit is made at once
 and the resampling joins whatever is pending. Both are one entry in the trace, which holds the native header;
-``inverse`` resamples back and puts that header back as it was.
+``inverse`` resamples back and puts that header back as it was. A deformation is no matrix that could be merged with
+what is pending, so it is never lazy: what is pending is carried out first.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import FolderLayout, MetaTensor, get_track_meta
-from monai.transforms import InvertibleTransform, SpatialResample, Transform
+from monai.transforms import SpatialResample, Transform
 from monai.transforms.lazy.functional import apply_pending
 from monai.utils import GridSampleMode, GridSamplePadMode, LazyAttr, MetaKeys, SpaceKeys, TraceKeys, convert_to_tensor
 from monai.utils.misc import ImageMetaKey
@@ -32,9 +33,18 @@ from monai_zsreg.io import read_transform, write_transform
 from monai_zsreg.io.transforms import FORMATS
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
 from monai_zsreg.registration.deformable import DEFORMABLE
+from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.resample import MODES, outside_value, resample
 
-__all__ = ["AFFINE_KEY", "REASONS_KEY", "VERDICT_KEY", "ApplyAffineRegistration", "RegisterAffine", "SaveAffine"]
+__all__ = [
+    "AFFINE_KEY",
+    "REASONS_KEY",
+    "VERDICT_KEY",
+    "ApplyAffineRegistration",
+    "RegisterAffine",
+    "RegisterDeformable",
+    "SaveAffine",
+]
 
 #: what a registered image carries in its ``meta``
 AFFINE_KEY = "registration_affine"
@@ -43,49 +53,20 @@ REASONS_KEY = "registration_reasons"
 
 _ON_FAILURE = ("raise", "warn", "ignore")
 # of `register`, and not of the method
-_PAIR_OPTIONS = (
-    "regressor_weights",
-    "spacing",
-    "fixed_channel",
-    "moving_channel",
-    "fixed_mask",
-    "moving_mask",
-    "initial",
-)
+_PAIR_OPTIONS = {"regressor_weights", "spacing", "fixed_channel", "moving_channel", "initial"}
+_PAIR_OPTIONS |= {"fixed_mask", "moving_mask"}
 
-NATIVE_META = "native_meta"
+# in a trace
+_NATIVE_META, _MAP = "native_meta", "map"
 _SPLINE_ORDERS = range(6)
 # lazily, zeros serve as background where they are this near to it, as a fraction of the range of intensities
 _NEAR = 0.05
 
 
-class Traced(InvertibleTransform):
-    """What the transforms that move an image share: their trace holds the native shape and metadata."""
+class ApplyAffineRegistration(SpatialResample):
+    """Put a moving image on the fixed image's grid with a known matrix or deformation, in one interpolation.
 
-    def check_transforms_match(self, transform: Mapping) -> None:
-        # a worker that was spawned has a copy with another id; MONAI knows that only where all processes spawn
-        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
-            super().check_transforms_match(transform)
-
-    def popped(self, data: Any) -> tuple[dict[str, Any], tuple[int, ...], dict[Any, Any]]:
-        """Take the last entry of this kind off the trace of ``data``.
-
-        Returns:
-            What the transform noted, and the native shape and metadata.
-
-        Raises:
-            RegistrationError: ``data`` has lost its metadata.
-        """
-        if not isinstance(data, MetaTensor):
-            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
-        transform = self.pop_transform(data)
-        extra = transform[TraceKeys.EXTRA_INFO]
-        shape = tuple(int(n) for n in transform[TraceKeys.ORIG_SIZE])
-        return extra, shape, deepcopy(dict(extra[NATIVE_META]))
-
-
-class ApplyAffineRegistration(Traced, SpatialResample):
-    """Put a moving image on the fixed image's grid with a known transform. Lazy execution and inversion work.
+    Lazy execution (of matrices) and inversion work.
 
     The result has the fixed image's affine and other metadata, the moving image's file name, and the matrix as
     ``meta["registration_affine"]`` (float64 tensor, ``(D+1, D+1)``).
@@ -100,10 +81,10 @@ class ApplyAffineRegistration(Traced, SpatialResample):
     ``overrides={"label": {"mode": "nearest", "padding_mode": "zeros"}, "image": {"padding_mode": "zeros"}}``.
 
     Args:
-        mode: ``"bilinear"``, ``"nearest"`` (labels: an exact lookup), ``"bicubic"`` (2D only) or a spline order 0 to 5
-            (needs SciPy).
-        padding_mode: what lies outside the moving image: ``"zeros"``, which stands for ``fill_value``, ``"border"`` or
-            ``"reflection"``.
+        mode: ``"bilinear"``, ``"nearest"`` (labels: an exact lookup), ``"bicubic"`` or a spline order 0 to 5 (needs
+            SciPy). In 3D ``"bicubic"`` is for deformations only, spline orders are for matrices only.
+        padding_mode: what lies outside the moving image: ``"zeros"``, which stands for ``fill_value``, or, for
+            matrices, ``"border"`` or ``"reflection"``.
         fill_value: value outside the moving image with padding mode ``"zeros"``; None for the image's own background,
             such as -1024 in CT (see `monai_zsreg.resample.outside_value`). MONAI's lazy resampling knows no value but
             0: where another is wanted, or the background is not near 0, this transform is eager even when execution is
@@ -133,7 +114,7 @@ class ApplyAffineRegistration(Traced, SpatialResample):
     def __call__(  # type: ignore[override]
         self,
         img: Any,
-        affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike,
+        affine: Tensor | np.ndarray | Sequence[Sequence[float]] | str | os.PathLike | Deformation,
         fixed: Any,
         mode: str | int | None = None,
         padding_mode: str | None = None,
@@ -144,12 +125,9 @@ class ApplyAffineRegistration(Traced, SpatialResample):
         Args:
             img: moving image or labels, ``[C, *spatial]``, all channels are moved.
             affine: ``(D+1, D+1)``, fixed world to moving world, RAS mm, or the path of a transform file of any format
-                of `monai_zsreg.io.read_transform`.
+                of `monai_zsreg.io.read_transform`; or a `Deformation`, fixed world to moving world.
             fixed: image on the grid to move to, ``[C, *spatial]``; its voxels do not matter.
-            mode: overrides the constructor's.
-            padding_mode: overrides the constructor's.
-            fill_value: overrides the constructor's.
-            lazy: overrides the constructor's.
+            mode, padding_mode, fill_value, lazy: override the constructor's.
 
         Returns:
             ``[C, *fixed spatial]`` in the type of ``img``, whole numbers rounded; float32 where execution is lazy (the
@@ -161,26 +139,35 @@ class ApplyAffineRegistration(Traced, SpatialResample):
         """
         img, fixed = as_image(img, "img"), as_image(fixed, "fixed")
         dims = check_pair(img, fixed, "img")
-        matrix = read_matrix(affine, dims, fixed, img)
+        deformation = affine if isinstance(affine, Deformation) else None
+        matrix = read_matrix(affine, dims, fixed, img) if deformation is None else deformation.affine
         mode = self.mode if mode is None else _check_mode(mode)
-        if mode == "bicubic" and dims == 3:
+        if mode == "bicubic" and dims == 3 and deformation is None:
             raise RegistrationError("mode", mode, "'bilinear', 'nearest' or a spline order, because the images are 3D")
         padding_mode = self.padding_mode if padding_mode is None else _check_padding_mode(padding_mode)
         fill = self.fill_value if fill_value is None else float(fill_value)
         # with tracing off MONAI drops pending operations, so only the eager way is right
-        lazy_ = (self.lazy if lazy is None else lazy) and self.tracing
+        lazy_ = (self.lazy if lazy is None else lazy) and self.tracing and deformation is None
         lazy_ = bool(lazy_) and (padding_mode != "zeros" or _zeros_will_do(img, str(mode), fill))
+        own = mode in MODES and padding_mode == "zeros" and not lazy_
+        if deformation is not None and not own:
+            raise RegistrationError("mode", (mode, padding_mode), f"{', '.join(MODES)} and 'zeros' with a deformation")
 
         source = img if lazy_ else evaluate_pending(img)
         header = moved_header(source.affine, matrix)
         # deep, here and in _copy: MONAI writes pixdim in place, which goes through shallow copies
         native = deepcopy(source.meta) | {MetaKeys.AFFINE: source.peek_pending_affine()}
         shape, target = fixed.peek_pending_shape(), fixed.peek_pending_affine()
-        if mode in MODES and padding_mode == "zeros" and not lazy_:
-            grid = Grid(tuple(shape), checked_affine(target, dims, "fixed"))
-            values = resample(source, Grid.of(source, "img"), grid, matrix, str(mode), fill)
+        if own:
+            grids = Grid.of(source, "img"), Grid(tuple(shape), checked_affine(target, dims, "fixed"))
+            if deformation is None:
+                values = resample(source, *grids, matrix, str(mode), fill)
+            else:
+                values = deformation.resample(source, *grids, str(mode), fill)
             moved: Any = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
-            extra = {"mode": mode, "padding_mode": padding_mode, "src_affine": header}
+            extra: dict[str, Any] = {"mode": mode, "padding_mode": padding_mode, "src_affine": header}
+            if deformation is not None:
+                extra[_MAP] = (deformation.affine, deformation.displacement, deformation.grid.affine)
             self.push_transform(moved, orig_size=tuple(source.shape[1:]), extra_info=extra)
         else:
             edited: Any = _copy(source)
@@ -193,7 +180,7 @@ class ApplyAffineRegistration(Traced, SpatialResample):
         if self.tracing:
             trace = moved.pending_operations if lazy_ else moved.applied_operations
             # as pairs: MONAI rewrites keys such as "id" in every dictionary that it finds in the trace
-            trace[-1][TraceKeys.EXTRA_INFO][NATIVE_META] = list(native.items())
+            trace[-1][TraceKeys.EXTRA_INFO][_NATIVE_META] = list(native.items())
             if lazy_:
                 # MONAI's own transforms do not state these, and what nobody states becomes bilinear and border
                 trace[-1][LazyAttr.INTERP_MODE], trace[-1][LazyAttr.PADDING_MODE] = mode, padding_mode
@@ -212,19 +199,31 @@ class ApplyAffineRegistration(Traced, SpatialResample):
         Raises:
             RegistrationError: ``data`` has lost its metadata.
         """
-        extra, shape, meta = self.popped(data)
+        if not isinstance(data, MetaTensor):
+            raise RegistrationError("data", type(data).__name__, "a MetaTensor with its trace: keep track_meta=True")
+        transform = self.pop_transform(data)
+        extra, shape = transform[TraceKeys.EXTRA_INFO], tuple(int(n) for n in transform[TraceKeys.ORIG_SIZE])
+        meta = deepcopy(dict(extra[_NATIVE_META]))
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
-        if mode in MODES and padding_mode == "zeros":
+        if _MAP in extra:
+            grid = Grid(shape, checked_affine(meta[MetaKeys.AFFINE], len(shape), "src_affine"))
+            values = traced_deformation(extra).inverse().resample(data, Grid.of(data, "data"), grid, mode)
+            native: Any = MetaTensor(values, applied_operations=data.applied_operations)
+        elif mode in MODES and padding_mode == "zeros":
             grid = Grid(shape, checked_affine(header, len(shape), "src_affine"))
-            native: Any = MetaTensor(
-                resample(data, Grid.of(data, "data"), grid, mode=mode), applied_operations=data.applied_operations
-            )
+            values = resample(data, Grid.of(data, "data"), grid, mode=mode)
+            native = MetaTensor(values, applied_operations=data.applied_operations)
         else:
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
                 native = super().__call__(data, header, shape, mode, padding_mode, lazy=False)
         native.meta = meta
         return native
+
+    def check_transforms_match(self, transform: Mapping) -> None:
+        # a worker that was spawned has a copy with another id; MONAI knows that only where all processes spawn
+        if transform.get(TraceKeys.CLASS_NAME) != type(self).__name__:
+            super().check_transforms_match(transform)
 
 
 class RegisterAffine(ApplyAffineRegistration):
@@ -240,14 +239,10 @@ class RegisterAffine(ApplyAffineRegistration):
     Args:
         preset: name of the method, see `monai_zsreg.register`.
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
-        mode: see `ApplyAffineRegistration`.
-        padding_mode: see `ApplyAffineRegistration`.
-        fill_value: see `ApplyAffineRegistration`.
-        device: where to compute the registration, None: chosen by `monai_zsreg.register`.
-        vgg19_weights: file with the weights of VGG-19 for the presets that use it.
-        seed: of all random draws; the same images, arguments and seed give the same matrix.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`.
+        device, vgg19_weights, seed: see `monai_zsreg.register`.
         on_failure: what a result with the verdict FAIL does: ``"raise"`` a `RegistrationFailure`; ``"warn"`` and go on
-            with the best matrix that was found; ``"ignore"``, the same without a word. ``meta`` says FAIL.
+            with the best matrix that was found; ``"ignore"``, the same without a warning. ``meta`` says FAIL.
         lazy: whether to execute lazily by default.
         options: further arguments of `monai_zsreg.register`.
 
@@ -255,7 +250,6 @@ class RegisterAffine(ApplyAffineRegistration):
         RegistrationError: a wrong argument.
     """
 
-    #: whether it knows how to apply more than a matrix
     deforms = False
 
     def __init__(
@@ -273,8 +267,7 @@ class RegisterAffine(ApplyAffineRegistration):
         **options: Any,
     ) -> None:
         super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy)
-        if on_failure not in _ON_FAILURE:
-            raise RegistrationError("on_failure", on_failure, "one of " + ", ".join(repr(way) for way in _ON_FAILURE))
+        _check_choice("on_failure", on_failure, _ON_FAILURE)
         if (transform == DEFORMABLE) != self.deforms:
             raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
@@ -304,10 +297,7 @@ class RegisterAffine(ApplyAffineRegistration):
         Args:
             moving: image to register, ``[C, *spatial]``.
             fixed: image to register it to, ``[C, *spatial]``.
-            mode: overrides the constructor's.
-            padding_mode: overrides the constructor's.
-            fill_value: overrides the constructor's.
-            lazy: overrides the constructor's.
+            mode, padding_mode, fill_value, lazy: override the constructor's.
             prepared: what `prepare` made of ``fixed``, where several images are registered to it.
 
         Returns:
@@ -320,9 +310,13 @@ class RegisterAffine(ApplyAffineRegistration):
         moving, fixed = as_image(moving, "moving"), evaluate_pending(as_image(fixed, "fixed"))
         check_pair(moving, fixed, "moving")
         result = self.estimate(moving, fixed if prepared is None else prepared)
-        moved = super().__call__(moving, result.affine, fixed, mode, padding_mode, fill_value, lazy)
+        moved = super().__call__(moving, self.map_of(result), fixed, mode, padding_mode, fill_value, lazy)
         moved.meta |= {VERDICT_KEY: result.verdict, REASONS_KEY: "; ".join(result.reasons)}
         return moved
+
+    def map_of(self, result: RegistrationResult) -> Any:
+        """What of a result the image is moved with."""
+        return result.affine
 
     def prepare(self, fixed: MetaTensor) -> Prepared:
         """The fixed side of a registration, to be used with several moving images."""
@@ -341,10 +335,7 @@ class RegisterAffine(ApplyAffineRegistration):
             options = {name: value for name, value in options.items() if name not in ("fixed_channel", "fixed_mask")}
         else:
             fixed = evaluate_pending(fixed)
-        with warnings.catch_warnings():
-            if self.on_failure != "warn":
-                warnings.filterwarnings("ignore", "registration failed", RegistrationWarning)
-            result = register(fixed, evaluate_pending(moving), **options)
+        result = register(fixed, evaluate_pending(moving), warn=self.on_failure == "warn", **options)
         if not result.success and self.on_failure == "raise":
             name = moving.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the moving image")
             reasons = "; ".join(result.reasons) or "no reason given"
@@ -352,6 +343,34 @@ class RegisterAffine(ApplyAffineRegistration):
                 f"registration of {name} failed: {reasons} (on_failure='warn' goes on with the best matrix found)"
             )
         return result
+
+
+class RegisterDeformable(RegisterAffine):
+    """Register a moving image to a fixed one by a smooth map and put it on the fixed grid. Inversion works.
+
+    ``meta`` has what `RegisterAffine` puts there; the matrix is the affine part of the map.
+
+    Args:
+        stiffness: see `monai_zsreg.registration.deformable.register_deformable`.
+        transform: ``"deformable"``.
+        options: those of `RegisterAffine`.
+
+    Raises:
+        RegistrationError: a wrong argument.
+    """
+
+    deforms = True
+
+    def __init__(self, stiffness: float | None = None, transform: str = DEFORMABLE, **options: Any) -> None:
+        super().__init__(transform=transform, stiffness=stiffness, **options)
+
+    def map_of(self, result: RegistrationResult) -> Deformation:
+        if result.deformation is not None:
+            return result.deformation
+        # nothing could be computed, and the user wants to go on
+        grid = result.fixed_image.grid
+        one = Grid((1,) * grid.dims, grid.affine)
+        return Deformation(torch.as_tensor(result.affine), torch.zeros(grid.dims, *one.shape), one)
 
 
 class SaveAffine(Transform):
@@ -472,6 +491,12 @@ def read_matrix(affine: Any, dims: int, fixed: Any = None, moving: Any = None) -
     return checked_matrix(affine, dims, "affine")
 
 
+def traced_deformation(extra: Mapping[str, Any]) -> Deformation:
+    """The one that an entry of the trace holds."""
+    affine, displacement, lattice = extra[_MAP]
+    return Deformation(affine, displacement, Grid(tuple(displacement.shape[1:]), lattice))
+
+
 def evaluate_pending(image: MetaTensor) -> MetaTensor:
     """``image`` with its pending (lazy) operations carried out; ``image`` itself stays as it is."""
     if not image.has_pending_operations:
@@ -519,17 +544,18 @@ def _zeros_will_do(image: MetaTensor, mode: str, fill: float | None) -> bool:
 
 
 def _check_mode(mode: str | int) -> str | int:
-    allowed = (*MODES, *_SPLINE_ORDERS)
-    if isinstance(mode, bool) or mode not in allowed:
-        raise RegistrationError("mode", mode, "one of " + ", ".join(repr(m) for m in allowed))
+    _check_choice("mode", mode, (*MODES, *_SPLINE_ORDERS))
     return mode if isinstance(mode, int) else str(GridSampleMode(mode).value)
 
 
 def _check_padding_mode(padding_mode: str) -> str:
-    allowed = [m.value for m in GridSamplePadMode]
-    if padding_mode not in allowed:
-        raise RegistrationError("padding_mode", padding_mode, "one of " + ", ".join(repr(m) for m in allowed))
+    _check_choice("padding_mode", padding_mode, [m.value for m in GridSamplePadMode])
     return str(GridSamplePadMode(padding_mode).value)
+
+
+def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise RegistrationError(name, value, "one of " + ", ".join(repr(a) for a in allowed))
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -12,20 +12,24 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, LazyTransform, MapTransform
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import TraceKeys, ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io import read_transform
+from monai_zsreg.io.images import Image
 from monai_zsreg.registration import DEFAULT_PRESET
+from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.transforms.array import (
     AFFINE_KEY,
     ApplyAffineRegistration,
     RegisterAffine,
+    RegisterDeformable,
     SaveAffine,
     as_image,
     evaluate_pending,
     read_matrix,
+    traced_deformation,
 )
 
 __all__ = [
@@ -35,6 +39,9 @@ __all__ = [
     "RegisterAffineD",
     "RegisterAffineDict",
     "RegisterAffined",
+    "RegisterDeformableD",
+    "RegisterDeformableDict",
+    "RegisterDeformabled",
     "SaveAffineD",
     "SaveAffineDict",
     "SaveAffined",
@@ -49,9 +56,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
 
     .. code-block:: python
 
-        RegisterAffined(
-            keys=["t2", "flair"], fixed_key="t1", followers={"t2_label": "t2"}, vgg19_weights="vgg19.pt"
-        )
+        RegisterAffined(keys=["t2", "flair"], fixed_key="t1", followers={"t2_label": "t2"})
 
     In a ``PersistentDataset`` give ``track_meta=True, weights_only=False``: without the first the cache drops the
     affine, without the second MONAI 1.6.1 cannot read back the metadata of a NIfTI file, and registers anew each time.
@@ -60,22 +65,13 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
     Args:
         keys: the moving images, ``[C, *spatial]``.
         fixed_key: the fixed image, ``[C, *spatial]``.
-        preset: see `RegisterAffine`.
-        transform: see `RegisterAffine`.
-        mode: interpolation, one for all ``keys`` or one each.
-        padding_mode: one for all ``keys`` or one each.
-        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        preset, transform, device, vgg19_weights, seed, on_failure: see `RegisterAffine`.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`; one for all ``keys`` or one each.
         followers: key of what follows to the key that it follows, such as ``{"t2_label": "t2"}``. It is moved by the
             same matrix; its own grid may differ from its leader's.
-        follower_mode: interpolation of followers, one for all or one each.
-        follower_padding_mode: one for all followers or one each.
-        follower_fill_value: one for all followers or one each.
+        follower_mode, follower_padding_mode, follower_fill_value: likewise, one for all followers or one each.
         affine_prefix: put before a key for the entry that holds its matrix. (Not after it: MONAI's ``Spacingd`` takes
             every entry whose name begins with ``<key>_`` for a dictionary of metadata.)
-        device: see `RegisterAffine`.
-        vgg19_weights: see `RegisterAffine`.
-        seed: see `RegisterAffine`.
-        on_failure: see `RegisterAffine`.
         allow_missing_keys: whether images of ``keys``, and followers, may be missing. A follower whose leader is
             missing is an error all the same, because it would stay unaligned.
         lazy: whether to execute lazily by default.
@@ -86,6 +82,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
     """
 
     backend = RegisterAffine.backend
+    _registrar: type[RegisterAffine] = RegisterAffine
 
     def __init__(
         self,
@@ -114,8 +111,14 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         self.fixed_key = fixed_key
         self.followers = dict(followers or {})
         self.affine_prefix = affine_prefix
-        check_keys(self.keys, fixed_key)
-        check_followers(self.followers, self.keys, fixed_key)
+        _check_keys(self.keys, fixed_key)
+        for follower, leader in self.followers.items():
+            if leader not in self.keys:
+                allowed = f"a leader among the moving images {list(self.keys)}"
+                raise RegistrationError("followers", {follower: leader}, allowed)
+            if follower in (*self.keys, fixed_key):
+                allowed = "a follower that is not itself registered or fixed"
+                raise RegistrationError("followers", {follower: leader}, allowed)
         if not affine_prefix:
             raise RegistrationError("affine_prefix", affine_prefix, "a string that is not empty")
         taken = {fixed_key, *self.keys, *self.followers}
@@ -123,10 +126,10 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         if clash:
             raise RegistrationError("affine_prefix", affine_prefix, f"one that makes new keys; {clash} do not get one")
         self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
-        self.follower_options = _options_per_key(
-            "follower_", tuple(self.followers), follower_mode, follower_padding_mode, follower_fill_value
-        )
-        self.registrar = RegisterAffine(
+        given = follower_mode, follower_padding_mode, follower_fill_value
+        options_ = _options_per_key("follower_", tuple(self.followers), *given)
+        self.follower_options = dict(zip(self.followers, options_, strict=True))
+        self.registrar = self._registrar(
             preset=preset,
             transform=transform,
             device=device,
@@ -159,19 +162,24 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
             RegistrationFailure: see `RegisterAffine`.
         """
         d = dict(data)
-        followers = led_followers(self.followers, d, self.allow_missing_keys)
+        present = self._present(d)
+        for follower in present:
+            if self.followers[follower] not in d:
+                needed = f"the key {self.followers[follower]!r} too, because {follower!r} follows it"
+                raise RegistrationError("data", list(d), needed)
         lazy = self.lazy if lazy is None else lazy
         fixed: Any = None
+        maps = {}
         for key, options in self.key_iterator(d, self.key_options):
             if fixed is None:
-                fixed = fixed_image(d, self.fixed_key)
+                fixed = _fixed_image(d, self.fixed_key)
                 prepared = self.registrar.prepare(fixed)
             d[key] = self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
             d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
-        for follower, options in zip(self.followers, self.follower_options, strict=True):
-            if follower in followers:
-                matrix = d[f"{self.affine_prefix}{self.followers[follower]}"]
-                d[follower] = self.applier(d[follower], matrix, fixed, **options, lazy=lazy)
+            maps[key] = self._map(d, key)
+        for follower in present:
+            options = self.follower_options[follower]
+            d[follower] = self.applier(d[follower], maps[self.followers[follower]], fixed, **options, lazy=lazy)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -179,9 +187,60 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.registrar.inverse(d[key])
-        for follower in present_followers(self.followers, d, self.allow_missing_keys):
+        for follower in self._present(d):
             d[follower] = self.applier.inverse(d[follower])
         return d
+
+    def _present(self, data: Mapping[Hashable, Any]) -> list[Hashable]:
+        """The followers that are in the data."""
+        missing = [follower for follower in self.followers if follower not in data]
+        if missing and not self.allow_missing_keys:
+            raise KeyError(f"Key `{missing[0]}` of `followers` was missing in the data and allow_missing_keys==False.")
+        return [follower for follower in self.followers if follower in data]
+
+    def _map(self, data: dict[Hashable, Any], key: Hashable) -> Any:
+        """What a follower of a registered image is moved with."""
+        return data[f"{self.affine_prefix}{key}"]
+
+
+class RegisterDeformabled(RegisterAffined):
+    """Dictionary form of `RegisterDeformable`: brings several moving images, and what follows each, to a fixed one.
+
+    ``displacement_<key>`` gets what deforms an image, a ``MetaTensor [D, *lattice]``, mm along the axes of the fixed
+    world; ``affine_<key>`` the matrix that acts after it.
+
+    .. code-block:: python
+
+        RegisterDeformabled(keys="t2", fixed_key="t1", followers={"t2_label": "t2"})
+
+    Args:
+        keys, fixed_key: see `RegisterAffined`.
+        stiffness: see `RegisterDeformable`.
+        displacement_prefix: put before a key for the entry that holds its displacement.
+        options: those of `RegisterAffined`.
+
+    Raises:
+        RegistrationError: a wrong argument.
+    """
+
+    _registrar = RegisterDeformable
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        fixed_key: Hashable,
+        stiffness: float | None = None,
+        displacement_prefix: str = "displacement_",
+        **options: Any,
+    ) -> None:
+        super().__init__(keys, fixed_key, **{"transform": DEFORMABLE, "stiffness": stiffness, **options})
+        self.displacement_prefix = displacement_prefix
+
+    def _map(self, data: dict[Hashable, Any], key: Hashable) -> Any:
+        found = traced_deformation(data[key].applied_operations[-1][TraceKeys.EXTRA_INFO])
+        field = Image(found.displacement.clone(), found.grid.affine, {"unit": "mm"})
+        data[f"{self.displacement_prefix}{key}"] = field.to_metatensor()
+        return found
 
 
 class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform):
@@ -194,9 +253,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
             one each.
         affine: one matrix, or path of a transform file, for all ``keys`` of every item, instead of ``affine_keys``. A
             file is read at once; FLIRT's, which mean nothing without the images, go through ``affine_keys``.
-        mode: interpolation, one for all ``keys`` or one each.
-        padding_mode: one for all ``keys`` or one each.
-        fill_value: value outside the moving image, one for all ``keys`` or one each.
+        mode, padding_mode, fill_value: see `ApplyAffineRegistration`; one for all ``keys`` or one each.
         allow_missing_keys: whether ``keys`` may be missing.
         lazy: whether to execute lazily by default.
 
@@ -221,7 +278,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         MapTransform.__init__(self, keys, allow_missing_keys)
         LazyTransform.__init__(self, lazy=lazy)
         self.fixed_key = fixed_key
-        check_keys(self.keys, fixed_key)
+        _check_keys(self.keys, fixed_key)
         if (affine_keys is None) == (affine is None):
             raise RegistrationError("affine_keys", affine_keys, "either affine_keys or affine, and not both")
         self.affine_keys: tuple = (None,) * len(self.keys)
@@ -252,7 +309,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         d = dict(data)
         fixed: Any = None
         for key, affine_key, options in self.key_iterator(d, self.affine_keys, self.key_options):
-            fixed = fixed_image(d, self.fixed_key) if fixed is None else fixed
+            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
             if self.affine is None and affine_key not in d:
                 raise RegistrationError("affine_keys", affine_key, f"a key of the data, which has {list(d)}")
             matrix = d[affine_key] if self.affine is None else self.affine
@@ -272,11 +329,7 @@ class SaveAffined(MapTransform):
 
     Args:
         keys: registered images, whose matrices to write.
-        output_dir: see `SaveAffine`.
-        output_postfix: see `SaveAffine`.
-        output_ext: see `SaveAffine`.
-        separate_folder: see `SaveAffine`.
-        data_root_dir: see `SaveAffine`.
+        output_dir, output_postfix, output_ext, separate_folder, data_root_dir: see `SaveAffine`.
         allow_missing_keys: whether ``keys`` may be missing.
     """
 
@@ -307,7 +360,7 @@ class SaveAffined(MapTransform):
         return d
 
 
-def fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
+def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
     if fixed_key not in data:
         raise RegistrationError("fixed_key", fixed_key, f"a key of the data, which has {list(data)}")
     # once for all keys
@@ -321,51 +374,11 @@ def _any_matrix(affine: Any) -> list[list[float]]:
     return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
 
-def check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
+def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
     if fixed_key in keys:
         raise RegistrationError("fixed_key", fixed_key, f"a key that is not one of the moving images {list(keys)}")
     if len(set(keys)) != len(keys):
         raise RegistrationError("keys", list(keys), "keys that differ")
-
-
-def check_followers(followers: Mapping[Hashable, Hashable], keys: Sequence[Hashable], fixed_key: Hashable) -> None:
-    for follower, leader in followers.items():
-        if leader not in keys:
-            raise RegistrationError("followers", {follower: leader}, f"a leader among the moving images {list(keys)}")
-        if follower in keys or follower == fixed_key:
-            raise RegistrationError(
-                "followers", {follower: leader}, "a follower that is not itself registered or fixed"
-            )
-
-
-def present_followers(
-    followers: Mapping[Hashable, Hashable], data: Mapping[Hashable, Any], allow_missing_keys: bool
-) -> list[Hashable]:
-    """The followers that are in the data.
-
-    Raises:
-        KeyError: one is missing, and that is not allowed.
-    """
-    missing = [follower for follower in followers if follower not in data]
-    if missing and not allow_missing_keys:
-        raise KeyError(f"Key `{missing[0]}` of `followers` was missing in the data and allow_missing_keys==False.")
-    return [follower for follower in followers if follower in data]
-
-
-def led_followers(
-    followers: Mapping[Hashable, Hashable], data: Mapping[Hashable, Any], allow_missing_keys: bool
-) -> list[Hashable]:
-    """`present_followers`, each with its leader.
-
-    Raises:
-        RegistrationError: a leader is missing: its follower would stay unaligned.
-    """
-    present = present_followers(followers, data, allow_missing_keys)
-    for follower in present:
-        leader = followers[follower]
-        if leader not in data:
-            raise RegistrationError("data", list(data), f"the key {leader!r} too, because {follower!r} follows it")
-    return present
 
 
 def _one_each(name: str, value: Any, count: int) -> tuple:
@@ -388,5 +401,6 @@ def _options_per_key(
 
 
 RegisterAffineD = RegisterAffineDict = RegisterAffined
+RegisterDeformableD = RegisterDeformableDict = RegisterDeformabled
 ApplyAffineRegistrationD = ApplyAffineRegistrationDict = ApplyAffineRegistrationd
 SaveAffineD = SaveAffineDict = SaveAffined

@@ -85,6 +85,23 @@ def test_labels_stay_whole_numbers_and_are_itks(pair: SimpleNamespace) -> None:
     assert (ours == theirs).mean() > 0.999
 
 
+def test_outside_is_the_background_or_what_is_asked_for(pair: SimpleNamespace) -> None:
+    """An image as CT stores it, that covers a part of the fixed one."""
+    values = np.full((20, 20, 12), -1024, np.int16)
+    values[4:-4, 4:-4, 3:-3] = 40
+    ct, out = pair.folder / "ct.nii.gz", pair.folder / "moved.nii.gz"
+    nib.save(nib.Nifti1Image(values, nib.load(pair.fixed).affine), ct)
+    command = ["apply", str(pair.folder / "first.tfm"), "--fixed", pair.fixed, "--moving", str(ct), "-o", str(out)]
+    for words, outside in (([], -1024), (["--fill-value=-2000"], -2000)):
+        main([*command, *words])
+        moved = np.asarray(nib.load(out).dataobj)
+        assert moved.dtype == np.int16 and moved[-1, -1, -1] == outside
+        assert moved.max() == 40 and (moved == outside).mean() > 0.5
+    main([*command, "--labels", "--fill-value=9"])
+    assert nib.load(out).dataobj[-1, -1, -1] == 9
+    assert main([*command, "--fill-value=0.5"]) == 2
+
+
 def test_points_go_where_the_matrix_takes_them_and_back(pair: SimpleNamespace, capsys) -> None:
     points = np.array([[1.0, 2.0, 3.0], [-10.0, 5.0, 0.0]])
     (pair.folder / "p.csv").write_text("x,y,z\n" + "\n".join(",".join(map(str, p)) for p in points))
@@ -117,6 +134,7 @@ def test_conversion_to_fsl_and_back(pair: SimpleNamespace) -> None:
         (["--points", "nowhere.csv"], "path"),
         (["--fixed", "FIXED", "--save-transform", "FIXED"], "save-transform"),
         (["--labels", "--save-transform", "x.tfm"], "output"),
+        (["--fill-value=0", "--save-transform", "x.tfm"], "output"),
         (["nowhere.tfm", "--save-transform", "x.tfm"], "transform"),
     ],
 )

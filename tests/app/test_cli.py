@@ -95,7 +95,9 @@ def test_register_writes_what_others_read(
 
 
 def test_the_map_of_the_expected_error_lies_on_the_image(images: SimpleNamespace, tmp_path: Path) -> None:
-    assert main(["register", str(images.t1), str(images.t2), "-o", str(tmp_path), "-q", "--no-page"]) == 0
+    words = ["register", str(images.t1), str(images.t2), "-o", str(tmp_path), "-q", "--no-page", "--fill-value=-7"]
+    assert main(words) == 0
+    assert nib.load(tmp_path / "t2" / "moved.nii.gz").get_fdata().min() < -1  # at the rim; T2 has no such values
     report = json.loads((tmp_path / "t2" / "report.json").read_text())
     small, fixed = nib.load(tmp_path / "t2" / "expected_error.nii.gz"), nib.load(images.t1)
     assert max(small.shape) <= 24 and small.get_data_dtype() == np.int16

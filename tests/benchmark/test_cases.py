@@ -11,13 +11,13 @@ import pytest
 from scipy import ndimage
 
 from monai_zsreg.benchmark import anatomies, pairs
-from monai_zsreg.benchmark.brains import ROWS, STRESS, Slicing, brain_cases
+from monai_zsreg.benchmark.brains import ROWS, STRESS, brain_cases
 from monai_zsreg.benchmark.cases import Row
 from monai_zsreg.benchmark.volumes import Volume, background_value, moved, transformed
 
 from .conftest import AFFINE, RESIDUAL, head
 
-SMALL = Slicing(slices=2, min_side=30)
+SMALL = {"slices": 2, "min_side": 30}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def test_rows_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["paper-2d-real", "so3-3d-real", "mild-3d-exact"])
 def test_first_cases_are_the_same_however_many_are_drawn(found: list[pairs.Pair], name: str) -> None:
-    few, many = (brain_cases(row_of(name), found, count, 1, SMALL) for count in (4, 15))
+    few, many = (brain_cases(row_of(name), found, count, 1, **SMALL) for count in (4, 15))
     assert many[:4] == few and len({case.name for case in many}) == 15
     # subjects take turns, both directions occur
     assert [case.subject for case in many[:3]] == ["a", "b", "c"]
     assert len({case.notes["fixed_modality"] for case in many}) == 2
-    assert brain_cases(row_of(name), found, 15, 2, SMALL) != many
+    assert brain_cases(row_of(name), found, 15, 2, **SMALL) != many
 
 
 def test_the_same_case_comes_out_twice(found: list[pairs.Pair]) -> None:
@@ -58,7 +58,7 @@ def test_the_same_case_comes_out_twice(found: list[pairs.Pair]) -> None:
 def test_truth_with_residual_aligns_the_images_and_without_does_not(found: list[pairs.Pair], name: str) -> None:
     """t1 and t2 have one contrast here, so the sign and axis of the residual show in the difference image."""
     known = [pair for pair in found if pair.residual is not None]
-    for case in brain_cases(row_of(name), known, 4, 0, SMALL):
+    for case in brain_cases(row_of(name), known, 4, 0, **SMALL):
         sample = case.build()
         fixed = sample.fixed
         assert sample.truth is not None and sample.corrected is not None
@@ -85,7 +85,7 @@ def test_exact_pairs_differ_in_contrast_and_agree_in_place(found: list[pairs.Pai
 
 @pytest.mark.parametrize("name", [row.name for row in ROWS if row.protocol in STRESS and row.protocol != "skull"])
 def test_stress_rows_build(found: list[pairs.Pair], name: str) -> None:
-    sample = brain_cases(row_of(name), found, 1, 0, SMALL)[0].build()
+    sample = brain_cases(row_of(name), found, 1, 0, **SMALL)[0].build()
     assert np.isfinite(sample.fixed.values).all() and np.isfinite(sample.moving.values).all()
     if name.startswith("cut"):
         assert sample.moving.shape != sample.fixed.shape

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from monai_zsreg.benchmark import pairs
-from monai_zsreg.benchmark.brains import Slicing, full_slices
+from monai_zsreg.benchmark.brains import _axial_slices, full_slices
 from monai_zsreg.benchmark.volumes import Volume, foreground, labels_dice, read_volume
 from monai_zsreg.errors import RegistrationError
 
@@ -75,10 +75,10 @@ def test_residuals_file_with_other_columns(tmp_path: Path) -> None:
 
 def test_slices(subjects: Path) -> None:
     image = read_volume(subjects / "a" / "t1.nii.gz")
-    spots = Slicing(slices=3, min_side=30).spots(image)
+    spots = _axial_slices(image, 3, min_side=30)
     assert {axis for axis, _ in spots} == {2} and len(spots) == 3
-    # coronal slices have pixels of 2 x 2.5 mm
-    assert Slicing(planes=("coronal",), min_side=30).spots(image) == [] == Slicing(min_side=200).spots(image)
+    oblong = Volume(image.values, image.affine @ np.diag([1.0, 1.2, 1.0, 1.0]))
+    assert _axial_slices(oblong, 3, min_side=30) == [] == _axial_slices(image, 3, min_side=200)
     mask = np.zeros(SHAPE, bool)
     mask[10:30, 10:40, 12:25] = True
     assert full_slices(mask, 2, 3) == [15, 18, 21]

@@ -154,9 +154,10 @@ def test_a_list_and_the_rest_of_it(pair: SimpleNamespace, tmp_path: Path, capsys
     data = [images | {"name": "one"}, images | {"name": "two", "moving": str(pair.folder / "text.nii.gz")}]
     for expected in ("0 kept, 2 registered", "1 kept, 1 registered"):
         with pytest.raises(SystemExit) as stop:
-            run(datalist=data, output_dir=str(tmp_path), page=False)
+            run(datalist=data, output_dir=str(tmp_path), page=False, fill_value=-7)
         assert stop.value.code == FAILED and expected in capsys.readouterr().out
-    assert (tmp_path / "one" / "moved.nii.gz").is_file() and (tmp_path / "summary.csv").is_file()
+    assert nib.load(tmp_path / "one" / "moved.nii.gz").get_fdata().min() == -7
+    assert (tmp_path / "summary.csv").is_file()
 
 
 def test_evaluation_is_an_overlay(pair: SimpleNamespace, tmp_path: Path) -> None:
@@ -200,6 +201,7 @@ def test_evaluation_is_an_overlay(pair: SimpleNamespace, tmp_path: Path) -> None
         ({"labels": "VOLUME"}, "labels"),
         ({"uncertainty": "perhaps"}, "uncertainty"),
         ({"success_mm": "2 mm"}, "success_mm"),
+        ({"fill_value": "air"}, "fill_value"),
         ({"datalist": [{"fixed": "a", "moving": "b"}]}, "fixed"),
         ({"fixed": None, "moving": None, "datalist": "no such file.json"}, "datalist"),
     ],

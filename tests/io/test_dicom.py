@@ -251,6 +251,84 @@ def test_a_film_has_its_frames_as_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image.values.numpy(), np.moveaxis(frames, -1, 0))
 
 
+def test_pixels_are_those_that_the_file_states(tmp_path: Path) -> None:
+    """Where ITK turns the brightness around, takes bits for bytes, or mistakes the order of bytes or of colors."""
+    plane = pixels(header(), EVEN[:1])[..., 0] - 400
+    kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+        "inverted": (plane, {"PhotometricInterpretation": "MONOCHROME1"}),
+        "mask": ((plane > 300).astype(np.uint8), {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}),
+        "32 bits": (plane.astype(np.uint32) * 2**21, {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}),
+        "scaled": (plane, {"RescaleSlope": 0.5, "RescaleIntercept": -7}),
+        "moved": (plane, {"RescaleSlope": 1, "RescaleIntercept": -1024}),
+        "colors": (np.stack([plane * k for k in (10, 20, 30)], -1).astype(np.uint16), {"SamplesPerPixel": 3}),
+    }
+    for name, (stored, tags) in kinds.items():
+        data = dataset(plane, "MR", "1.2.3.9", "1.2.3.8")
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture
+        flat = np.ascontiguousarray(np.swapaxes(stored, 0, 1))
+        data.PixelData = np.packbits(flat.ravel(), bitorder="little").tobytes() if name == "mask" else flat.tobytes()
+        data.PixelRepresentation = int(stored.dtype.kind == "i")
+        for tag, value in tags.items():
+            setattr(data, tag, value)
+        if name == "colors":
+            data.PhotometricInterpretation, data.PlanarConfiguration = "RGB", 0
+            data.compress("1.2.840.10008.1.2.5")  # run lengths
+        data.save_as(tmp_path / "f.dcm", enforce_file_format=True)
+        image = load_image(tmp_path / "f.dcm")
+        right = stored * tags.get("RescaleSlope", 1) + tags.get("RescaleIntercept", 0)
+        right = np.moveaxis(right, -1, 0) if name == "colors" else right[None]
+        np.testing.assert_array_equal(image.values.numpy(), right, err_msg=name)
+        assert image.meta["dtype"] == ("int16" if name == "moved" else right.dtype.name)
+
+
+def segmentation(path: Path, affine: np.ndarray, labels: np.ndarray, segments: dict[int, np.ndarray]) -> Path:
+    """A mask of one bit for each segment and slice, in which there is any of it."""
+    found = [(n, k) for n, mask in segments.items() for k in range(labels.shape[2]) if mask[..., k].any()]
+    data = pydicom.dcmread(enhanced(path, affine, np.array([float(k) for _, k in found])))
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"
+    data.Modality, data.SegmentationType, data.PixelRepresentation = "SEG", "BINARY", 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 1, 1, 0
+    for frame, (number, _) in zip(data.PerFrameFunctionalGroupsSequence, found, strict=True):
+        which = Dataset()
+        which.ReferencedSegmentNumber = number
+        frame.SegmentIdentificationSequence = Sequence([which])
+    bits = np.stack([segments[n][..., k].T for n, k in found]).astype(np.uint8)
+    data.PixelData = np.packbits(bits.ravel(), bitorder="little").tobytes()
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["oblique", "head first down"])
+def test_a_segmentation_is_a_label_image(tmp_path: Path, name: str) -> None:
+    labels = np.zeros(SHAPE, dtype=int)
+    labels[4:9, 3:15, 2:6], labels[10:21, 5:9, 4:9] = 1, 7
+    labels[..., 5] = 0  # an empty slice, which such files leave out
+    affine = STACKS[name]
+    segments = {n: labels == n for n in (1, 7)}
+    path = segmentation(tmp_path / "s.dcm", affine, labels, segments)
+    image = load_image(path)
+    index = np.stack(np.nonzero(image.values[0].numpy()), -1)
+    world = index @ image.affine[:3, :3].numpy().T + image.affine[:3, 3].numpy()
+    back = (world * [-1, -1, 1] - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    right = labels[tuple(np.rint(back).astype(int).T)]
+    np.testing.assert_array_equal(image.values[0].numpy()[tuple(index.T)], right)
+    assert len(index) == (labels > 0).sum() and np.abs(back - np.rint(back)).max() < 1e-4
+    with pytest.raises(RegistrationError, match="masks of one bit"):
+        load_image(tmp_path)
+    segmentation(path, affine, labels, {1: segments[1], 7: segments[1] | segments[7]})
+    with pytest.raises(RegistrationError, match="segments overlap"):
+        load_image(path)
+
+
+def test_a_file_without_pixels_says_what_it_is(tmp_path: Path) -> None:
+    data = dataset(pixels(header(), EVEN[:1])[..., 0], "MR", "1.2.3.9", "1.2.3.8")
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.481.5"
+    del data.PixelData
+    data.save_as(tmp_path / "plan.dcm", enforce_file_format=True)
+    with pytest.raises(RegistrationError, match="without pixels .RT Plan Storage"):
+        load_image(tmp_path / "plan.dcm")
+
+
 def test_folders_without_an_image_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(RegistrationError, match="dcm2niix"):

@@ -296,3 +296,38 @@ def test_only_the_deformable_kind_has_a_displacement(slices) -> None:
         monai_zsreg.register(slices.t1, slices.t1, preset="keypoints", transform="deformable")
     with pytest.raises(RegistrationError, match="stiffness"):
         monai_zsreg.register(slices.t1, slices.t1, transform="deformable", stiffness=-1.0)
+
+
+@pytest.mark.filterwarnings("ignore:registration failed")
+@pytest.mark.parametrize("wrong", ["noise", "mirrored", "turned", "another part"])
+def test_deforming_makes_no_wrong_pose_right(slices, wrong: str) -> None:
+    fixed, values = slices.t1, slices.t2.as_tensor()
+    smooth = ndimage.gaussian_filter(np.random.default_rng(4).standard_normal(values.shape[1:]), 3)
+    moving = {
+        "noise": 1000 * torch.from_numpy(smooth).float()[None] * (values > 0),
+        "mirrored": values.flip(1),
+        "turned": values.flip(1, 2),
+        "another part": values.roll(values.shape[2] // 3, 2),
+    }[wrong]
+    # the engine may not look for the right pose
+    pair = fixed, MetaTensor(moving, affine=fixed.affine)
+    before = monai_zsreg.register(*pair, search="none")
+    result = monai_zsreg.register(*pair, search="none", transform="deformable", stiffness=0.5)
+    assert result.verdict != "PASS" and result.reasons
+    ranks = ("PASS", "WARN", "FAIL")
+    assert ranks.index(result.verdict) >= ranks.index(before.verdict)
+    assert result.score <= before.score
+
+
+@pytest.mark.filterwarnings("ignore:registration failed")
+def test_a_better_look_is_told_to_be_no_evidence(slices) -> None:
+    field = waves(slices.t1.shape[1:], 14, 12, seed=5)
+    pair = bent(slices.t1, field), slices.t1
+    before = monai_zsreg.register(*pair, search="none", initial=turn(slices.t1, 4, (6.0, 0.0)))
+    result = monai_zsreg.register(
+        *pair, search="none", initial=turn(slices.t1, 4, (6.0, 0.0)), transform="deformable", stiffness=1.0
+    )
+    assert result.measures["cost"] < before.measures["cost"]
+    assert before.verdict != "PASS"
+    assert result.verdict == before.verdict
+    assert any(reason.startswith("before it was deformed: ") for reason in result.reasons)

@@ -16,8 +16,7 @@ from scipy import ndimage
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation
-from monai_zsreg.transforms import RegisterAffine
-from monai_zsreg.transforms.deformable import RegisterDeformable, RegisterDeformabled
+from monai_zsreg.transforms import ApplyAffineRegistration, RegisterAffine, RegisterDeformable, RegisterDeformabled
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,24 @@ def test_images_and_followers_are_moved_and_come_back(item) -> None:
     assert float(off.median()) < 40
 
 
+def test_lazy_execution_carries_out_what_is_pending_first(item) -> None:
+    pipeline = Compose([SpatialPadd("moving", (260, 280)), chain(), SpatialPadd("moving", (300, 300))])
+    eager, lazy = pipeline(item), Compose(pipeline.transforms, lazy=True)(item)
+    torch.testing.assert_close(lazy["moving"].as_tensor(), eager["moving"].as_tensor(), atol=2.0, rtol=0)
+    torch.testing.assert_close(lazy["label"], eager["label"])
+
+
+def test_a_known_deformation_is_applied_by_the_transform_that_applies_matrices(item) -> None:
+    moved = chain()(item)
+    known = Deformation(
+        moved["affine_moving"], moved["displacement_moving"].as_tensor(), Grid.of(moved["displacement_moving"])
+    )
+    again = ApplyAffineRegistration()(item["moving"], known, item["fixed"])
+    torch.testing.assert_close(again.as_tensor(), moved["moving"].as_tensor())
+    with pytest.raises(RegistrationError, match="with a deformation"):
+        ApplyAffineRegistration(padding_mode="border")(item["moving"], known, item["fixed"])
+
+
 def test_in_a_cache_and_workers_it_inverts(item) -> None:
     pipeline = Compose([SpatialPadd("moving", (260, 280)), pickle.loads(pickle.dumps(chain()))])
     data = CacheDataset([item, item], pipeline, num_workers=0, progress=False)
@@ -90,11 +107,13 @@ def test_wrong_arguments_are_refused(item) -> None:
         RegisterDeformable(stiffness=0)
     with pytest.raises(RegistrationError, match="mode"):
         RegisterDeformable(mode="cubic")
+    with pytest.raises(RegistrationError, match="transform"):
+        RegisterDeformabled("moving", "fixed", transform="rigid")
     with pytest.raises(RegistrationError, match="followers"):
         RegisterDeformabled("moving", "fixed", followers={"moving": "moving"})
     with pytest.raises(RegistrationError, match="fixed_key"):
         RegisterDeformabled("moving", "moving")
     with pytest.raises(RegistrationError, match="fixed_key"):
-        chain()({"moving": item["moving"]})
+        chain()({"moving": item["moving"], "label": item["label"]})
     with pytest.raises(KeyError, match="label"):
         chain()({"moving": item["moving"], "fixed": item["fixed"]})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -461,6 +462,19 @@ def test_a_failed_registration(real_item: dict) -> None:
     assert moved["moving"].meta["registration_reasons"]
     # the best matrix that was found, whatever it is
     assert moved["affine_moving"].shape == (3, 3) and torch.isfinite(moved["affine_moving"]).all()
+
+
+def test_silence_is_not_the_whole_process(real_item: dict) -> None:
+    """Warnings are filtered for all threads at once, so a transform that is silent must not filter them."""
+    before, seen = list(warnings.filters), []
+    noise = torch.rand(real_item["moving"].shape, generator=torch.Generator().manual_seed(0))
+    item = real_item | {"moving": MetaTensor(noise, affine=real_item["moving"].affine)}
+    worker = threading.Thread(target=RegisterAffined("moving", "fixed", on_failure="ignore"), args=(item,))
+    worker.start()
+    while worker.is_alive():
+        seen += [entry for entry in warnings.filters if entry not in before and entry[2] is RegistrationWarning]
+        worker.join(0.001)
+    assert not seen
 
 
 def test_moved_header_alone_is_the_registration(known_pair, itk_resample) -> None:

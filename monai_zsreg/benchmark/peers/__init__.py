@@ -10,8 +10,8 @@ package would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,17 @@ class Peer:
     starts: tuple[str, ...] = ("",)  # where it starts when only the method is named
     extra_starts: tuple[str, ...] = ()  # which run only when named
     dims: tuple[int, ...] = (2, 3)
+    # cases of a row by number of dimensions where it takes a minute or more, in a whole and in a quick run
+    cases: Mapping[int, int] = field(default_factory=dict)
+    quick_cases: Mapping[int, int] = field(default_factory=lambda: {3: 0})
 
 
 PEERS = {
-    "elastix": Peer("itk-elastix", ("default", "mass")),
-    "simpleelastix": Peer("SimpleITK-SimpleElastix", ("default", "mass")),
-    "ants": Peer("antspyx", ("default",), ("identity",)),
-    "greedy": Peer("picsl-greedy", ("default",), ("centers",)),
-    "simpleitk": Peer("SimpleITK", ("exhaustive",), ("mass",)),
+    "elastix": Peer("itk-elastix", ("default", "mass"), cases={3: 40}, quick_cases={3: 2}),
+    "simpleelastix": Peer("SimpleITK-SimpleElastix", ("default", "mass"), cases={3: 10}),
+    "ants": Peer("antspyx", ("default",), ("identity",), cases={3: 20}, quick_cases={2: 6, 3: 0}),
+    "greedy": Peer("picsl-greedy", ("default",), ("centers",), cases={3: 20}),
+    "simpleitk": Peer("SimpleITK", ("exhaustive",), ("mass",), cases={3: 10}, quick_cases={2: 2, 3: 0}),
     "sift": Peer("opencv-python-headless", dims=(2,)),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""greedy through picsl-greedy, NMI; ``default`` starts at the headers' word, ``centers`` at the image centers."""
+"""greedy through picsl-greedy, NMI; ``default`` starts at what the headers say, ``centers`` at the image centers."""
 
 from __future__ import annotations
 

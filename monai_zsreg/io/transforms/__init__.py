@@ -52,27 +52,29 @@ class Format(NamedTuple):
         sniff: whether a file with this content can be of the format.
         read: path and images to the pull matrix ``(D+1, D+1)``.
         write: path, pull matrix and images; the path has the suffix of the final name.
+        dims: numbers of dimensions that it can state.
     """
 
     suffixes: tuple[str, ...]
     sniff: Callable[[bytes], bool]
     read: Callable[[Path, Images], np.ndarray]
     write: Callable[[Path, np.ndarray, Images], None]
+    dims: tuple[int, ...] = (2, 3)
 
 
 FORMATS = {
     "itk": Format((".tfm", ".txt", ".h5", ".hdf5", ".mat"), itk.sniff, itk.read, itk.write),
-    "fsl": Format((".mat",), fsl.sniff, fsl.read, fsl.write),
-    "lta": Format((".lta",), lta.sniff, lta.read, lta.write),
+    "fsl": Format((".mat",), fsl.sniff, fsl.read, fsl.write, dims=(3,)),
+    "lta": Format((".lta",), lta.sniff, lta.read, lta.write, dims=(3,)),
     "text": Format((".txt",), text.sniff, text.read, text.write),
     "json": Format((".json",), json_file.sniff, json_file.read, json_file.write),
     "greedy": Format((".mat",), text.sniff_greedy, text.read, text.write),
-    "niftyreg": Format((), text.sniff, text.read, text.write),
-    "mrtrix": Format((), text.sniff, text.read, text.write),
-    "afni": Format((".aff12.1d", ".1d"), afni.sniff, afni.read, afni.write),
-    "minc": Format((".xfm",), minc.sniff, minc.read, minc.write),
+    "niftyreg": Format((), text.sniff, text.read, text.write, dims=(3,)),
+    "mrtrix": Format((), text.sniff, text.read, text.write, dims=(3,)),
+    "afni": Format((".aff12.1d", ".1d"), afni.sniff, afni.read, afni.write, dims=(3,)),
+    "minc": Format((".xfm",), minc.sniff, minc.read, minc.write, dims=(3,)),
     "elastix": Format((".txt",), elastix.sniff, elastix.read, elastix.write),
-    "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write),
+    "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write, dims=(3,)),
 }
 TRANSFORM_FORMATS = tuple(FORMATS)
 
@@ -149,7 +151,7 @@ def write_transform(
     else:
         chosen = format
         _check_format(chosen)
-    if len(checked) != 4 and chosen in ("fsl", "lta", "niftyreg", "mrtrix", "afni", "minc", "x5"):
+    if len(checked) - 1 not in FORMATS[chosen].dims:
         raise RegistrationError("matrix", array.shape, f"a 4x4 matrix: format {chosen!r} is 3D only")
     with atomic_path(file) as partial:
         FORMATS[chosen].write(partial, checked, Images(fixed, moving, chosen))

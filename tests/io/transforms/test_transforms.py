@@ -552,6 +552,25 @@ def test_nitransforms_reads_and_writes_x5_as_we_do(pair: tuple[Path, Path], tmp_
         same_points(read_transform(tmp_path / name), AFFINE[3])
 
 
+@pytest.mark.parametrize("name", ["niftyreg", "mrtrix"])
+def test_niftyreg_and_mrtrix_by_hand(tmp_path: Path, name: str) -> None:
+    """Both take a point of the reference to the floating image, in the world of the sform, and neither in voxels.
+
+    NiftyReg multiplies the matrix of the file with the reference's index-to-world matrix, for where in the floating
+    image to look; MRtrix's transform "maps points in the template image to the moving image". Here a quarter turn
+    about z, and a translation, between a reference and a floating image of other voxels and handedness.
+    """
+    reference = np.array([[-2.0, 0, 0, 40], [0, 2, 0, -30], [0, 0, 3, -20], [0, 0, 0, 1]])
+    floating = np.array([[0, 0, 1.5, -12], [1, 0, 0, -50], [0, 1, 0, 7], [0, 0, 0, 1.0]])
+    (tmp_path / "t.txt").write_text("0 -1 0 5\n1 0 0 -2\n0 0 1 10\n0 0 0 1\n")
+    matrix = read_transform(tmp_path / "t.txt", format=name)
+    # the reference's voxel (10, 20, 8) is at (20, 10, 4), which goes to (-5, 18, 14)
+    found = np.linalg.inv(floating) @ matrix @ reference @ [10, 20, 8, 1]
+    np.testing.assert_allclose(found, [68, 7, 14 / 3, 1], atol=1e-12)
+    write_transform(tmp_path / "back.txt", matrix, format=name)
+    np.testing.assert_array_equal(np.loadtxt(tmp_path / "back.txt"), np.loadtxt(tmp_path / "t.txt"))
+
+
 def test_mrtrix_may_leave_out_the_last_row(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "t.txt", AFFINE[3][:3], header="command_history: mrregister")
     np.testing.assert_array_equal(read_transform(tmp_path / "t.txt", format="mrtrix"), AFFINE[3])
