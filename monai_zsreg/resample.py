@@ -99,10 +99,15 @@ def resample(
         for out, channel, outside, hole in zip(result, values, fills, holes, strict=True):
             if part is None:
                 out[block] = outside
-            elif mode == "nearest":
+                continue
+            if mode == "nearest":
                 out[block] = _settled(_look_up(_cut(channel, part, outside), points), dtype)
+                continue
+            cut = _cut(channel, part, outside, torch.float64 if channel.dtype in _WIDE else torch.float32)
+            low, high = cut.aminmax()
+            if not hole and bool(low == high):  # as much of most medical images is
+                out[block] = _settled(low, dtype)
             else:
-                cut = _cut(channel, part, outside, torch.float64 if channel.dtype in _WIDE else torch.float32)
                 out[block] = _settled(_interpolate(cut, points, mode, hole), dtype)
     return result
 
@@ -165,7 +170,8 @@ def _locate(
         bent = shifts(index.view(-1, dims)).mT.reshape(dims, *[s.stop - s.start for s in block])
     for axis in range(dims):
         steps = [pull[axis, i] * np.arange(s.stop - s.start) for i, s in enumerate(block)]
-        low, high = (corner[axis] + sum(end(step) for step in steps) for end in (np.min, np.max))
+        ends = [(step[0], step[-1]) for step in steps]
+        low, high = (corner[axis] + sum(map(end, ends)) for end in (min, max))
         if bent is not None:
             low, high = (end + float(shift) for end, shift in zip((low, high), bent[axis].aminmax(), strict=True))
         if high <= -after or low >= shape[axis] + before:

@@ -265,3 +265,19 @@ def test_imports_no_monai() -> None:
     assert (
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "False\n"
     )
+
+
+def test_a_constant_part_of_an_image_is_as_the_rest() -> None:
+    """Blocks with nothing in them are not interpolated; what lies where is not changed by it."""
+    values = torch.zeros(1, 150, 150)
+    values[0, 100:, 100:] = torch.rand(50, 50)
+    grid = Grid((150, 150), torch.eye(3, dtype=torch.float64))
+    transform = torch.tensor([[0.98, -0.2, 10.3], [0.2, 0.98, -5.7], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    whole = resample(values, grid, grid, transform, fill=0.0)
+    blocks = [Grid((30, 30), grid.affine.clone()) for _ in range(25)]
+    for number, block in enumerate(blocks):
+        block.affine[:2, 2] = torch.tensor([30.0 * (number // 5), 30.0 * (number % 5)], dtype=torch.float64)
+        rows, columns = (slice(30 * n, 30 * n + 30) for n in divmod(number, 5))
+        part = resample(values, grid, block, transform, fill=0.0)
+        assert torch.allclose(part, whole[:, rows, columns], atol=2e-5)
+    assert float(whole.max()) > 0.5

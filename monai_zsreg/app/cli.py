@@ -61,6 +61,16 @@ files. A pair whose worker was killed goes to another one.""",
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if word.startswith("--"):
+                from difflib import get_close_matches
+
+                near = get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+                self.error(f"unrecognized argument {word}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         self.exit(_WRONG_INPUT, f"{self.prog}: error: {message}\n")
 

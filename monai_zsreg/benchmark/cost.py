@@ -100,7 +100,7 @@ def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[s
         methods: families of peers; those that have a script are run.
 
     Returns:
-        A table of medians in seconds, and notes on what was left out.
+        A table of medians in seconds and of megabytes written, and notes on what was left out.
     """
     commands, notes = _commands(bundle, methods)
     table, more = timed(commands, fixed, moving)
@@ -110,12 +110,15 @@ def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[s
 def timed(
     commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Median seconds of commands that register a pair, run in turn ``repeats`` times, and once before to warm up.
+    """Median seconds and megabytes written of commands that register a pair.
+
+    They run in turn ``repeats`` times, and once before to warm up.
 
     ``FIXED``, ``MOVING``, ``FOLDER`` and ``OUTPUT`` (a file in it) stand for the places. A command that fails or
     writes no image is left out, with a note.
     """
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    written: dict[str, int] = {}
     notes = []
     for turn in range(repeats + 1):
         for name in list(seconds):
@@ -132,8 +135,12 @@ def timed(
                     del seconds[name]
                 elif turn:
                     seconds[name].append(spent)
-    lines = [{"process": name, "seconds": round(float(np.median(times)), 2)} for name, times in seconds.items()]
-    return pd.DataFrame(lines, columns=["process", "seconds"]).sort_values("seconds", ignore_index=True), notes
+                    written[name] = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    lines = [
+        {"process": name, "seconds": round(float(np.median(times)), 2), "MB": round(written[name] / 1e6, 2)}
+        for name, times in seconds.items()
+    ]
+    return pd.DataFrame(lines, columns=["process", "seconds", "MB"]).sort_values("seconds", ignore_index=True), notes
 
 
 def _commands(bundle: Path, methods: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -186,3 +186,19 @@ def test_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     error = json.loads((tmp_path / "demonstration" / "report.json").read_text())["metrics"]
     assert f"{error['before']['tre']:.2f} mm before, {error['after']['tre']:.2f} mm after" in told.out
     assert error["after"]["tre"] < 0.2 < 5.0 < error["before"]["tre"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["register", "a", "b", "--ouput=x"], "--ouput=x; did you mean --output?"),
+        (["cohort", "pairs.csv", "--no-resum"], "--no-resum; did you mean --no-resume?"),
+        (["register", "a", "b", "--zzz"], "unrecognized argument --zzz\n"),
+    ],
+)
+def test_a_mistyped_option_is_refused_with_the_nearest(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err

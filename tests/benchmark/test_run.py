@@ -232,9 +232,10 @@ def test_whole_processes_are_timed_and_what_fails_is_left_out(tmp_path: Path) ->
     commands, _ = cost._commands(tmp_path, ["ours", "none"])
     assert {"register, in Python", "bundle"} <= commands.keys()
     moving = tmp_path / "m.nii.gz"
-    moving.write_bytes(b"not read")
+    moving.write_bytes(b"not read" * 3000)
     copy = ["python", "-c", "import shutil, sys; shutil.copy(*sys.argv[1:])", "MOVING", "OUTPUT"]
     fail = ["python", "-c", "raise SystemExit('no such option')"]
     table, notes = cost.timed({"copy": copy, "fail": fail}, moving, moving, repeats=2)
     assert table["process"].tolist() == ["copy"] and 0 < table["seconds"][0] < 20
+    assert table["MB"].tolist() == [0.02]
     assert notes == ["fail: status 1, no such option"]

@@ -9,29 +9,21 @@ import numpy as np
 
 from monai_zsreg.geometry import fsl_from_world, world_from_fsl
 from monai_zsreg.io.transforms.images import Images
+from monai_zsreg.io.transforms.text import matrix_rows, numbers
 
-__all__ = ["looks_like_flirt", "read", "sniff", "write"]
-
-
-def looks_like_flirt(content: bytes) -> bool:
-    """Whether the text is laid out as FLIRT writes it: two blanks behind every number, also the last of a line."""
-    lines = [line for line in content.rstrip(b"\r\n").splitlines() if line.strip()]
-    return len(lines) == 4 and all(line.endswith(b"  ") and line.count(b"  ") == 4 for line in lines)
+__all__ = ["read", "sniff", "write"]
 
 
 def sniff(content: bytes) -> bool:
-    try:
-        return np.array([line.split() for line in content.decode().splitlines() if line.strip()], float).shape == (4, 4)
-    except ValueError:
-        return False
+    return [len(row) for row in numbers(content) or ()] == [4] * 4
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if len(rows) != 4 or any(len(row) != 4 for row in rows):
+    rows = matrix_rows(path.read_text(encoding="utf-8-sig"))
+    if [len(row) for row in rows] != [4] * 4:
         raise ValueError("it does not hold four rows of four numbers")
     one, two = images.need("fixed"), images.need("moving")
-    return world_from_fsl(np.array(rows, dtype=np.float64), one.grid, two.grid, one.spacing, two.spacing)
+    return world_from_fsl(np.array(rows), one.grid, two.grid, one.spacing, two.spacing)
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:

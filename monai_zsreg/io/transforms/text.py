@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_zsreg.io.transforms.fsl import looks_like_flirt
 from monai_zsreg.io.transforms.images import Images
 
 __all__ = ["matrix_rows", "numbers", "read", "sniff", "sniff_greedy", "write"]
@@ -32,7 +31,10 @@ def sniff(content: bytes) -> bool:
 
 
 def sniff_greedy(content: bytes) -> bool:
-    return sniff(content) and not looks_like_flirt(content)
+    # FLIRT leaves two blanks behind every number, also the last of a line
+    lines = [line for line in content.rstrip(b"\r\n").splitlines() if line.strip()]
+    flirt = len(lines) == 4 and all(line.endswith(b"  ") and line.count(b"  ") == 4 for line in lines)
+    return sniff(content) and not flirt
 
 
 def read(path: Path, images: Images) -> np.ndarray:

@@ -19,7 +19,9 @@ def sniff(content: bytes) -> bool:
 
 def read(path: Path, images: Images) -> np.ndarray:
     with _h5py().File(path, "r") as file:
-        group = file["TransformGroup"]
+        group = file.get("TransformGroup")
+        if group is None:
+            raise ValueError("it holds no TransformGroup, as the X5 files of NiTransforms do; fslpy's are others")
         if len(group) != 1:
             raise ValueError(f"{len(group)} transforms instead of one")
         node = group["0"]

@@ -552,6 +552,16 @@ def test_nitransforms_reads_and_writes_x5_as_we_do(pair: tuple[Path, Path], tmp_
         same_points(read_transform(tmp_path / name), AFFINE[3])
 
 
+def test_refuses_an_x5_file_of_another_layout(tmp_path: Path) -> None:
+    """fslpy's files of this name hold two spaces and a matrix between them."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "fslpy.x5", "w") as file:
+        file.attrs["Format"], file.attrs["Type"] = "X5", "linear"
+        file.create_dataset("Transform/Matrix", data=AFFINE[3])
+    with pytest.raises(RegistrationError, match="no TransformGroup"):
+        read_transform(tmp_path / "fslpy.x5")
+
+
 @pytest.mark.parametrize("name", ["niftyreg", "mrtrix"])
 def test_niftyreg_and_mrtrix_by_hand(tmp_path: Path, name: str) -> None:
     """Both take a point of the reference to the floating image, in the world of the sform, and neither in voxels.
