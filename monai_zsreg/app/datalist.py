@@ -135,7 +135,7 @@ def bids_pairs(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         RegistrationError: no session has a T1w image and another one.
     """
-    root = Path(folder)
+    root = Path(os.path.abspath(folder))
     pairs = []
     for anat in sorted([*root.glob("sub-*/anat"), *root.glob("sub-*/ses-*/anat")]):
         images = []
