@@ -34,7 +34,9 @@ from monai_zsreg.registration.displacement import Deformation
 __all__ = [
     "DEMONSTRATION",
     "FAILED",
+    "INDEX",
     "REPORT",
+    "SUMMARY",
     "WRONG_INPUT",
     "Settings",
     "describe_pair",
@@ -51,6 +53,8 @@ __all__ = [
 DEMONSTRATION = "demonstration"
 #: the file of a pair's results that is written last
 REPORT = "report.json"
+#: files beside the folders of many pairs
+SUMMARY, INDEX = "summary.csv", "index.html"
 #: exit statuses of the commands; 0: registered, 1: anything else
 WRONG_INPUT, FAILED = 2, 3
 
