@@ -268,9 +268,8 @@ def run_on_cluster(
 @contextmanager
 def _client(workers: int, scheduler: str | None, device: Any) -> Iterator[Any]:
     """A client of the cluster at an address, or of one of our own."""
-    from distributed import Client, LocalCluster
-
     import dask
+    from distributed import Client, LocalCluster
 
     with ExitStack() as stack:
         if scheduler is not None:
