@@ -98,7 +98,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        "benchmark", "demo", "dev", "interop", "label", "test", "train",
+        "benchmark", "cluster", "demo", "dev", "interop", "label", "test", "train",
     }  # fmt: skip
     hard = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert any(r.startswith("monai>=1.6.1") for r in hard)

@@ -9,11 +9,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io import (
     Image,
     Landmarks,
@@ -24,7 +22,7 @@ from monai_zsreg.io import (
     write_image,
     write_transform,
 )
-from monai_zsreg.resample import resample
+from monai_zsreg.registration.displacement import Deformation, Transform, compose, map_points, move
 
 __all__ = ["apply_files", "compose_transforms", "move_points"]
 
@@ -36,11 +34,12 @@ def compose_transforms(
     via: Sequence[Any] = (),
     invert: bool = False,
     format: str | None = None,
-) -> np.ndarray:
-    """Read transform files and make one matrix of them.
+) -> Transform:
+    """Read transform files and make one transform of them.
 
     Args:
-        paths: the files; the first acts first on points of the fixed image.
+        paths: the files, matrices or displacement fields (``.nii``, ``.nii.gz``); the first acts first on points of
+            the fixed image.
         fixed: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
         moving: likewise.
         via: the images between the transforms, one fewer than ``paths``, where the formats depend on them.
@@ -48,7 +47,7 @@ def compose_transforms(
         format: of all files, see `monai_zsreg.io.read_transform`.
 
     Returns:
-        ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm.
+        Fixed world to moving world, RAS mm: ``(D+1, D+1)`` float64, or a `Deformation` where a file holds one.
 
     Raises:
         RegistrationError: a file or image that cannot be used, or transforms of unequal dimension.
@@ -61,29 +60,37 @@ def compose_transforms(
     images = [start, *(via or [None] * (len(paths) - 1)), end]
     total: Any = None
     for path, one, two in zip(paths, images, images[1:], strict=False):
-        matrix = read_transform(path, one, two, format)
-        if total is not None and matrix.shape != total.shape:
-            allowed = f"a {len(total) - 1}D transform, as the first one is"
-            raise RegistrationError("transform", f"{len(matrix) - 1}D transform {os.fspath(path)}", allowed)
-        total = matrix if total is None else matrix @ total
-    return np.asarray(np.linalg.inv(total) if invert else total)
+        if os.fspath(path).lower().endswith((".nii", ".nii.gz")):
+            found: Transform = Deformation.load(path)
+        else:
+            found = torch.as_tensor(read_transform(path, one, two, format))
+        if total is not None and _dims(found) != _dims(total):
+            allowed = f"a {_dims(total)}D transform, as the first one is"
+            raise RegistrationError("transform", f"{_dims(found)}D transform {os.fspath(path)}", allowed)
+        total = found if total is None else compose(total, found)
+    if invert:
+        total = total.inverse() if isinstance(total, Deformation) else torch.linalg.inv(total)
+    return total
 
 
-def move_points(points: Landmarks, matrix: np.ndarray) -> Landmarks:
+def _dims(transform: Transform) -> int:
+    return transform.dims if isinstance(transform, Deformation) else len(transform) - 1
+
+
+def move_points(points: Landmarks, transform: Transform) -> Landmarks:
     """Points of the fixed image, in the moving image's world.
 
     Args:
         points: in the fixed image's world.
-        matrix: ``(D+1, D+1)``, fixed world to moving world.
+        transform: fixed world to moving world.
 
     Raises:
-        RegistrationError: points and matrix are of unequal dimension.
+        RegistrationError: points and transform are of unequal dimension.
     """
-    dims = len(matrix) - 1
+    dims = _dims(transform)
     if points.points.shape[1] != dims:
         raise RegistrationError("points", f"{points.points.shape[1]}D points", f"{dims}D points, as the transform")
-    moved = apply_affine(torch.as_tensor(matrix, dtype=torch.float64), torch.as_tensor(points.points))
-    return Landmarks(moved.numpy(), points.labels)
+    return Landmarks(map_points(transform, torch.as_tensor(points.points)).numpy(), points.labels)
 
 
 def apply_files(
@@ -110,20 +117,25 @@ def apply_files(
     one, two = (
         None if path is None else load_image(path, name) for path, name in ((fixed, "fixed"), (moving, "moving"))
     )
-    matrix = compose_transforms(transform, one, two, via, invert, format)
-    landmarks = move_points(read_landmarks(points), matrix) if points else None
+    pull = compose_transforms(transform, one, two, via, invert, format)
+    dims = _dims(pull)
+    landmarks = move_points(read_landmarks(points), pull) if points else None
     moved = None
     if output and one is not None and two is not None:
         for name, image in (("fixed", one), ("moving", two)):
-            if image.dims != len(matrix) - 1:
-                raise RegistrationError(name, f"{image.dims}D image", f"a {len(matrix) - 1}D image, as the transform")
+            if image.dims != dims:
+                raise RegistrationError(name, f"{image.dims}D image", f"a {dims}D image, as the transform")
         mode, fill = ("nearest", 0.0) if labels else ("bilinear", None)
         fill = fill if fill_value is None else fill_value
-        values = resample(two.values, two.grid, one.grid, torch.as_tensor(matrix), mode=mode, fill=fill)
+        values = move(pull, two.values, two.grid, one.grid, mode=mode, fill=fill)
         moved = Image(values, one.affine, {key: one.meta[key] for key in ("place", "unit") if key in one.meta})
     # all of the input was fine: only now write
-    if save_transform:
-        write_transform(save_transform, matrix, one, two, save_format)
+    if save_transform and isinstance(pull, Deformation):
+        if save_format not in (None, "itk"):
+            raise RegistrationError("save-format", save_format, "itk, for what bends: a field, .nii.gz")
+        pull.save(save_transform, None if one is None else one.grid)
+    elif save_transform:
+        write_transform(save_transform, torch.as_tensor(pull), one, two, save_format)
     if output and moved is not None:
         write_image(output, moved, like=two, labels=labels)
     if landmarks is not None and save_points:

@@ -9,14 +9,13 @@ arrives as one dictionary, ``request``.
 from __future__ import annotations
 
 import ast
-import atexit
 import inspect
 import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Real
@@ -31,7 +30,7 @@ from monai.inferers import Inferer
 from monai.transforms import Transform
 from torch.utils.data import DataLoader
 
-from monai_zsreg.app import cohort
+from monai_zsreg.app import cohort, datalist
 from monai_zsreg.app.evaluate import mean_metrics
 from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings, read_pair, register_pair
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
@@ -48,7 +47,6 @@ __all__ = [
     "local_device",
     "run",
     "settings",
-    "start",
 ]
 
 _FLAGS = ("resume", "page", "uncertainty", "exit_on_fail", "evaluation")
@@ -80,7 +78,7 @@ def check(request: Mapping[str, Any]) -> None:
         if request["datalist"] is None:  # of many pairs each has its own result, good or bad
             files |= {key: path for key, path in found[0].items() if key != "name"}
         for argument, path in files.items():
-            if path is not None and not os.path.exists(cohort.text(path, argument)):
+            if path is not None and not os.path.exists(datalist.text(path, argument)):
                 raise RegistrationError(argument, path, "an existing file")
     # the verdict is told anyway
     warnings.simplefilter("ignore", RegistrationWarning)
@@ -104,13 +102,13 @@ def settings(request: Mapping[str, Any]) -> Settings:
     if fill is not None and (isinstance(fill, bool) or not isinstance(fill, Real)):
         raise RegistrationError("fill_value", fill, "a number, or null for the background of the image")
     return Settings(
-        output_dir=cohort.text(request["output_dir"], "output_dir"),
+        output_dir=datalist.text(request["output_dir"], "output_dir"),
         options=options,
         uncertainty=flags["uncertainty"],
         page=flags["page"],
         exact=flags["evaluation"],
         fill_value=None if fill is None else float(fill),
-        regressor_weights=None if weights is None else cohort.text(weights, "regressor_weights"),
+        regressor_weights=None if weights is None else datalist.text(weights, "regressor_weights"),
         **{
             key: request[key]
             for key in ("preset", "transform", "device", "vgg19_weights", "seed", "demonstration_dims")
@@ -127,7 +125,7 @@ def flag(value: Any, argument: str) -> bool:
 
 
 def entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``dataset#data``: one pair, or this process' share of what is left to do of many.
+    """``dataset#data``: one pair, or what is left to do of many.
 
     Raises:
         RegistrationError: a list that cannot be read, or together with a pair.
@@ -141,12 +139,12 @@ def entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _all_entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     pair = {key: request[key] for key in _PAIR}
     if request["datalist"] is None:
-        return [cohort.one_pair(**pair, dataset_dir=request["dataset_dir"])]
+        return [datalist.one_pair(**pair, dataset_dir=request["dataset_dir"])]
     for argument, value in pair.items():
         if value is not None:
             raise RegistrationError(argument, value, "nothing beside a datalist")
     strict = flag(request["evaluation"], "evaluation")
-    return cohort.read_datalist(request["datalist"], request["dataset_dir"], must_exist=strict)
+    return datalist.read_datalist(request["datalist"], request["dataset_dir"], must_exist=strict)
 
 
 def _refuse_unknown(argv: Sequence[str]) -> None:
@@ -305,8 +303,17 @@ class PairWriter:
     def _start(self, engine: Engine) -> None:
         state: Any = engine.state
         state.verdicts = {}
-        self.reports = cohort.Progress(state.epoch_length if self.progress else 0)
-        self.behind = cohort.WriteBehind(self.reports)
+        self.reports: list[dict[str, Any]] = []
+        self.tell = cohort.Progress(state.epoch_length if self.progress else 0)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self.pending: Future[dict[str, Any]] | None = None
+
+    def _wait(self) -> None:
+        """Until the last pair is written, so that no results pile up."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.reports.append(pending.result())
+            self.tell(self.reports[-1])
 
     def __call__(self, engine: Engine) -> None:
         """
@@ -320,13 +327,17 @@ class PairWriter:
         found = output["error"] if "error" in output else output["pred"]
         state.verdicts[pair["name"]] = getattr(found, "verdict", "FAIL")
         isolate = engine.isolate  # type: ignore[attr-defined]
-        self.behind.put(lambda: cohort.finish_pair(pair, found, self.settings, isolate))
+        self._wait()
+        self.pending = self.pool.submit(cohort.finish_pair, pair, found, self.settings, isolate)
         if self.progress:  # images are not kept while the next pair is read
             state.output, state.batch = {}, {"name": pair["name"]}
 
     def _end(self, engine: Engine) -> None:
-        self.behind.close()
-        engine.state.metrics.update(mean_metrics(self.reports.reports))
+        try:
+            self._wait()
+        finally:
+            self.pool.shutdown()
+        engine.state.metrics.update(mean_metrics(self.reports))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,17 +345,9 @@ class PairWriter:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def start() -> None:
-    """Step of ``initialize``: join the other processes where torchrun has started several."""
-    cohort.join()
-    atexit.register(cohort.leave)
-
-
 def local_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    """The GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(evaluator: PairEvaluator, request: Mapping[str, Any]) -> None:
@@ -365,6 +368,5 @@ def run(evaluator: PairEvaluator, request: Mapping[str, Any]) -> None:
         made = settings(request)
         many = request["datalist"] is not None
         failed = cohort.finish(_all_entries(request), made, state.verdicts, request["success_mm"], many)
-    cohort.leave()
     if failed and flag(request["exit_on_fail"], "exit_on_fail") and not made.exact:
         raise SystemExit(FAILED)

@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 __all__ = ["main"]
 
 _PRESETS = ("robust", "keypoints", "paper")
-_TRANSFORMS = ("rigid", "similarity", "affine")
+_TRANSFORMS = ("rigid", "similarity", "affine", "deformable")
 _WRONG_INPUT, _FAILED = 2, 3
 
 _EXAMPLES = {
@@ -25,14 +26,17 @@ _EXAMPLES = {
   zsreg register t1.nii.gz t2.nii.gz flair.nii.gz -o out          several moving images, one fixed
   zsreg register ct.nii.gz mr.nii.gz --labels mr_seg.nii.gz --transform rigid
   zsreg register t1.nii.gz t2.nii.gz --set search=local --set spacing=2
+  zsreg register one.nii.gz other.nii.gz --transform deformable --set stiffness=2
   zsreg register --demo
 
 The first image stays; the others are moved onto its grid. Results of each go to OUTPUT/NAME/: moved.nii.gz,
-transform.tfm (ITK, ANTs, 3D Slicer), expected_error.nii.gz, report.html, overview.png, report.json.
+transform.tfm (ITK, ANTs, 3D Slicer), expected_error.nii.gz, report.html, overview.png, report.json. Of --transform
+deformable, transform.tfm is the affine part alone and displacement.nii.gz the whole map; stiffness is in mm.
 Exit status: 0 registered, 2 wrong input, 3 verdict FAIL, 1 anything else.""",
     "apply": """examples:
   zsreg apply flair_to_t1.mat --fixed t1.nii.gz --moving flair.nii.gz -o moved.nii.gz
   zsreg apply a.lta b.tfm --fixed t1.nii.gz --moving seg.nii.gz --labels -o moved_seg.nii.gz
+  zsreg apply displacement.nii.gz --fixed one.nii.gz --moving other_seg.nii.gz --labels -o seg.nii.gz
   zsreg apply t.tfm --points t1_points.csv --save-points flair_points.csv
   zsreg apply t.tfm --fixed t1.nii.gz --moving flair.nii.gz --save-transform flair_to_t1.mat --save-format fsl
 
@@ -47,10 +51,15 @@ from destination needs no --invert.""",
   zsreg cohort pairs.csv -o out     columns fixed, moving, labels, name (masks, landmarks, truth); cells may be empty
   zsreg cohort bids/ -o out         T1w fixed, the other contrasts beside it moving
   zsreg cohort pairs.json -o out --evaluate
-  torchrun --nproc_per_node 2 -m monai_zsreg.app.cli cohort pairs.csv -o out
+  zsreg cohort pairs.csv -o out --workers 4
+  zsreg cohort pairs.csv -o out --scheduler tcp://node1:8786
 
 A pair that cannot be read or registered is a row with its reason. The same command again does what is missing or was
-made with other settings.""",
+made with other settings.
+
+With --workers or --scheduler (extra "cluster") pairs are registered by the workers of a Dask cluster: on this machine,
+or of one that runs already, such as dask-jobqueue starts under SLURM, whose workers have this package and see the same
+files. A pair whose worker was killed goes to another one.""",
 }
 
 
@@ -104,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="zsreg", description="Affine registration of images of any modality, without training.")
+    parser = _Parser(prog="zsreg", description="Registration of images of any modality, without training.")
     parser.add_argument("--version", action=_Version, default=argparse.SUPPRESS, help="show the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -127,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     cohort = command("cohort", "Register many pairs.", _cohort)
     cohort.add_argument("datalist", help="CSV or JSON file of pairs, or BIDS folder")
     cohort.add_argument("--dataset-dir", default="", metavar="DIR", help="folder that relative paths start from")
+    cohort.add_argument("--workers", type=int, default=0, metavar="N", help="processes, on GPUs one each (this one)")
+    cohort.add_argument("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers register the pairs")
     cohort.add_argument("--no-resume", action="store_true", help="register again what has a result already")
     cohort.add_argument("--evaluate", action="store_true", help="measure on all voxels; write evaluation.csv and .json")
     cohort.add_argument("--success-mm", type=float, default=2.0, metavar="MM", help="error that counts as accurate (2)")
@@ -204,18 +215,19 @@ def _register(args: argparse.Namespace) -> int:
         _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
     _check_files(args)
 
-    from monai_zsreg.app import cohort
+    from monai_zsreg.app import cohort, datalist
 
     if args.demo:
-        entries = [cohort.one_pair(name=args.name)]
+        entries = [datalist.one_pair(name=args.name)]
     elif len(moving) == 1:
-        entries = [cohort.one_pair(fixed, moving[0], args.name, labels=args.labels)]
+        entries = [datalist.one_pair(fixed, moving[0], args.name, labels=args.labels)]
     else:
-        entries = cohort.read_datalist([{"fixed": fixed, "moving": path} for path in moving])
+        entries = datalist.read_datalist([{"fixed": fixed, "moving": path} for path in moving])
     progress = cohort.Progress(len(entries) if len(entries) > 1 else 0, args.quiet or args.json)
-    cohort.run_cohort(entries, _settings(args), progress, isolate=False)
-    _print_json(args, progress.reports if len(entries) > 1 else progress.reports[0])
-    return _FAILED if any(report["verdict"] == "FAIL" for report in progress.reports) else 0
+    settings = _settings(args)
+    cohort.run_cohort(entries, settings, progress, isolate=False)
+    _print_json(args, settings, progress)
+    return _FAILED if "FAIL" in progress.verdicts.values() else 0
 
 
 def _cohort(args: argparse.Namespace) -> int:
@@ -223,22 +235,26 @@ def _cohort(args: argparse.Namespace) -> int:
         _refuse("datalist", args.datalist, "an existing file or folder")
     if not args.success_mm > 0:
         _refuse("success-mm", args.success_mm, "a number above 0")
+    if args.workers < 0 or args.workers and args.scheduler:
+        _refuse("workers", args.workers, "a number of processes, and none beside --scheduler, which has its own")
+    if args.workers and find_spec("distributed") is None:
+        print('--workers needs "monai-zsreg[cluster]": all pairs are registered in this process', file=sys.stderr)
+        args.workers = 0
     _check_files(args)
 
-    from monai_zsreg.app import cohort
+    from monai_zsreg.app import cohort, datalist
 
     settings = _settings(args, exact=args.evaluate)
-    entries = cohort.read_datalist(args.datalist, args.dataset_dir, must_exist=args.evaluate)
-    cohort.join()
-    try:
-        left = cohort.remaining(entries, settings, not args.no_resume)
-        progress = cohort.Progress(len(left), args.quiet or args.json)
-        cohort.run_cohort(left, settings, progress, isolate=not args.evaluate)
-        verdicts = {report["name"]: report["verdict"] for report in progress.reports}
-        failed = cohort.finish(entries, settings, verdicts, args.success_mm, quiet=args.quiet or args.json)
-        _print_json(args, progress.reports)
-    finally:
-        cohort.leave()
+    entries = datalist.read_datalist(args.datalist, args.dataset_dir, must_exist=args.evaluate)
+    left = cohort.remaining(entries, settings, not args.no_resume)
+    progress = cohort.Progress(len(left), args.quiet or args.json)
+    isolate = not args.evaluate
+    if left and (args.workers or args.scheduler):
+        cohort.run_on_cluster(left, settings, progress, isolate, args.workers, args.scheduler)
+    else:
+        cohort.run_cohort(left, settings, progress, isolate)
+    failed = cohort.finish(entries, settings, progress.verdicts, args.success_mm, quiet=args.quiet or args.json)
+    _print_json(args, settings, progress)
     return _FAILED if failed and not args.evaluate else 0
 
 
@@ -254,13 +270,13 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
     common = {name: options[name] for name in options if name not in _OF_IMAGES}
     check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
     resolve_device(args.device)
-    options |= {name: value for name in _FILES if (value := getattr(args, name)) is not None}
-    names = ("preset", "transform", "device", "seed", "vgg19_weights", "regressor_weights", "uncertainty")
-    given = {name: getattr(args, name) for name in (*names, "fill_value")}
+    options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
+    names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
+    given = {name: getattr(args, name) for name in names} | {name: _file(args, name) for name in _WEIGHTS}
     return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
 
 
-_FILES = ("initial", "fixed_mask", "moving_mask")
+_FILES, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
 # arguments of `monai_zsreg.register` that are checked with the images
 _OF_IMAGES = ("spacing", "fixed_channel", "moving_channel")
 
@@ -279,8 +295,13 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _file(args: argparse.Namespace, name: str) -> str | None:
+    path = getattr(args, name)
+    return None if path is None else os.path.abspath(path)
+
+
 def _check_files(args: argparse.Namespace) -> None:
-    for name in (*_FILES, "vgg19_weights", "regressor_weights"):
+    for name in (*_FILES, *_WEIGHTS):
         path = getattr(args, name)
         if path is not None and not os.path.exists(path):
             _refuse(name.replace("_", "-"), path, "an existing file")
@@ -292,9 +313,13 @@ def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:
     raise RegistrationError(argument, value, allowed)
 
 
-def _print_json(args: argparse.Namespace, content: Any) -> None:
+def _print_json(args: argparse.Namespace, settings: Any, progress: Any) -> None:
+    """The reports of this run's pairs, as they were written; that of a single one alone."""
+    from monai_zsreg.app.cohort import read_report
+
     if args.json:
-        print(json.dumps(content, indent=2, ensure_ascii=False), flush=True)
+        found = [read_report(settings.output_dir, name) for name in progress.verdicts]
+        print(json.dumps(found if progress.many else found[0], indent=2, ensure_ascii=False), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,31 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many pairs in one run: lists and BIDS folders, one bad file never the end of it, nothing done twice.
+"""Many pairs in one run: one bad file is never the end of it, and nothing is done twice.
 
-Under ``torchrun`` the first process looks for what is left to do and every process takes its share of that.
+`run_cohort` registers pairs in this process, `run_on_cluster` on the workers of a Dask cluster.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 import monai_zsreg
 from monai_zsreg.app.evaluate import save_evaluation
 from monai_zsreg.app.run import (
-    DEMONSTRATION,
+    INDEX,
     REPORT,
+    SUMMARY,
     Settings,
     describe_pair,
     folder_of,
@@ -34,388 +36,104 @@ from monai_zsreg.app.run import (
     summary,
     write_pair,
 )
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.io import atomic_path, output_folder, write_json
 
 __all__ = [
-    "INDEX",
-    "SUMMARY",
-    "WriteBehind",
-    "bids_pairs",
-    "fingerprint",
     "Progress",
     "failure",
+    "fingerprint",
     "finish",
     "finish_pair",
-    "join",
-    "leave",
-    "one_pair",
-    "place",
-    "read_datalist",
     "read_isolated",
     "read_report",
+    "register_isolated",
     "remaining",
     "run_cohort",
+    "run_on_cluster",
     "save_summary",
     "summary_rows",
-    "text",
-    "total",
 ]
 
-#: files beside the folders of the pairs
-SUMMARY, INDEX = "summary.csv", "index.html"
-_RESERVED = (SUMMARY, INDEX, "evaluation.csv", "evaluation.json")
-_TOGETHER = (
-    ("fixed", "moving"),
-    ("fixed_mask", "moving_mask"),
-    ("fixed_landmarks", "moving_landmarks"),
-)
-_KEYS = (*(key for keys in _TOGETHER for key in keys), "labels", "fixed_labels", "moving_labels", "truth", "name")
 _VERDICTS = ("FAIL", "WARN", "PASS")
-# what BIDS calls images of the head that can be registered to its T1w
-_CONTRASTS = ("T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2starw", "inplaneT1", "inplaneT2", "angio")
+# pairs that a scheduler is told of at once: more than a cluster has workers, and little memory however long the list
+_IN_FLIGHT = 1000
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# which pairs
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def text(value: Any, argument: str) -> str:
-    """A path or name as text. Command lines turn what looks like a number into one."""
-    if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise RegistrationError(argument, value, "text; if it was, quote it once more within the quotes: '\"1.5\"'")
-
-
-def one_pair(
-    fixed: Any = None, moving: Any = None, name: Any = None, dataset_dir: Any = "", **further: Any
-) -> dict[str, Any]:
-    """The entry of one pair, or of the demonstration pair where neither image is named.
-
-    Args:
-        fixed: file, or folder of a DICOM series.
-        moving: likewise.
-        name: of the folder for the results; None for the moving file's name without its suffix.
-        dataset_dir: folder that relative paths start from; the working directory if empty.
-        further: ``labels`` of the moving image, to be carried along; what is known for measuring: ``fixed_mask`` and
-            ``moving_mask``, ``fixed_labels``, ``fixed_landmarks`` and ``moving_landmarks``, ``truth``.
-
-    Raises:
-        RegistrationError: one of two files that go together, or a value that is no path or name.
-    """
-    given = {"fixed": fixed, "moving": moving} | further
-    given = {key: value for key, value in given.items() if value is not None}
-    if "moving_labels" in given:
-        if "labels" in given:
-            raise RegistrationError("labels", given["labels"], "nothing beside moving_labels, which are the same")
-        given["labels"] = given.pop("moving_labels")
-    if not given:
-        return {"name": _folder_name(DEMONSTRATION if name is None else name)}
-    if "fixed_labels" in given and "labels" not in given:
-        raise RegistrationError("moving_labels", None, "a file: fixed_labels and moving_labels go together")
-    for one, two in _TOGETHER:
-        if (one in given) != (two in given) or one == "fixed" and one not in given:
-            missing = two if one in given else one
-            raise RegistrationError(missing, None, f"a file: {one} and {two} go together")
-    start = text(dataset_dir, "dataset_dir")
-    entry = {key: os.path.join(start, text(path, key)) for key, path in given.items()}
-    return entry | {"name": _folder_name(_stem(entry["moving"]) if name is None else name)}
-
-
-def read_datalist(datalist: Any, dataset_dir: Any = "", must_exist: bool = False) -> list[dict[str, Any]]:
-    """All pairs of a list.
-
-    Args:
-        datalist: CSV file with a header line; JSON file with a list of pairs, or with such a list under
-            ``"testing"``; the list itself; or a BIDS folder. A pair has ``fixed`` and ``moving`` and may have what
-            `one_pair` knows. Cells may be empty.
-        dataset_dir: folder that relative paths start from; the working directory if empty.
-        must_exist: whether a file that is not there is an error already, not the bad result of one pair.
-
-    Returns:
-        Entries with a name of their own each: that of the moving file, with a number where others have it too.
-
-    Raises:
-        RegistrationError: no such list, an entry that cannot be used, or two pairs of one name.
-    """
-    if isinstance(datalist, (str, os.PathLike)) and Path(datalist).is_dir():
-        return bids_pairs(datalist)
-    pairs = []
-    for number, row in enumerate(_rows(datalist)):
-        place = f"datalist[{number}]"
-        if not isinstance(row, Mapping):
-            raise RegistrationError(place, row, '{"fixed": ..., "moving": ...}')
-        given = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
-        unknown = sorted(str(key) for key in given if key not in _KEYS)
-        if unknown:  # a misspelled name would go unnoticed otherwise
-            raise RegistrationError(place, unknown, f"none but {', '.join(_KEYS)}")
-        if not {"fixed", "moving"} & set(given):
-            raise RegistrationError(f"{place}.fixed", None, "a file: a pair needs both images")
-        try:
-            entry = one_pair(**given, dataset_dir=dataset_dir)
-            missing = [key for key in entry if must_exist and key != "name" and not os.path.exists(entry[key])]
-            if missing:
-                raise RegistrationError(missing[0], entry[missing[0]], "an existing file")
-        except RegistrationError as error:
-            raise RegistrationError(f"{place}.{error.argument}", error.value, error.allowed) from error
-        pairs.append((entry, "name" in given))
-    return _numbered(pairs)
-
-
-def _rows(datalist: Any) -> Sequence[Any]:
-    rows: Any = datalist
-    if isinstance(datalist, (str, os.PathLike)):
-        path = Path(datalist)
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-            rows = json.loads(content) if path.suffix.lower() != ".csv" else list(csv.DictReader(content.splitlines()))
-        except (OSError, ValueError, csv.Error) as error:
-            raise RegistrationError("datalist", str(path), f"a CSV or JSON file ({error})") from error
-    if isinstance(rows, Mapping):
-        if "testing" not in rows:
-            raise RegistrationError("datalist", sorted(rows), 'a list of pairs, or one under "testing"')
-        rows = rows["testing"]
-    if isinstance(rows, str) or not isinstance(rows, Sequence) or len(rows) == 0:
-        raise RegistrationError("datalist", rows, "a list with at least one pair")
-    return rows
-
-
-def bids_pairs(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """For each session of a BIDS folder its first T1w image without contrast agent as fixed, the others as moving.
-
-    Args:
-        folder: with ``sub-*/[ses-*/]anat/*_<suffix>.nii[.gz]``. Derived files (``desc-``, masks) are left out.
-
-    Raises:
-        RegistrationError: no session has a T1w image and another one.
-    """
-    root = Path(folder)
-    pairs = []
-    for anat in sorted([*root.glob("sub-*/anat"), *root.glob("sub-*/ses-*/anat")]):
-        images = []
-        for path in sorted(anat.iterdir()):
-            found = re.fullmatch(r"(sub-.+)_([A-Za-z0-9]+)\.nii(\.gz)?", path.name)
-            if found and found[2] in _CONTRASTS and "_desc-" not in path.name:
-                images.append((path, found[1], found[2]))
-        plain = [image for image in images if image[2] == "T1w" and "_ce-" not in image[1]]
-        for path, stem, suffix in images if plain else []:
-            if path != plain[0][0]:
-                entry = {"fixed": str(plain[0][0]), "moving": str(path), "name": f"{stem}_{suffix}"}
-                pairs.append((entry, False))
-    if not pairs:
-        allowed = "a BIDS folder: sub-*/[ses-*/]anat with a _T1w image and another contrast beside it"
-        raise RegistrationError("datalist", str(folder), allowed)
-    return _numbered(pairs)
-
-
-def _numbered(pairs: Sequence[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
-    """Entries with a name of their own each; those that the user did not name make way for those that he did."""
-    taken = set(_RESERVED)
-    for entry, named in pairs:
-        if named and entry["name"] in taken:
-            raise RegistrationError("name", entry["name"], "a name that no other pair and no file of the results has")
-        if named:
-            taken.add(entry["name"])
-    numbers: dict[str, int] = {}
-    for entry, named in pairs:
-        stem = entry["name"]
-        while not named and entry["name"] in taken:
-            numbers[stem] = numbers.get(stem, 1) + 1
-            entry["name"] = f"{stem}_{numbers[stem]}"
-        taken.add(entry["name"])
-    return [entry for entry, _ in pairs]
-
-
-def _folder_name(value: Any) -> str:
-    name = text(value, "name")
-    if name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
-        raise RegistrationError("name", name, "the name of a folder, without path separators")
-    return name
-
-
-def _stem(path: str) -> str:
-    name = Path(path).resolve().name
-    return name[:-7] if name.lower().endswith(".nii.gz") and len(name) > 7 else Path(name).stem
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what is left to do, and by whom
+# what is left to do
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """What a result depends on: a pair whose report holds the same need not be registered again."""
+    named = {key: value for key, value in sorted(settings.arguments.items()) if key != "device"}
+    plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in named.items()}
     files = {key: path for key, path in entry.items() if key != "name"}
-    named = {key: value for key, value in settings.arguments.items() if key != "device"}
-    files |= {
-        key: value for key, value in named.items() if isinstance(value, (str, os.PathLike)) and os.path.exists(value)
-    }
-    plain = {
-        key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in sorted(named.items())
-    }
+    files |= {key: value for key, value in named.items() if isinstance(value, (str, os.PathLike))}
     states = {}
     for key, path in sorted(files.items()):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             state = os.stat(path)
             states[key] = [str(path), state.st_size, state.st_mtime_ns]
     work = {name: getattr(settings, name) for name in ("uncertainty", "exact", "fill_value")}
     return plain | work | {"version": monai_zsreg.__version__, "files": states}
 
 
+def remaining(entries: Sequence[dict[str, Any]], settings: Settings, resume: bool = True) -> list[dict[str, Any]]:
+    """The pairs that have no result of these files and settings yet; all of them without ``resume``."""
+    return [entry for entry in entries if not (resume and _finished(entry, settings))]
+
+
 def _finished(entry: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether the pair has a result of these files and settings. What could not be used is tried again."""
     report = read_report(settings.output_dir, entry["name"])
+    # what could not be used is tried again
     if report is None or "failure" in report or settings.page and "page" not in report.get("output", {}):
         return False
     return bool(report.get("made_from") == fingerprint(entry, settings))
 
 
 def read_report(output_dir: Any, name: str) -> dict[str, Any] | None:
+    """The report of a pair, None where there is none."""
     with suppress(OSError, ValueError):
         report = json.loads((folder_of(output_dir, name) / REPORT).read_text(encoding="utf-8"))
         return report if isinstance(report, dict) else None
     return None
 
 
-def place() -> tuple[int, int]:
-    """Number of this process and how many there are; torchrun tells by the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join() -> None:
-    """Join the other processes, where torchrun has started several."""
-    if place()[1] > 1 and not dist.is_initialized():
-        # the others may be at work for long
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-
-
-def leave() -> None:
-    """Shut down what `join` has started, before the interpreter does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def total(number: int) -> int:
-    """The sum of every process' number, once all have come to it."""
-    if not dist.is_initialized():
-        return number
-    numbers: list[Any] = [None] * place()[1]
-    dist.all_gather_object(numbers, number)
-    return sum(numbers)
-
-
-def remaining(entries: Sequence[dict[str, Any]], settings: Settings, resume: bool = True) -> list[dict[str, Any]]:
-    """This process' share of the pairs that have no result yet.
-
-    One process looks and tells the others: each would see another state while the first is at work already.
-    """
-    rank, world = place()
-    found: list[Any] = [None]
-    if rank == 0:
-        found = [[entry for entry in entries if not (resume and _finished(entry, settings))]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return list(found[0][rank::world])
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# one bad pair is a result
+# one pair, whose failure is a result
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def read_isolated(
-    entry: Mapping[str, Any], settings: Settings, last: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """`read_pair`; what cannot be read comes back with its ``error``."""
+# the pair that was read last in this process, and what its fixed image depends on
+_last: tuple[Any, dict[str, Any] | None] = (None, None)
+
+
+def read_isolated(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """`read_pair`, with the fixed image of the pair before where it is the same; an ``error`` where that fails."""
+    global _last
     try:
-        return read_pair(entry, settings, last) | {"made_from": fingerprint(entry, settings)}
+        made_from = fingerprint(entry, settings)
+        depends = [made_from["files"].get(key) for key in ("fixed", "fixed_mask")], settings
+        pair = read_pair(entry, settings, _last[1] if _last[0] == depends else None) | {"made_from": made_from}
+        _last = depends, {key: pair[key] for key in ("files", "prepared")}
+        return pair
     except Exception as error:
-        files = {key: str(path) for key, path in entry.items() if key != "name"}
-        return {"name": entry.get("name"), "files": files, "error": error}
+        return _files_alone(entry) | {"error": error}
 
 
-def failure(pair: Mapping[str, Any], error: BaseException, settings: Settings) -> dict[str, Any]:
-    """Write the report of a pair that could not be read, registered or written, and give it back."""
-    told = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
-    reason = (told.splitlines() or [""])[0]
-    report = {
-        "name": pair["name"],
-        "verdict": "FAIL",
-        "reasons": [reason],
-        "failure": reason,
-        "score": None,
-        "measures": {},
-        "input": pair["files"],
-    }
-    # a folder that cannot be written to has had its say
-    with suppress(RegistrationError, OSError):
-        write_json(output_folder(folder_of(settings.output_dir, pair["name"])) / REPORT, report)
-    return report
+def _files_alone(entry: Mapping[str, Any]) -> dict[str, Any]:
+    files = {key: str(path) for key, path in entry.items() if key != "name"}
+    return {"name": entry.get("name"), "files": files}
 
 
-class WriteBehind:
-    """Writes the results of a pair in a thread while the next pair is registered.
-
-    Args:
-        done: called with each report, in the order of the pairs.
-    """
-
-    def __init__(self, done: Callable[[dict[str, Any]], None]) -> None:
-        self.done = done
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
-        self.pending: Future[dict[str, Any]] | None = None
-
-    def put(self, write: Callable[[], dict[str, Any]]) -> None:
-        """Hand over what makes a report; waits until the last one is written, so that no results pile up."""
-        self.wait()
-        self.pending = self.pool.submit(write)
-
-    def wait(self) -> None:
-        """Until all is written."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            self.done(pending.result())
-
-    def close(self) -> None:
-        """Wait, and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self.pool.shutdown()
-
-
-def run_cohort(
-    entries: Sequence[Mapping[str, Any]],
-    settings: Settings,
-    done: Callable[[dict[str, Any]], None],
-    isolate: bool = True,
-) -> None:
-    """Register pairs one after the other; the next one is read and the last one written meanwhile.
-
-    Args:
-        entries: of `read_datalist`.
-        settings: of the run.
-        done: called with each report.
-        isolate: whether what goes wrong with a pair is its result, or is raised.
-    """
-    behind = WriteBehind(done)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        coming = pool.submit(read_isolated, entries[0], settings) if entries else None
-        for number in range(len(entries)):
-            assert coming is not None
-            pair = coming.result()
-            if number + 1 < len(entries):
-                coming = pool.submit(read_isolated, entries[number + 1], settings, pair)
-            found: Any = pair.get("error")
-            try:
-                found = found or register_pair(pair, settings)
-            except Exception as error:
-                found = error
-            behind.put(partial(finish_pair, pair, found, settings, isolate))
-    behind.close()
+def register_isolated(pair: Mapping[str, Any], settings: Settings) -> Any:
+    """The result of a pair of `read_isolated`, or the error that stands in its place."""
+    try:
+        return pair.get("error") or register_pair(pair, settings)
+    except Exception as error:
+        return error
 
 
 def finish_pair(pair: Mapping[str, Any], found: Any, settings: Settings, isolate: bool) -> dict[str, Any]:
@@ -440,6 +158,171 @@ def finish_pair(pair: Mapping[str, Any], found: Any, settings: Settings, isolate
         return failure(pair, error, settings)
 
 
+def failure(pair: Mapping[str, Any], error: BaseException, settings: Settings) -> dict[str, Any]:
+    """Write the report of a pair that could not be read, registered or written, and give it back."""
+    told = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
+    reason = (told.splitlines() or [""])[0]
+    report = {"name": pair["name"], "verdict": "FAIL", "reasons": [reason], "failure": reason}
+    report |= {"score": None, "measures": {}, "input": pair["files"]}
+    # a folder that cannot be written to has had its say
+    with suppress(RegistrationError, OSError):
+        write_json(output_folder(folder_of(settings.output_dir, pair["name"])) / REPORT, report)
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# in this process
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_cohort(
+    entries: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    done: Callable[[dict[str, Any]], None],
+    isolate: bool = True,
+) -> None:
+    """Register pairs one after the other; the next one is read and the last one written meanwhile.
+
+    Args:
+        entries: of `read_datalist`.
+        settings: of the run.
+        done: called with each report.
+        isolate: whether what goes wrong with a pair is its result, or is raised.
+    """
+    pairs = _ahead(lambda entry: read_isolated(entry, settings), entries)
+    found = ((pair, register_isolated(pair, settings)) for pair in pairs)
+    for report in _ahead(lambda both: finish_pair(both[0], both[1], settings, isolate), found):
+        done(report)
+
+
+def _ahead(step: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """``step`` of each item, made in a thread while what is done with the one before goes on."""
+    coming: deque[Any] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in items:
+            coming.append(pool.submit(step, item))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        yield from (last.result() for last in coming)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# on a cluster
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_on_cluster(
+    entries: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    done: Callable[[dict[str, Any]], None],
+    isolate: bool = True,
+    workers: int = 1,
+    scheduler: str | None = None,
+) -> None:
+    """Register pairs on the workers of a Dask cluster, which must see the same files.
+
+    A pair whose worker dies goes to another one. Where that one dies too, the pair is a failure. (A scheduler of the
+    user's has its own number, ``distributed.scheduler.allowed-failures``.)
+
+    Args:
+        entries: of `read_datalist`.
+        settings: of the run.
+        done: called with each report, in the order in which they come.
+        isolate: whether what goes wrong with a pair is its result, or is raised.
+        workers: processes of a cluster on this machine; with ``device="cuda"`` at most one a GPU.
+        scheduler: address of a cluster that runs already, in place of one of our own.
+
+    Raises:
+        RegistrationError: no scheduler at this address, or workers without this version of the package.
+        ConnectionError: the scheduler went away.
+    """
+    from distributed import KilledWorker, as_completed
+
+    settings = replace(settings, output_dir=os.path.abspath(settings.output_dir))
+    waiting, asked = iter(entries), {}
+    with _client(workers, scheduler, settings.device) as client:
+
+        def submit(entry: Mapping[str, Any]) -> Any:
+            future = client.submit(_on_worker, entry, settings, isolate, scheduler is None, pure=False)
+            asked[future.key] = entry
+            return future
+
+        running = as_completed([submit(entry) for entry in islice(waiting, _IN_FLIGHT)])
+        for future in running:
+            entry = asked.pop(future.key)
+            for following in islice(waiting, 1):
+                running.add(submit(following))
+            try:
+                report = future.result()
+            except CancelledError as error:
+                raise ConnectionError("the scheduler has gone; the same command again does the rest") from error
+            except Exception as error:
+                if not isolate:
+                    raise
+                killed = isinstance(error, KilledWorker)
+                told = RuntimeError("every process that tried it was killed; out of memory?") if killed else error
+                report = failure(_files_alone(entry), told, settings)
+            done(report)
+
+
+@contextmanager
+def _client(workers: int, scheduler: str | None, device: Any) -> Iterator[Any]:
+    """A client of the cluster at an address, or of one of our own."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    with ExitStack() as stack:
+        if scheduler is not None:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout="10s"))
+            except (OSError, ValueError) as error:
+                allowed = f"the address of a running Dask scheduler ({error})"
+                raise RegistrationError("scheduler", scheduler, allowed) from error
+        else:
+            if torch.device(device or "cpu").type == "cuda":
+                workers = min(workers, torch.cuda.device_count())
+            threads = os.environ.get("OMP_NUM_THREADS") or max(1, dask.system.CPU_COUNT // workers)
+            # a worker has one pair, and no others that would die with it; without room it would pause for good
+            rules = {"scheduler.worker-saturation": 1.0, "scheduler.allowed-failures": 1, "worker.memory.pause": False}
+            stack.enter_context(dask.config.set({f"distributed.{name}": value for name, value in rules.items()}))
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+                env={"OMP_NUM_THREADS": str(threads)},
+            )
+            client = stack.enter_context(Client(stack.enter_context(cluster)))
+        try:
+            versions = set(client.run(_version).values())
+        except ImportError as error:
+            versions = {str(error)}
+        if versions - {monai_zsreg.__version__}:
+            allowed = f"workers with monai_zsreg {monai_zsreg.__version__}"
+            raise RegistrationError("scheduler", sorted(versions), allowed)
+        yield client
+
+
+def _version() -> str:
+    return monai_zsreg.__version__
+
+
+def _on_worker(entry: Mapping[str, Any], settings: Settings, isolate: bool, spread: bool) -> dict[str, Any]:
+    """All steps for one pair; with ``spread`` the worker's number is that of its GPU."""
+    from distributed import get_worker
+
+    warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
+    if spread and str(settings.device) == "cuda":
+        settings = replace(settings, device=f"cuda:{get_worker().name}")
+    pair = read_isolated(entry, settings)
+    return finish_pair(pair, register_isolated(pair, settings), settings, isolate)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is told
+# --------------------------------------------------------------------------------------------------------------------
+
+
 class Progress:
     """Tells of pairs as they are done: a bar on a terminal, else a line each; of a single one more.
 
@@ -448,7 +331,7 @@ class Progress:
         quiet: whether to say nothing.
 
     Attributes:
-        reports: of the pairs so far.
+        verdicts: of the pairs so far, by name.
     """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
@@ -457,13 +340,13 @@ class Progress:
         self.bar = tqdm(total=total, desc="registering", unit="pair", disable=None if total and not quiet else True)
         self.many = total > 0
         self.quiet = quiet
-        self.reports: list[dict[str, Any]] = []
+        self.verdicts: dict[str, str] = {}
 
     def __call__(self, report: dict[str, Any]) -> None:
         """Tell of one more."""
-        self.reports.append(report)
+        self.verdicts[report["name"]] = report["verdict"]
         self.bar.update()
-        if len(self.reports) == self.bar.total:
+        if len(self.verdicts) == self.bar.total:
             self.bar.close()
         if self.quiet:
             return
@@ -474,11 +357,6 @@ class Progress:
         elif self.bar.disable:
             reasons = "; ".join([report["verdict"], *report["reasons"]])
             print(f"{report['name']}: {reasons} ({report['seconds']:.1f} s)", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what is left at the end
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def summary_rows(entries: Sequence[Mapping[str, Any]], output_dir: Any) -> list[dict[str, Any]]:
@@ -532,7 +410,7 @@ def finish(
     many: bool = True,
     quiet: bool = False,
 ) -> list[str]:
-    """Write the tables of a run, once all processes have come to its end, and say so.
+    """Write the tables of a run and say so.
 
     Args:
         entries: all pairs, those of earlier runs too.
@@ -545,10 +423,7 @@ def finish(
     Returns:
         Names of the pairs with the verdict FAIL.
     """
-    new = total(len(verdicts))
     failed = [name for name, verdict in verdicts.items() if verdict == "FAIL"]
-    if place()[0] > 0:
-        return failed
     told = []
     if settings.exact:
         reports = [report for entry in entries if (report := read_report(settings.output_dir, entry["name"]))]
@@ -556,7 +431,7 @@ def finish(
     if many:
         rows = summary_rows(entries, settings.output_dir)
         failed = [row["name"] for row in rows if row["verdict"] == "FAIL"]
-        told.append(save_summary(rows, settings.output_dir, new))
+        told.append(save_summary(rows, settings.output_dir, len(verdicts)))
     if told and not quiet:
         print(*told, sep="\n", flush=True)
     if failed:

@@ -32,18 +32,34 @@ from monai_zsreg.metrics.similarity import label_dice, similarity
 from monai_zsreg.metrics.statistics import success_rate
 from monai_zsreg.metrics.tre import foreground_tre, landmark_tre
 from monai_zsreg.registration import RegistrationResult
+from monai_zsreg.registration.displacement import Transform, move
 from monai_zsreg.resample import resample
 
 if TYPE_CHECKING:
     from monai_zsreg.app.run import Settings
 
-__all__ = ["EVALUATION", "MEASURES", "TABLE", "mean_metrics", "measure_pair", "read_known", "save_evaluation"]
+__all__ = [
+    "EVALUATION",
+    "MEASURES",
+    "TABLE",
+    "mean_metrics",
+    "measure_deformation",
+    "measure_pair",
+    "read_known",
+    "save_evaluation",
+]
 
 #: columns of the table, each before and after; the last two only where a true transform or landmarks are given
 MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse", "tre", "landmark_tre")
 #: files of an evaluation
 TABLE, EVALUATION = "evaluation.csv", "evaluation.json"
 _WHEN = ("before", "after")
+# what a deformed pair's reader must not take for granted
+_NOT_KNOWN = (
+    "How far off this map is at a point is not known: there are no error bars. Its verdict is at best that of the "
+    "matrix that it started from, because any image that is bent looks more like the other one. Where there is little "
+    "contrast, and in what only one of the images has, it follows its surroundings. A small residual is no proof."
+)
 # voxels above which an inference measures on every second, third, ... one along each axis
 _ENOUGH = 2_000_000
 
@@ -105,9 +121,9 @@ def _identity(image: Image) -> Tensor:
     return torch.eye(image.dims + 1, dtype=torch.float64)
 
 
-def _carried(labels: Image, grid: Grid, transform: Tensor) -> Tensor:
+def _carried(labels: Image, grid: Grid, transform: Transform) -> Tensor:
     """Labels or a mask on another grid, by nearest neighbor, 0 outside."""
-    return resample(labels.values, labels.grid, grid, transform, mode="nearest", fill=0.0)
+    return move(transform, labels.values, labels.grid, grid, mode="nearest", fill=0.0)
 
 
 def measure_pair(
@@ -141,7 +157,7 @@ def measure_pair(
         "before": resample(there, moving.grid, grid, still, fill=background),
         "after": torch.nan_to_num(moved.values[channel][None].float()[thin]),
     }
-    pulls = {"before": still, "after": torch.as_tensor(result.affine)}
+    pulls: dict[str, Transform] = {"before": still, "after": result.pull}
     inside = foreground_mask(here) if fixed_mask is None else fixed_mask.values[thin] != 0
     inside = inside if bool(inside.any()) else torch.ones_like(inside)
     metrics: dict[str, Any] = {
@@ -165,6 +181,32 @@ def measure_pair(
             values["landmark_tre"] = float(landmark_tre(pulls[when], *points).mean())
         metrics[when] = values
     return metrics
+
+
+def measure_deformation(result: RegistrationResult, channel: int = 0) -> dict[str, Any]:
+    """What transform ``"deformable"`` adds to the matrix, over the foreground of the fixed image.
+
+    Args:
+        result: of such a pair.
+        channel: of the fixed image.
+
+    Returns:
+        ``displacement``, its length: ``median``, ``p95``, ``max``; ``determinant`` of its Jacobian: ``min``, ``p1``,
+        ``p99``, ``max``; ``folds``, points of the whole lattice where the map folds; ``lattice``: ``shape`` and
+        ``spacing``; ``not_known``, in words.
+    """
+    found, fixed = result._deformed(), result.fixed_image
+    mask = foreground_mask(torch.nan_to_num(fixed.channel(channel, "fixed"))).to(torch.uint8)
+    inside = resample(mask, fixed.grid, found.grid, _identity(fixed), mode="nearest", fill=0.0)[0] > 0
+    inside = inside if bool(inside.any()) else torch.ones_like(inside)
+    lengths, changes = (values[inside].numpy() for values in (found.displacement.norm(dim=0), found.jacobian()[0]))
+    ranks = (("displacement", lengths, (50, 95, 100)), ("determinant", changes, (0, 1, 99, 100)))
+    names = {0: "min", 1: "p1", 50: "median", 95: "p95", 99: "p99", 100: "max"}
+    told: dict[str, Any] = {
+        key: {names[rank]: float(np.percentile(values, rank)) for rank in wanted} for key, values, wanted in ranks
+    }
+    lattice = {"shape": list(found.grid.shape), "spacing": [float(s) for s in found.grid.spacing]}
+    return told | {"folds": found.folds(), "lattice": lattice, "not_known": _NOT_KNOWN}
 
 
 def _thinned(grid: Grid, step: int) -> Grid:

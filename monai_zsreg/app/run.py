@@ -22,18 +22,21 @@ import numpy as np
 import torch
 
 import monai_zsreg
-from monai_zsreg.app.evaluate import measure_pair, read_known
+from monai_zsreg.app.evaluate import measure_deformation, measure_pair, read_known
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import background_value
 from monai_zsreg.geometry import Grid
-from monai_zsreg.io import Image, load_image, output_folder, write_image, write_json
+from monai_zsreg.io import Image, load_image, output_folder, write_image, write_json, write_transform
 from monai_zsreg.io.files import remove_leftovers
 from monai_zsreg.registration import Prepared, RegistrationResult, register
+from monai_zsreg.registration.displacement import Deformation
 
 __all__ = [
     "DEMONSTRATION",
     "FAILED",
+    "INDEX",
     "REPORT",
+    "SUMMARY",
     "WRONG_INPUT",
     "Settings",
     "describe_pair",
@@ -50,6 +53,8 @@ __all__ = [
 DEMONSTRATION = "demonstration"
 #: the file of a pair's results that is written last
 REPORT = "report.json"
+#: files beside the folders of many pairs
+SUMMARY, INDEX = "summary.csv", "index.html"
 #: exit statuses of the commands; 0: registered, 1: anything else
 WRONG_INPUT, FAILED = 2, 3
 
@@ -60,7 +65,7 @@ _IMAGES = {
     "uncertainty_displacement": "uncertainty_displacement.nii.gz",
     "uncertainty_intensity": "uncertainty_intensity.nii.gz",
 }
-_TRANSFORM = "transform.tfm"
+_TRANSFORMS = {"transform": "transform.tfm", "displacement": "displacement.nii.gz"}
 _PICTURES = {"overview": "overview.png", "uncertainty": "uncertainty.png", "page": "report.html"}
 # nodes a side of the map of the expected error, which is the root of a quadratic form
 _MAP_SIDE = 24
@@ -158,7 +163,7 @@ def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, A
     pair["files"] = {
         key: str(path) for key, path in pair.items() if isinstance(path, (str, os.PathLike)) and key != "name"
     }
-    written = (*_IMAGES.values(), *_PICTURES.values(), _TRANSFORM, REPORT)
+    written = (*_IMAGES.values(), *_PICTURES.values(), *_TRANSFORMS.values(), REPORT)
     targets = {(folder / name).resolve() for name in written}
     for key, path in pair["files"].items():
         if Path(path).resolve() in targets:
@@ -209,7 +214,8 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         ``report``, for JSON, whose fields the bundle's README describes, and images on the fixed grid by name:
         ``moved``; ``moved_labels`` where there are labels; ``expected_error``, on a coarser grid of the same extent,
         where the preset knows its covariance; with ``uncertainty`` ``uncertainty_displacement`` and
-        ``uncertainty_intensity``, unless fewer than two repeats succeeded.
+        ``uncertainty_intensity``, unless fewer than two repeats succeeded. The report of a deformed pair has
+        ``deformation``, see `measure_deformation`.
     """
     fixed: Image = pair["fixed"]
     background = background_value(pair["moving"].values[settings.channel("moving")])
@@ -248,6 +254,8 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         levels = {"root_mean_square": None, "below_in_50_percent": 0.5, "below_in_95_percent": 0.95}
         found = {name: float(result.uncertainty_at(center, level)[0]) for name, level in levels.items()}
         report["expected_error"] = {"at": "center of the fixed image"} | found
+    if result.deformation is not None:
+        report["deformation"] = measure_deformation(result, settings.channel("fixed"))
     if settings.uncertainty:
         report["uncertainty"] = None if result.uncertainty is None else _blackening(result, settings, images)
     return {"report": _finite(report), "images": images}
@@ -327,10 +335,13 @@ def write_pair(
     folder = output_folder(folder_of(settings.output_dir, pair["name"]))
     remove_leftovers(folder)
     report, images = described["report"], described["images"]
-    for name in (REPORT, *_IMAGES.values(), *_PICTURES.values()):
+    for name in (REPORT, *_IMAGES.values(), *_PICTURES.values(), *_TRANSFORMS.values()):
         (folder / name).unlink(missing_ok=True)  # another run's
-    written = {"transform": folder / _TRANSFORM}
-    result.save_transform(written["transform"])
+    written = {"transform": folder / _TRANSFORMS["transform"]}
+    write_transform(written["transform"], result.affine, result.fixed_image)
+    if result.deformation is not None:
+        written["displacement"] = folder / _TRANSFORMS["displacement"]
+        result.deformation.save(written["displacement"])
     sources = {"moved": pair["moving"], "moved_labels": pair.get("labels")}
     for key, image in images.items():
         written[key] = folder / _IMAGES[key]
@@ -349,7 +360,7 @@ def draw_pair(
     from monai_zsreg.app.report import Views, save_html_report, save_overview, save_spread
 
     channels = settings.channel("fixed"), settings.channel("moving")
-    views = Views(result.fixed_image, result.moving_image, result.affine, *channels)
+    views = Views(result.fixed_image, result.moving_image, result.pull, *channels)
     paths = {key: folder / name for key, name in _PICTURES.items()}
     save_overview(views, paths["overview"])
     save_html_report(result, paths["page"], described["report"]["name"], described["report"], views)
@@ -374,6 +385,7 @@ def draw_anew(folder: str | os.PathLike) -> str:
     report = json.loads((place / REPORT).read_text(encoding="utf-8"))
     if "failure" in report:
         return f"{place}: nothing to draw, {report['failure']}"
+    bent = report["output"].get("displacement")
     fields = ("verdict", "reasons", "measures", "seconds", "preset", "transform", "options", "device")
     result = RegistrationResult(
         affine=np.array(report["matrix"]),
@@ -381,6 +393,7 @@ def draw_anew(folder: str | os.PathLike) -> str:
         score=-math.inf if report["score"] is None else report["score"],
         fixed_image=load_image(report["input"]["fixed"], "fixed"),
         moving_image=load_image(report["input"]["moving"], "moving"),
+        deformation=Deformation.load(bent, report["matrix"]) if bent else None,
         **{name: report[name] for name in fields},
     )
     settings = Settings(place.parent, options=report["options"])
@@ -420,6 +433,13 @@ def summary(report: Mapping[str, Any]) -> str:
             "  expected error in the middle of the fixed image: "
             f"below {expected['below_in_50_percent']:.2f} {unit} in half of such cases, "
             f"below {expected['below_in_95_percent']:.2f} {unit} in 95 %"
+        )
+    if "deformation" in report:
+        bent, change = (report["deformation"][key] for key in ("displacement", "determinant"))
+        lines.append(
+            f"  the map moves half of the foreground by more than {bent['median']:.2f} {unit}, none by more than "
+            f"{bent['max']:.2f}; Jacobian determinant {change['min']:.2f} to {change['max']:.2f}; how far off it is at "
+            "a point is not known"
         )
     lines.append(
         f"  normalized mutual information {before['nmi']:.4f} before, {after['nmi']:.4f} after; "

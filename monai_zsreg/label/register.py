@@ -19,6 +19,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.geometry import ras_to_lps
 from monai_zsreg.io import Image, load_image, write_image
 from monai_zsreg.registration import DEFAULT_PRESET, PRESETS, RegistrationResult
+from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.registration.engine import TRANSFORMS
 
 #: for `optional_import`: what to do about a missing MONAI Label
@@ -93,8 +94,9 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
     - ``return``: ``"image"`` for the moved image or ``"labels"`` for the moved labels.
     - ``labels``: id of the moving image whose final label is moved; that of ``moving`` if left out.
     - ``preset``, ``transform``, ``seed``: see `monai_zsreg.register`.
-    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform (``.tfm``)
-      as its label of the tag `TRANSFORM_TAG`, and moved labels as that of the tag "original".
+    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform (``.tfm``;
+      of the kind "deformable" a displacement field, ``.nii.gz``) as its label of the tag `TRANSFORM_TAG`, and moved
+      labels as that of the tag "original".
 
     The answer is a NIfTI file on the fixed grid and the fields of the bundle's ``report.json``, with ids as ``input``,
     ``matrix_lps``, ``returned``, ``label_names`` with labels, and ``saved``, the id, where results were kept.
@@ -149,7 +151,7 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
             "return": sorted(RETURNS, key=lambda name: name != self.returns),
             "labels": ["", *labeled] if len(labeled) <= _MOST_LISTED else "",
             "preset": list(self.presets),
-            "transform": sorted(TRANSFORMS),
+            "transform": [*sorted(TRANSFORMS), DEFORMABLE],
             "seed": 0,
             "save": False,
         }
@@ -254,7 +256,8 @@ def _save(
     """Add the results to the datastore, which copies the files."""
     told = {key: report[key] for key in ("input", "verdict", "reasons", "preset", "transform", "matrix_lps")}
     with tempfile.TemporaryDirectory() as folder:
-        image, transform = Path(folder, "moved.nii.gz"), Path(folder, "transform.tfm")
+        suffix = ".tfm" if result.deformation is None else ".nii.gz"
+        image, transform = Path(folder, "moved.nii.gz"), Path(folder, f"transform{suffix}")
         _write(image, pair, images, "moved")
         result.save_transform(transform)
         datastore.add_image(name, str(image), {"registration": told})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target registration error: how far a transform puts a point from where it belongs, in mm.
 
-Matrices are ``(D+1, D+1)`` and map fixed world to moving world (pull), RAS mm.
+Transforms are matrices ``(D+1, D+1)``, or a `Deformation`, and map fixed world to moving world (pull), RAS mm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.registration.displacement import Deformation, Transform, map_points
 
 __all__ = ["TRE_STATISTICS", "foreground_tre", "landmark_tre", "target_registration_error"]
 
@@ -22,7 +23,9 @@ TRE_STATISTICS = ("mean", "median", "p95", "max", "rms")
 _MOST_POINTS = 20_000
 
 
-def _matrix(value: Any, dims: int, name: str) -> Tensor:
+def _transform(value: Any, dims: int, name: str) -> Transform:
+    if isinstance(value, Deformation) and value.dims == dims:
+        return value
     matrix = torch.as_tensor(value)
     matrix = matrix.as_tensor() if hasattr(matrix, "as_tensor") else matrix
     if matrix.shape != (dims + 1, dims + 1):
@@ -43,12 +46,12 @@ def _distance(gap: Tensor) -> np.ndarray:
 
 
 def target_registration_error(
-    affine: np.ndarray | Tensor, truth: np.ndarray | Tensor, points: np.ndarray | Tensor
+    affine: np.ndarray | Transform, truth: np.ndarray | Transform, points: np.ndarray | Tensor
 ) -> np.ndarray:
     """Distance between where two transforms put the same points of the fixed image.
 
     Args:
-        affine, truth: ``(D+1, D+1)``.
+        affine, truth: ``(D+1, D+1)``, or a `Deformation`.
         points: ``[N, D]``, fixed world, RAS mm.
 
     Returns:
@@ -58,19 +61,19 @@ def target_registration_error(
         RegistrationError: shapes that do not fit, or a truth that is not finite.
     """
     where = _points(points, "points")
-    estimate, true = _matrix(affine, where.shape[1], "affine"), _matrix(truth, where.shape[1], "truth")
-    if not bool(torch.isfinite(true).all()):
+    estimate, true = _transform(affine, where.shape[1], "affine"), _transform(truth, where.shape[1], "truth")
+    if isinstance(true, Tensor) and not bool(torch.isfinite(true).all()):
         raise RegistrationError("truth", true.tolist(), "a finite matrix")
-    return _distance(apply_affine(estimate, where) - apply_affine(true, where))
+    return _distance(map_points(estimate, where) - map_points(true, where))
 
 
 def landmark_tre(
-    affine: np.ndarray | Tensor, fixed_points: np.ndarray | Tensor, moving_points: np.ndarray | Tensor
+    affine: np.ndarray | Transform, fixed_points: np.ndarray | Tensor, moving_points: np.ndarray | Tensor
 ) -> np.ndarray:
     """Distance between transformed landmarks of the fixed image and their partners in the moving image.
 
     Args:
-        affine: ``(D+1, D+1)``.
+        affine: ``(D+1, D+1)``, or a `Deformation`.
         fixed_points: ``[N, D]``, fixed world, RAS mm (``monai_zsreg.io.landmarks`` reads files).
         moving_points: ``[N, D]``, moving world, RAS mm; row i is the partner of row i.
 
@@ -85,23 +88,23 @@ def landmark_tre(
         raise RegistrationError(
             "moving_points", tuple(moving.shape), f"the shape of fixed_points, {tuple(fixed.shape)}"
         )
-    return _distance(apply_affine(_matrix(affine, fixed.shape[1], "affine"), fixed) - moving)
+    return _distance(map_points(_transform(affine, fixed.shape[1], "affine"), fixed) - moving)
 
 
 def foreground_tre(
-    affine: np.ndarray | Tensor,
-    truth: np.ndarray | Tensor,
+    affine: np.ndarray | Transform,
+    truth: np.ndarray | Transform,
     fixed: Tensor,
     mask: Tensor | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Target registration error over the foreground voxels of the fixed image.
 
     Mean, median, 95th percentile and root mean square come from at most 20,000 voxels, drawn one from each of as many
-    equal stretches of the foreground with a fixed seed. The maximum is exact: the error is a convex function of
-    position, so along each row of voxels it is largest at the first or last foreground voxel.
+    equal stretches of the foreground with a fixed seed. The maximum of two matrices is exact: the error is a convex
+    function of position, so along each row of voxels it is largest at the first or last foreground voxel.
 
     Args:
-        affine, truth: ``(D+1, D+1)``.
+        affine, truth: ``(D+1, D+1)``, or a `Deformation`.
         fixed: ``[C, *spatial]``, normally a ``MetaTensor``; a plain tensor counts as 1 mm voxels.
         mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. None: `foreground_mask` of
             ``fixed``, or all of it where that is empty.
@@ -139,7 +142,7 @@ def foreground_tre(
     if not np.isfinite(ends).all():
         return dict.fromkeys(TRE_STATISTICS, float("inf"))
     median, p95 = np.percentile(errors, [50, 95])
-    values = (errors.mean(), median, p95, ends.max(), np.sqrt((errors**2).mean()))
+    values = (errors.mean(), median, p95, max(errors.max(), ends.max()), np.sqrt((errors**2).mean()))
     return {name: float(value) for name, value in zip(TRE_STATISTICS, values, strict=True)}
 
 

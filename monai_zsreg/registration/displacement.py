@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -18,7 +19,7 @@ from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
 from monai_zsreg.io.displacement import read_displacement, write_displacement
 from monai_zsreg.resample import resample
 
-__all__ = ["Deformation", "determinant", "least_determinant"]
+__all__ = ["Deformation", "Transform", "compose", "determinant", "least_determinant", "map_points", "move", "sampled"]
 
 # points that are worked on at a time: what fits a core's cache
 _BLOCK = 2**17
@@ -155,25 +156,23 @@ class Deformation:
         Raises:
             RegistrationError: another suffix, or a lattice that such a file cannot hold.
         """
-        write_displacement(path, *self._whole(self.grid if grid is None else grid))
+        grid = self.grid if grid is None else grid
+        write_displacement(path, sampled(self.apply, grid).displacement, grid)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Deformation:
-        """Read a displacement field of ITK or ANTs (``1Warp.nii.gz``); its affine part is the identity.
+    def load(cls, path: str | os.PathLike, affine: Any = None) -> Deformation:
+        """Read a displacement field of ITK or ANTs (``1Warp.nii.gz``).
+
+        Args:
+            path: a NIfTI file.
+            affine: ``(D+1, D+1)``, what is to be the affine part of the map in the file; None for the identity.
 
         Raises:
             RegistrationError: the file is missing, or holds no displacement field.
         """
         displacement, grid = read_displacement(path)
-        return cls(torch.eye(grid.dims + 1, dtype=torch.float64), displacement, grid)
-
-    def _whole(self, grid: Grid) -> tuple[Tensor, Grid]:
-        index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in grid.shape]).view(-1, self.dims)
-        result = torch.empty(self.dims, len(index))
-        for start in range(0, len(index), _BLOCK):
-            points = apply_affine(grid.affine, index[start : start + _BLOCK])
-            result[:, start : start + len(points)] = (self.apply(points) - points).mT
-        return result.view(self.dims, *grid.shape), grid
+        whole = cls(torch.eye(grid.dims + 1, dtype=torch.float64), displacement, grid)
+        return whole if affine is None else sampled(whole.apply, grid, checked_matrix(affine, grid.dims, "affine"))
 
     def ddf(self, fixed: Grid, moving: Grid | None = None) -> Tensor:
         """As MONAI's networks and ``monai.networks.blocks.Warp`` have it: a displacement of every voxel, in voxels.
@@ -191,7 +190,9 @@ class Deformation:
         back = torch.linalg.inv(moving.affine)
         index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in fixed.shape]).view(-1, dims)
         between = (apply_affine(back @ fixed.affine, index) - index).float().mT.view(dims, *fixed.shape)
-        return between + torch.einsum("ij,j...->i...", back[:dims, :dims].float(), self._whole(fixed)[0])
+        return between + torch.einsum(
+            "ij,j...->i...", back[:dims, :dims].float(), sampled(self.apply, fixed).displacement
+        )
 
     @classmethod
     def from_ddf(cls, ddf: Tensor, fixed: Grid, moving: Grid | None = None) -> Deformation:
@@ -246,6 +247,55 @@ class Deformation:
             reach = 0.5 if number % 8 == 7 else 1.0
             found[left] = place - reach * gap / gap.norm(dim=1, keepdim=True).clamp(min=1.0)
         return apply_affine(self.grid.affine, found.cpu().double()).to(points)
+
+
+#: what takes points of the fixed world to the moving world: a matrix ``(D+1, D+1)``, or a map that bends
+Transform = Tensor | Deformation
+
+
+def map_points(transform: Transform, points: Tensor) -> Tensor:
+    """Where points ``[N, D]`` of the fixed world are in the moving world."""
+    if isinstance(transform, Deformation):
+        return transform.apply(points)
+    return apply_affine(transform, points)
+
+
+def move(transform: Transform, values: Tensor, source: Grid, target: Grid, **options: Any) -> Tensor:
+    """`monai_zsreg.resample.resample`, or `Deformation.resample`, whose ``options`` are the same."""
+    if isinstance(transform, Deformation):
+        return transform.resample(values, source, target, **options)
+    return resample(values, source, target, transform, **options)
+
+
+def sampled(where: Callable[[Tensor], Tensor], grid: Grid, affine: Tensor | None = None) -> Deformation:
+    """A map with an affine part, from what it does at the points of a lattice.
+
+    Args:
+        where: points ``[N, D]`` of the fixed world to the moving world.
+        grid: the lattice, in the fixed world.
+        affine: its affine part; None for the identity.
+    """
+    affine = torch.eye(grid.dims + 1, dtype=torch.float64) if affine is None else affine
+    back = torch.linalg.inv(affine)
+    index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in grid.shape]).view(-1, grid.dims)
+    result = torch.empty(grid.dims, len(index))
+    for start in range(0, len(index), _BLOCK):
+        points = apply_affine(grid.affine, index[start : start + _BLOCK])
+        result[:, start : start + len(points)] = (apply_affine(back, where(points)) - points).mT
+    return Deformation(affine, result.view(grid.dims, *grid.shape), grid)
+
+
+def compose(first: Transform, second: Transform) -> Transform:
+    """``second`` after ``first``: exact, but where both bend, which gives a map on the lattice of the first."""
+    if not isinstance(second, Deformation):
+        if isinstance(first, Deformation):
+            return Deformation(second @ first.affine, first.displacement, first.grid)
+        return second @ first
+    if isinstance(first, Deformation):
+        return sampled(lambda points: second.apply(first.apply(points)), first.grid, second.affine @ first.affine)
+    dims, back = second.dims, torch.linalg.inv(first)
+    field_ = torch.einsum("ij,j...->i...", back[:dims, :dims].to(second.displacement), second.displacement)
+    return Deformation(second.affine @ first, field_, replace(second.grid, affine=back @ second.grid.affine))
 
 
 def _sample(field_: Tensor, index: Tensor) -> Tensor:

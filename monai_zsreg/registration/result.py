@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, decompose_affine
+from monai_zsreg.geometry import AffineParameters, Grid, decompose_affine
 from monai_zsreg.io import write_transform
 from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.confidence import (
@@ -25,8 +25,7 @@ from monai_zsreg.registration.confidence import (
     spread_at,
     weakest_direction,
 )
-from monai_zsreg.registration.displacement import Deformation
-from monai_zsreg.resample import resample
+from monai_zsreg.registration.displacement import Deformation, Transform, map_points, move
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -83,6 +82,11 @@ class RegistrationResult:
         """Whether the verdict is not FAIL."""
         return self.verdict != FAIL
 
+    @property
+    def pull(self) -> Transform:
+        """Fixed world to moving world: ``deformation`` if there is one, else ``affine``."""
+        return torch.as_tensor(self.affine) if self.deformation is None else self.deformation
+
     @cached_property
     def fixed(self) -> MetaTensor:
         """The fixed image as a ``MetaTensor [C, *spatial]``."""
@@ -102,11 +106,7 @@ class RegistrationResult:
         """`apply` for an `Image` in the moving image's world (None: the moving image itself), without MONAI."""
         image = self.moving_image if image is None else image
         fixed = self.fixed_image
-        between = (image.values.to(self.device), image.grid, fixed.grid)
-        if self.deformation is not None:
-            values = self.deformation.resample(*between, mode=mode, fill=fill_value)
-        else:
-            values = resample(*between, torch.as_tensor(self.affine), mode=mode, fill=fill_value)
+        values = move(self.pull, image.values.to(self.device), image.grid, fixed.grid, mode=mode, fill=fill_value)
         where = {key: fixed.meta[key] for key in ("place", "unit") if key in fixed.meta}
         kept = {key: value for key, value in image.meta.items() if key not in ("place", "unit")}
         return Image(values, fixed.affine, kept | where)
@@ -224,10 +224,7 @@ class RegistrationResult:
         """
         dims = len(self.affine) - 1
         if isinstance(data, (np.ndarray, Tensor)) and data.ndim == 2 and data.shape[1] == dims:
-            points = torch.as_tensor(data, dtype=torch.float64)
-            if self.deformation is not None:
-                return self.deformation.apply(data)
-            mapped = apply_affine(torch.as_tensor(self.affine), points)
+            mapped = map_points(self.pull, torch.as_tensor(data, dtype=torch.float64))
             return mapped.numpy() if isinstance(data, np.ndarray) else mapped
         image = load_image(data, "data")
         if isinstance(data, np.ndarray) or type(data) is Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of many pairs in one run: lists, BIDS folders, bad files, resuming, and two processes."""
+"""Tests of many pairs in one run: lists, BIDS folders, bad files, resuming, workers that are killed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +19,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 
 from monai_zsreg.app import cohort
 from monai_zsreg.app.cli import main
-from monai_zsreg.app.cohort import SUMMARY, bids_pairs, fingerprint, one_pair, read_datalist
-from monai_zsreg.app.run import Settings
+from monai_zsreg.app.cohort import fingerprint
+from monai_zsreg.app.datalist import bids_pairs, one_pair, read_datalist
+from monai_zsreg.app.run import SUMMARY, Settings
 from monai_zsreg.errors import RegistrationError
 
 ROOT = Path(__file__).parents[2]
@@ -107,29 +111,8 @@ def test_what_a_result_depends_on(images: SimpleNamespace, tmp_path: Path, monke
     assert fingerprint(entry, masked) != before
 
 
-def test_processes_share_what_is_left_not_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second pair is done: a share of all pairs would leave everything to one of two processes."""
-    entries = [{"name": str(number), "fixed": "a", "moving": "b"} for number in range(8)]
-    monkeypatch.setattr(cohort, "_finished", lambda entry, settings: int(entry["name"]) % 2 == 1)
-    monkeypatch.setattr(cohort, "place", lambda: (0, 2))
-    assert [entry["name"] for entry in cohort.remaining(entries, Settings(tmp_path))] == ["0", "4"]
-    # the other one does not look for itself: the first may have gone on meanwhile
-    monkeypatch.setattr(cohort, "place", lambda: (1, 2))
-    monkeypatch.setattr(cohort, "_finished", lambda entry, settings: True)
-    monkeypatch.setattr(cohort.dist, "is_initialized", lambda: True)
-
-    def told(box: list[Any], src: int) -> None:
-        box[0] = entries[::2]
-
-    monkeypatch.setattr(cohort.dist, "broadcast_object_list", told)
-    assert [entry["name"] for entry in cohort.remaining(entries, Settings(tmp_path))] == ["2", "6"]
-
-
-def command(datalist: str, output: Path, processes: int = 1) -> list[str]:
-    head = [sys.executable, "-m"]
-    if processes > 1:
-        head += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    return [*head, "monai_zsreg.app.cli", "cohort", datalist, "-o", str(output), "--no-page"]
+def command(datalist: str, output: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "monai_zsreg.app.cli", "cohort", datalist, "-o", str(output), "--no-page", *options]
 
 
 def environment() -> dict[str, str]:
@@ -137,41 +120,31 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
+def wait_until(condition: Callable[[], Any]) -> Any:
+    begin = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - begin < 120
+        time.sleep(0.02)
+    return found
+
+
 @pytest.mark.slow
-def test_kill_in_the_middle_leaves_whole_files_and_goes_on(images: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_in_the_middle_leaves_whole_files_and_goes_on(
+    images: SimpleNamespace, tmp_path: Path, workers: int
+) -> None:
     entries = [{"fixed": str(images.t1), "moving": str(images.t2), "name": f"p{i:02d}"} for i in range(40)]
-    words = command(write_list(tmp_path / "pairs.csv", entries), tmp_path / "out")
+    words = command(write_list(tmp_path / "pairs.csv", entries), tmp_path / "out", "--workers", str(workers))
     out = tmp_path / "out"
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment()) as process:
-        begin = time.monotonic()
-        while len(list(out.glob("*/report.json"))) < 5 and time.monotonic() - begin < 120:
-            time.sleep(0.02)
+        wait_until(lambda: len(list(out.glob("*/report.json"))) >= 5)
         process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not children(process.pid))  # the workers follow
     kept = times(out)
     assert 5 <= len(kept) < 40 and not (out / SUMMARY).exists()
     assert main(words[3:]) == 0
     assert {name: time for name, time in times(out).items() if name in kept} == kept
     assert [row["verdict"] for row in rows(out).values()] == ["PASS"] * 40
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives_on_a_bids_folder(images: SimpleNamespace, tmp_path: Path) -> None:
-    for subject in ("01", "02"):
-        anat = tmp_path / "bids" / f"sub-{subject}" / "anat"
-        anat.mkdir(parents=True)
-        for source, suffix in ((images.t1, "T1w"), (images.t2, "T2w"), (images.t2, "FLAIR")):
-            (anat / f"sub-{subject}_{suffix}.nii.gz").write_bytes(source.read_bytes())
-    datalist = str(tmp_path / "bids")
-    assert main(command(datalist, tmp_path / "out1")[3:]) == 0
-    words = command(datalist, tmp_path / "out2", processes=2)
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 pairs (0 kept, 4 registered)" in done.stdout and "terminate" not in done.stderr
-    one, two = (
-        {p.parent.name: json.loads(p.read_text())["matrix"] for p in (tmp_path / f"out{n}").glob("*/report.json")}
-        for n in (1, 2)
-    )
-    assert set(one) == {f"sub-{s}_{m}" for s in ("01", "02") for m in ("T2w", "FLAIR")} and one == two
 
 
 def test_nothing_in_a_list_is_evaluated(images: SimpleNamespace, tmp_path: Path) -> None:
@@ -188,6 +161,121 @@ def test_nothing_in_a_list_is_evaluated(images: SimpleNamespace, tmp_path: Path)
         == 0
     )
     assert all((out / f"${number}" / "moved.nii.gz").is_file() for number in range(len(names)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a cluster
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def children(process: int) -> list[psutil.Process]:
+    try:
+        return [one for one in psutil.Process(process).children(recursive=True) if "spawn_main" in one.cmdline()[-2]]
+    except (psutil.NoSuchProcess, IndexError):
+        return []
+
+
+def results(output: Path) -> dict[str, Any]:
+    """All that was found, by name."""
+    reports = {path.parent.name: json.loads(path.read_text()) for path in output.glob("*/report.json")}
+    parts = ("matrix", "covariance", "measures", "metrics", "verdict", "reasons", "made_from", "input")
+    return {name: {part: report[part] for part in parts} for name, report in reports.items()}
+
+
+@pytest.fixture
+def bids(images: SimpleNamespace, tmp_path: Path) -> str:
+    for subject in ("01", "02"):
+        anat = tmp_path / "bids" / f"sub-{subject}" / "anat"
+        anat.mkdir(parents=True)
+        for source, suffix in ((images.t1, "T1w"), (images.t2, "T2w"), (images.noise, "FLAIR")):
+            (anat / f"sub-{subject}_{suffix}.nii.gz").write_bytes(source.read_bytes())
+    return str(tmp_path / "bids")
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(bids: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(bids, tmp_path / "out1")[3:]) == 3
+    one = capsys.readouterr()
+    assert main(command(bids, tmp_path / "out2", "--workers", "2")[3:]) == 3
+    two = capsys.readouterr()
+    assert "4 pairs (0 kept, 4 registered): 2 PASS, 0 WARN, 2 FAIL" in two.out and two.err == one.err
+    assert len(two.out.splitlines()) == 5, "a line a pair and one summary"
+    assert results(tmp_path / "out1") == results(tmp_path / "out2") != {}
+    for file in tmp_path.glob("out1/*/moved.nii.gz"):
+        assert file.read_bytes() == (tmp_path / "out2" / file.parent.name / file.name).read_bytes()
+    # either goes on where the other has been
+    assert main(command(bids, tmp_path / "out1", "--workers", "2")[3:]) == 3
+    assert "4 pairs (4 kept, 0 registered)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_on_a_cluster_of_the_users(
+    bids: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        monkeypatch.chdir(tmp_path)  # the workers are elsewhere
+        assert main(command("bids", Path("out"), "--scheduler", cluster.scheduler_address)[3:]) == 3
+    assert main(command(bids, tmp_path / "out1")[3:]) == 3
+    assert results(tmp_path / "out") == results(tmp_path / "out1") != {}
+    capsys.readouterr()
+    assert main(command(bids, tmp_path / "out", "--scheduler", "nothing://there")[3:]) == 3, "nothing is left to do"
+    assert main(command(bids, tmp_path / "out", "--no-resume", "--scheduler", "nothing://there")[3:]) == 2
+    assert "scheduler: got 'nothing://there', expected the address of a running" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(images: SimpleNamespace, tmp_path: Path) -> None:
+    entries = [{"fixed": str(images.t1), "moving": str(images.t2), "name": f"p{i:02d}"} for i in range(40)]
+    out = tmp_path / "out"
+    words = command(write_list(tmp_path / "pairs.csv", entries), out, "--workers", "2")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        wait_until(lambda: len(list(out.glob("*/report.json"))) >= 5)
+        children(process.pid)[0].kill()
+        told = str(process.communicate(timeout=300)[0])
+    assert process.returncode == 0 and "40 pairs (0 kept, 40 registered): 40 PASS" in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_pair_whose_workers_die_twice_is_a_row(images: SimpleNamespace, tmp_path: Path) -> None:
+    """A worker stays with a pipe, which tells who is to be killed."""
+    pipe = tmp_path / "pipe.nii"
+    os.mkfifo(pipe)
+    holder = os.open(pipe, os.O_RDWR)  # else to open it would wait already
+    entries = [{"fixed": str(images.t1), "moving": str(images.t2), "name": f"p{i:02d}"} for i in range(6)]
+    entries[1]["moving"] = str(pipe)
+    out = tmp_path / "out"
+    words = command(write_list(tmp_path / "pairs.csv", entries), out, "--workers", "2")
+
+    def stuck(process: int) -> list[psutil.Process]:
+        found = []
+        for one in children(process):
+            with suppress(OSError):
+                opened = [os.path.realpath(file) for file in Path(f"/proc/{one.pid}/fd").iterdir()]
+                found += [one] if str(pipe) in opened else []
+        return found
+
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+        for _ in range(2):
+            wait_until(lambda: stuck(run.pid))[0].kill()
+        told, errors = run.communicate(timeout=300)
+    os.close(holder)
+    assert run.returncode == 3 and "6 pairs (0 kept, 6 registered): 5 PASS, 0 WARN, 1 FAIL" in told
+    assert "p01: FAILED" in errors and errors.count("\n") == 2, errors
+    assert "every process that tried it was killed" in rows(out)["p01"]["reasons"]
+
+
+def test_without_the_extra_one_process_does_it(
+    images: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)  # type: ignore[arg-type]
+    datalist = write_list(tmp_path / "pairs.csv", [{"fixed": str(images.t1), "moving": str(images.t2)}])
+    assert main(command(datalist, tmp_path / "out", "--workers", "2")[3:]) == 0
+    assert "monai-zsreg[cluster]" in capsys.readouterr().err and rows(tmp_path / "out")["t2"]["verdict"] == "PASS"
+    assert main(command(datalist, tmp_path / "out", "--scheduler", "tcp://a:1", "--no-resume")[3:]) == 1
+    assert "distributed" in capsys.readouterr().err
+    assert main(command(datalist, tmp_path / "out", "--scheduler", "tcp://a:1", "--workers", "2")[3:]) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,7 +310,9 @@ def test_a_list_may_name_what_is_known(tmp_path: Path) -> None:
 
 def test_one_pair() -> None:
     entry = one_pair("t1.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz", dataset_dir="study", labels=None)
-    fixed, moving = (os.path.join("study", name) for name in ("t1.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"))
+    fixed, moving = (
+        os.path.abspath(os.path.join("study", name)) for name in ("t1.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz")
+    )
     assert entry == {"fixed": fixed, "moving": moving, "name": "sub-01_T2w"}
     assert one_pair("a.png", "b.png", name=7)["name"] == "7"
     assert one_pair() == {"name": "demonstration"}

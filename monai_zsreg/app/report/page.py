@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader
 
-from monai_zsreg.app.report.pictures import Views, blend, checkerboard, colored, data_url, edges, filled
+from monai_zsreg.app.report.pictures import Views, blend, checkerboard, colored, data_url, edges, filled, grid_lines
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io import Image, atomic_path
 from monai_zsreg.registration import DEFAULT_PRESET, RegistrationResult
 from monai_zsreg.registration.confidence import LIMITS, Limits
+from monai_zsreg.resample import resample
 
 __all__ = ["save_html_report", "save_index"]
 
@@ -55,7 +56,7 @@ def save_html_report(
     told = report or {}
     views = views or _views(result)
     unit = result.fixed_image.length_unit
-    tables = [*_agreement(told.get("metrics", {})), *_expected(result, unit), *_judged(result)]
+    tables = [*_agreement(told.get("metrics", {})), *_expected(result, unit), *_bent(told, unit), *_judged(result)]
     text = _template("pair.html").render(
         title=name or "registration",
         verdict=result.verdict,
@@ -117,7 +118,7 @@ def _shown(value: Any) -> str:
 
 def _views(result: RegistrationResult) -> Views:
     channels = (result.options.get(f"{side}_channel", 0) for side in ("fixed", "moving"))
-    return Views(result.fixed_image, result.moving_image, result.affine, *channels)
+    return Views(result.fixed_image, result.moving_image, result.pull, *channels)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -148,6 +149,8 @@ def _sections(result: RegistrationResult, views: Views, unit: str) -> list[dict[
         rows.append({"title": title, "figures": figures})
     if result.covariance is not None:
         rows.append(_error_section(result, views, unit))
+    if result.deformation is not None:
+        rows += _bent_sections(result, views)
     if len(result.keypoints.get("fixed", ())):
         rows.append(_keypoint_section(result, views, fixed))
     return rows
@@ -162,6 +165,27 @@ def _figure(plane: Any, picture: str, over: str | None = None, caption: str = ""
 
 def _error_section(result: RegistrationResult, views: Views, unit: str) -> dict[str, Any]:
     maps = [plane.picture(result.expected_error(plane.grid)[0]) for plane in views.planes]
+    return _colored_section(f"Expected error (root mean square), {unit}", views, maps, unit)
+
+
+def _bent_sections(result: RegistrationResult, views: Views) -> list[dict[str, Any]]:
+    found = result._deformed()
+    still = torch.eye(found.dims + 1, dtype=torch.float64)
+    grids = [
+        _figure(plane, data_url(grid_lines(found, plane, gray)))
+        for plane, gray in zip(views.planes, views.fixed, strict=True)
+    ]
+    changes = found.jacobian()
+    maps = [plane.picture(resample(changes, found.grid, plane.grid, still, fill=1.0)[0]) for plane in views.planes]
+    title = "Jacobian determinant of what bends: above 1 the moving image's tissue is larger, at 0 the map would fold"
+    return [
+        {"title": "Grid that the map bends, the matrix taken out", "figures": grids},
+        _colored_section(title, views, maps, ""),
+    ]
+
+
+def _colored_section(title: str, views: Views, maps: list[np.ndarray], unit: str) -> dict[str, Any]:
+    """A map over the fixed image, with its scale."""
     masks = [filled(gray > 0.05) for gray in views.fixed]
     inside = np.concatenate(
         [values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)]
@@ -171,7 +195,7 @@ def _error_section(result: RegistrationResult, views: Views, unit: str) -> dict[
         _figure(plane, data_url(colored(gray, values, limits, mask)))
         for plane, gray, values, mask in zip(views.planes, views.fixed, maps, masks, strict=True)
     ]
-    return {"title": f"Expected error (root mean square), {unit}", "figures": figures, "scale": limits}
+    return {"title": title, "figures": figures, "scale": limits, "unit": unit}
 
 
 def _keypoint_section(result: RegistrationResult, views: Views, fixed: list[str]) -> dict[str, Any]:
@@ -230,6 +254,20 @@ def _expected(result: RegistrationResult, unit: str) -> list[dict[str, Any]]:
         for level in (0.5, 0.9, 0.95)
     ]
     return [_table("Expected error in the middle of the fixed image", (), rows)]
+
+
+def _bent(told: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
+    found = told.get("deformation")
+    if not found:
+        return []
+    words = {"median": "median", "p1": "1 % are below", "p95": "95 % are below", "p99": "99 % are below"}
+    rows = [
+        (f"{title}, {words.get(key, key + 'imum')}", value)
+        for title, name in ((f"displacement, {unit}", "displacement"), ("Jacobian determinant", "determinant"))
+        for key, value in found[name].items()
+    ]
+    rows.append(("points of the lattice where it folds", found["folds"]))
+    return [_table("What the map adds to the matrix, over the foreground", (), rows, found["not_known"])]
 
 
 def _judged(result: RegistrationResult) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from monai_zsreg.foreground import background_value, foreground_mask, quantiles
-from monai_zsreg.geometry import Grid
+from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.io import Image, atomic_path
+from monai_zsreg.registration.displacement import Deformation, Transform, move
 from monai_zsreg.resample import resample
 
 __all__ = [
@@ -33,12 +34,15 @@ __all__ = [
     "colored",
     "data_url",
     "edges",
+    "grid_lines",
     "planes_of",
     "save_overview",
     "save_spread",
 ]
 
 _TILES = 8
+# lines of a grid along the longer side of a picture
+_LINES = 24
 # pixels a side above which a picture shows every second, third, ... one
 _LARGEST = 700
 _OPACITY = 0.45
@@ -152,29 +156,34 @@ class Views:
     Args:
         fixed: image.
         moving: image.
-        affine: ``(D+1, D+1)``, fixed world to moving world.
+        transform: fixed world to moving world, a matrix ``(D+1, D+1)`` or a `Deformation`.
         fixed_channel: channel to show.
         moving_channel: likewise.
     """
 
     def __init__(
-        self, fixed: Image, moving: Image, affine: np.ndarray, fixed_channel: int = 0, moving_channel: int = 0
+        self,
+        fixed: Image,
+        moving: Image,
+        transform: Transform | np.ndarray,
+        fixed_channel: int = 0,
+        moving_channel: int = 0,
     ) -> None:
         self.planes = planes_of(fixed, fixed_channel)
-        still = torch.eye(len(affine), dtype=torch.float64)
-        pull = torch.as_tensor(affine, dtype=torch.float64)
+        still = torch.eye(fixed.dims + 1, dtype=torch.float64)
+        pull = transform if isinstance(transform, Deformation) else torch.as_tensor(transform, dtype=torch.float64)
         self.fixed = self._cut(fixed, fixed_channel, still)
         self.before = self._cut(moving, moving_channel, still)
         self.after = self._cut(moving, moving_channel, pull)
 
-    def _cut(self, image: Image, channel: int, transform: Tensor) -> list[np.ndarray]:
+    def _cut(self, image: Image, channel: int, transform: Transform) -> list[np.ndarray]:
         values = image.values[channel][None]
         coarse = values[0][tuple(slice(None, None, max(1, n // 100)) for n in values.shape[1:])].float()
         low, high = (float(end) for end in quantiles(coarse[torch.isfinite(coarse)]))
         fill = background_value(coarse)
         pictures = []
         for plane in self.planes:
-            gray = resample(values, image.grid, plane.grid, transform, fill=fill, dtype=torch.float32)[0]
+            gray = move(transform, values, image.grid, plane.grid, fill=fill, dtype=torch.float32)[0]
             scaled = (torch.nan_to_num(gray, nan=low) - low) / max(high - low, 1e-20)
             pictures.append(plane.picture(scaled.clamp(0.0, 1.0)))
         return pictures
@@ -237,6 +246,20 @@ def colored(below: np.ndarray, values: np.ndarray, limits: tuple[float, float], 
     color = np.stack([1.5 - np.abs(4 * scaled - middle) for middle in (3, 2, 1)], axis=-1).clip(0.0, 1.0)
     gray = np.repeat(below[..., None], 3, axis=-1)
     return np.where(object_mask[..., None], (1 - _OPACITY) * gray + _OPACITY * color, gray)
+
+
+def grid_lines(deformation: Deformation, plane: Plane, below: np.ndarray) -> np.ndarray:
+    """Where a map without its affine part takes each point, as a grid over a picture: straight where nothing moves."""
+    index = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in plane.grid.shape])
+    points = deformation.apply(apply_affine(plane.grid.affine, index.view(-1, plane.grid.dims)))
+    places = plane.position(apply_affine(torch.linalg.inv(deformation.affine), points).numpy())
+    cells = np.floor(places * plane.size * _LINES / max(plane.size))
+    lines = np.zeros(below.shape, dtype=bool)
+    for cell in cells.T:
+        number = plane.picture(torch.from_numpy(cell).view(plane.grid.shape))
+        lines[1:] |= np.diff(number, axis=0) != 0
+        lines[:, 1:] |= np.diff(number, axis=1) != 0
+    return np.where(lines[..., None], np.array([1.0, 0.85, 0.0]), 0.7 * below[..., None])
 
 
 def filled(mask: np.ndarray) -> np.ndarray:
