@@ -86,9 +86,7 @@ class ZeroShotAffineNet(nn.Module):
             ``"consensus"``, the closed form over those of all pairs that agree.
         num_points: keypoints in a set.
         num_sets: sets averaged. Not used by ``"consensus"``, which looks at all pairs at once.
-        replacement: draw a set's keypoints with replacement.
         threshold: fraction of a map's maximum below which it is cut (eq. 1).
-        layers: VGG-19's convolution layers to use, of 1 and 2.
         symmetric: equalize the histogram of the foreground, and add the response to the negative, see
             `KeypointDetector`.
         scales: factors by which copies of the image are shrunk for more keypoints.
@@ -99,15 +97,11 @@ class ZeroShotAffineNet(nn.Module):
             agree by accident look like shear far more often than like a rotation.
         padding: added on every side, as a fraction of the longest side.
         consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
-            padded side. Each later pass halves it, down to ``final_threshold``.
-        final_threshold: None for 0.009 in 2D and 0.018 in 3D, where keypoints come from coarser images.
-        least_agreement: fraction of the keypoints that must agree in the last passes of ``"consensus"``; None for what
-            was measured to tell right from wrong, 0.068 in 2D and 0.1 in 3D.
+            padded side. Each later pass halves it, down to 0.009 in 2D and 0.018 in 3D.
         hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
         normalize: see `AffineRegressor`.
         vgg19_weights: see `VGG19Features`.
         seed: seed of the draws. One object gives one input the same answer every time.
-        slice_batch: slices of a volume in memory at once.
 
     Raises:
         RegistrationError: an argument out of its range.
@@ -132,9 +126,7 @@ class ZeroShotAffineNet(nn.Module):
         estimator: str = "mlp",
         num_points: int = 64,
         num_sets: int = 10,
-        replacement: bool = True,
         threshold: float = 0.95,
-        layers: tuple[int, ...] = (1, 2),
         symmetric: bool = False,
         scales: tuple[int, ...] = (1,),
         iterations: int = 1,
@@ -143,13 +135,10 @@ class ZeroShotAffineNet(nn.Module):
         coarse_passes: int = 0,
         padding: float = 0.25,
         consensus_threshold: float = 0.07,
-        final_threshold: float | None = None,
-        least_agreement: float | None = None,
         hidden: Sequence[int] = (),
         normalize: bool = True,
         vgg19_weights: str | os.PathLike | None = None,
         seed: int = 0,
-        slice_batch: int = 8,
     ) -> None:
         super().__init__()
         for name, value, good, allowed in (
@@ -168,7 +157,6 @@ class ZeroShotAffineNet(nn.Module):
         self.consensus = estimator == "consensus"
         self.num_points = num_points
         self.num_sets = num_sets
-        self.replacement = replacement
         self.iterations = iterations
         self.rate = float(rate)
         self.tolerance = float(tolerance)
@@ -176,17 +164,12 @@ class ZeroShotAffineNet(nn.Module):
         self.coarse_passes = min(coarse_passes, iterations - 1) if self.consensus and transform == "affine" else 0
         self.padding = float(padding)
         self.consensus_threshold = float(consensus_threshold)
-        if final_threshold is None:
-            final_threshold = 0.009 if spatial_dims == 2 else 0.018
-        self.final_threshold = float(final_threshold)
+        self.final_threshold = 0.009 if spatial_dims == 2 else 0.018
         # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
         # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
-        if least_agreement is None:
-            least_agreement = 0.068 if spatial_dims == 2 else 0.1
-        self.features = VGG19Features(vgg19_weights, layers)
-        self.keypoints = KeypointDetector(
-            self.features, CenterOfMass(threshold), symmetric, scales=scales, slice_batch=slice_batch
-        )
+        least_agreement = 0.068 if spatial_dims == 2 else 0.1
+        self.features = VGG19Features(vgg19_weights)
+        self.keypoints = KeypointDetector(self.features, CenterOfMass(threshold), symmetric, scales=scales)
         self.resampler = AffineResampler()
         self.coarse = LeastSquaresAffine(spatial_dims, "similarity", True, seed=seed)
         self.regressor: nn.Module
@@ -197,8 +180,7 @@ class ZeroShotAffineNet(nn.Module):
             self.regressor = LeastSquaresAffine(
                 spatial_dims, transform, self.consensus, least_agreement=least_agreement, seed=seed
             )
-        draws = num_points if replacement else self.keypoints.count(spatial_dims)
-        self.register_buffer("draws", torch.empty(num_sets, draws), persistent=False)
+        self.register_buffer("draws", torch.empty(num_sets, num_points), persistent=False)
         self.draw(torch.Generator().manual_seed(seed))
         corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * spatial_dims)
         self.register_buffer("corners", corners, persistent=False)
@@ -299,7 +281,7 @@ class ZeroShotAffineNet(nn.Module):
         if self.consensus:
             return self._agree(fixed_points, moving_points, valid, step)
         batch, dims = fixed_points.shape[0], self.spatial_dims
-        chosen = self._choose(valid).reshape(batch, -1, 1).expand(-1, -1, dims)
+        chosen = self._choose(valid).unsqueeze(2).expand(-1, -1, dims)
         shape = [batch * self.num_sets, -1, dims]
         x, y = fixed_points.gather(1, chosen).reshape(shape), moving_points.gather(1, chosen).reshape(shape)
         return self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
@@ -311,17 +293,11 @@ class ZeroShotAffineNet(nn.Module):
         return estimator(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
 
     def _choose(self, valid: Tensor) -> Tensor:
-        """Positions ``[B, num_sets, num_points]`` of the keypoints in each set; they depend on no other pair."""
-        batch = valid.shape[0]
-        count = valid.sum(dim=1).clamp(min=1).view(-1, 1, 1)
-        if self.replacement:
-            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
-            place = (self.draws * count).long().clamp(max=valid.shape[1] - 1)
-            return order.gather(1, place.reshape(batch, -1)).reshape(batch, self.num_sets, self.num_points)
-        ranked = (self.draws + valid.unsqueeze(1).to(self.draws.dtype)).argsort(dim=2, descending=True)
-        # where there are fewer keypoints than a set takes, they come round again
-        place = torch.arange(self.num_points, device=valid.device) % count
-        return ranked.gather(2, place.expand(-1, self.num_sets, -1))
+        """Positions ``[B, num_sets * num_points]`` of the keypoints in each set, drawn with replacement; they depend
+        on no other pair."""
+        order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
+        count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return order.gather(1, (self.draws.flatten() * count).long().clamp(max=valid.shape[1] - 1))
 
 
 def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) -> Tensor:

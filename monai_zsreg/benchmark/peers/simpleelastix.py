@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from monai.utils import optional_import
+import SimpleITK as sitk
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
-
-sitk, _ = optional_import("SimpleITK")
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
