@@ -71,7 +71,7 @@ def test_paper_is_the_paper():
     network = build_network("paper", vgg19_weights=UNTRAINED_FOR_CHECKS_ONLY)
     assert (network.num_points, network.num_sets) == (64, 10)
     assert network.keypoints.center_of_mass.threshold == 0.95
-    assert network.features.out_channels == 128
+    assert network.features.first and network.features.second
     assert not network.keypoints.symmetric and not network.consensus
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.networks.coordinates import compose, index_to_unit, map_points, theta_from_unit, without_padding
-from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
+from monai_zsreg.networks.keypoints import LIFT, CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
 from monai_zsreg.networks.resampler import AffineResampler
@@ -180,15 +180,10 @@ class ZeroShotAffineNet(nn.Module):
             self.regressor = LeastSquaresAffine(
                 spatial_dims, transform, self.consensus, least_agreement=least_agreement, seed=seed
             )
-        self.register_buffer("draws", torch.empty(num_sets, num_points), persistent=False)
-        self.draw(torch.Generator().manual_seed(seed))
+        draws = torch.rand(num_sets, num_points, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("draws", draws, persistent=False)
         corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * spatial_dims)
         self.register_buffer("corners", corners, persistent=False)
-
-    @torch.jit.unused
-    def draw(self, generator: torch.Generator) -> None:
-        """Take new random numbers for the choice of keypoints from ``generator`` (on the CPU)."""
-        self.draws.copy_(torch.rand(self.draws.shape, generator=generator))
 
     def forward(self, image: Tensor) -> Tensor:
         """Register.
@@ -202,18 +197,11 @@ class ZeroShotAffineNet(nn.Module):
         estimate = self.estimate(image)
         failed = estimate.status > 0
         if bool(failed.any()):
-            warnings.warn(
-                "some pairs could not be registered: their moving images come back as they were", stacklevel=2
-            )
+            text = "some pairs could not be registered: their moving images come back as they were"
+            warnings.warn(text, stacklevel=2)
         size: list[int] = list(image.shape[2:])
         moved = self.resampler(image[:, :1], theta_from_unit(estimate.matrix.nan_to_num(), size), size)
         return torch.where(failed.view([-1] + [1] * (image.dim() - 1)), image[:, :1], moved)
-
-    @torch.jit.export
-    def predict_affine(self, image: Tensor) -> Tensor:
-        """The matrices alone: ``[B, 2, *spatial]`` to ``[B, D, D+1]``, fixed to moving unit coordinates, NaN where a
-        pair could not be estimated."""
-        return self.estimate(image).matrix
 
     @torch.jit.export
     def estimate(self, image: Tensor) -> AffineEstimate:
@@ -236,8 +224,8 @@ class ZeroShotAffineNet(nn.Module):
         moving, fixed = scaled[:, :1], scaled[:, 1:]
         moving_foreground, fixed_foreground = foreground(moving), foreground(fixed)
         if self.keypoints.symmetric:
-            moving = equalize(moving, moving_foreground, self.keypoints.level)
-            fixed = equalize(fixed, fixed_foreground, self.keypoints.level)
+            moving = equalize(moving, moving_foreground, LIFT)
+            fixed = equalize(fixed, fixed_foreground, LIFT)
         size: list[int] = list(fixed.shape[2:])
 
         fixed_points, fixed_valid = self._detect(fixed, fixed_foreground, side)
@@ -264,7 +252,8 @@ class ZeroShotAffineNet(nn.Module):
             total = torch.where(active.view(-1, 1, 1), compose(total, update), total)
             passes = passes + active.long()
             moved = torch.linalg.vector_norm(map_points(update, self.corners) - self.corners, dim=2).amax(dim=1)
-            active = active & ((moved > self.tolerance) | (step < self.coarse_passes))
+            if step >= self.coarse_passes:
+                active = active & (moved > self.tolerance)
             if not bool(active.any()):
                 break
         first_points, _ = without_padding(first_points, total, float(margin), longest)
@@ -300,20 +289,13 @@ class ZeroShotAffineNet(nn.Module):
         return order.gather(1, (self.draws.flatten() * count).long().clamp(max=valid.shape[1] - 1))
 
 
-def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) -> Tensor:
-    """Scale each channel of each image by its percentiles to [0, 1] and clip (section 2.2).
-
-    Args:
-        image: ``[B, C, *spatial]``.
-        low: lower percentile, 0 to 1. Its value is the background.
-        high: upper percentile.
-
-    Returns:
-        ``[B, C, *spatial]``; a constant channel becomes 0.
-    """
+def scale_to_unit_range(image: Tensor) -> Tensor:
+    """Scale each channel of images ``[B, C, *spatial]`` by its 0.5 (the background) and 99.5 percentiles to [0, 1] and
+    clip (section 2.2); a constant channel becomes 0."""
     flat = image.flatten(2)
     step = 1 + flat.shape[2] // 4000000  # quantiles need no more, and sorting dominates beyond
-    values = torch.quantile(flat[:, :, ::step], torch.tensor([low, high], dtype=flat.dtype, device=flat.device), dim=2)
+    ends = torch.tensor([0.005, 0.995], dtype=flat.dtype, device=flat.device)
+    values = torch.quantile(flat[:, :, ::step], ends, dim=2)
     bottom, top = values[0].unsqueeze(2), values[1].unsqueeze(2)
     # less than the upper percentile of a mostly empty image may be its background
     narrow = top <= bottom
@@ -323,29 +305,23 @@ def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) 
     return ((flat - bottom) / spread).clamp(0.0, 1.0).view(image.shape)
 
 
-def equalize(image: Tensor, inside: Tensor, level: float, bins: int = 256) -> Tensor:
-    """Replace foreground intensities by their rank, from ``level`` to 1; the background becomes 0.
+def equalize(image: Tensor, inside: Tensor, level: float) -> Tensor:
+    """Replace intensities in [0, 1] by their rank in the foreground ``inside``, from ``level`` to 1; the rest becomes 0.
 
     Two contrasts of one anatomy that are monotone functions of one another, rising or falling, then differ by no more
-    than a negative.
-
-    Args:
-        image: ``[B, 1, *spatial]`` in [0, 1].
-        inside: ``[B, 1, *spatial]``, 1 in the foreground, else 0.
-        level: where ranks begin.
-        bins: of the histogram.
+    than a negative. Both are ``[B, 1, *spatial]``.
     """
-    index = (image.flatten(1) * float(bins - 1)).round().long()
+    index = (image.flatten(1) * 255.0).round().long()
     weight = inside.flatten(1)
-    counts = torch.zeros(image.shape[0], bins, dtype=image.dtype, device=image.device).scatter_add(1, index, weight)
+    counts = torch.zeros(image.shape[0], 256, dtype=image.dtype, device=image.device).scatter_add(1, index, weight)
     # the middle of a bin's ranks, so that ties keep their place
     rank = (counts.cumsum(dim=1) - 0.5 * counts) / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
     return ((level + (1.0 - level) * rank.gather(1, index)) * weight).view(image.shape)
 
 
-def foreground(image: Tensor, level: float = 0.05) -> Tensor:
-    """1 where a scaled image ``[B, 1, *spatial]`` exceeds ``level``, else 0: what stands out of a dark background."""
-    return (image > level).to(image.dtype)
+def foreground(image: Tensor) -> Tensor:
+    """1 where a scaled image ``[B, 1, *spatial]`` exceeds 0.05, else 0: what stands out of a dark background."""
+    return (image > 0.05).to(image.dtype)
 
 
 def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: Tensor) -> Tensor:
@@ -359,14 +335,14 @@ def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: T
     return torch.where(valid.sum(dim=1) < dims + 1, torch.full_like(code, 1), code)
 
 
-def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 1e-4) -> Tensor:
-    """True ``[B]`` where unit points spread along one direction by less than ``ratio`` of another, or than ``least``:
-    keypoints of a constant image all lie at its center but for rounding."""
+def _is_flat(points: Tensor, valid: Tensor) -> Tensor:
+    """True ``[B]`` where unit points spread along one direction by less than 1e-3 of another, or than 1e-4: keypoints of
+    a constant image all lie at its center but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
     centered = ((points - (weight * points).sum(dim=1, keepdim=True) / total) * weight).double()
     spread = torch.linalg.eigvalsh(centered.transpose(1, 2) @ centered)
-    return spread[:, 0] <= torch.maximum(ratio**2 * spread[:, -1], least**2 * total[:, 0, 0].double())
+    return spread[:, 0] <= torch.maximum(1e-6 * spread[:, -1], 1e-8 * total[:, 0, 0].double())
 
 
 def _is_whole(value: object, least: int) -> bool:
