@@ -130,14 +130,8 @@ def estimate(
 
 
 def keypoint_start(fixed: Image, moving: Image, **options: Any) -> tuple[Tensor | None, dict[str, np.ndarray]]:
-    """Where the keypoints put the moving image: a start for the default preset's ``coarse="keypoints"``.
-
-    Args:
-        fixed, moving, options: see `estimate`.
-
-    Returns:
-        ``(D+1, D+1)``, fixed world to moving world, None where it could not be estimated; and the keypoints.
-    """
+    """Where the keypoints put the moving image, a start for the default preset's ``coarse="keypoints"``: fixed world to
+    moving world, ``(D+1, D+1)``, None where it could not be estimated; and the keypoints. See `estimate`."""
     found = estimate(fixed, moving, preset="keypoints", **options)
     return None if found.failed else found.affine, found.keypoints
 
@@ -180,17 +174,8 @@ def _on_cube(values: Tensor, grid: Grid, spacing: float, side: int) -> tuple[Ten
     return AffineResampler()(scaled, theta[None], list(cube.shape))[0], from_unit
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the network of a preset
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def check_settings(preset: str, options: Mapping[str, Any]) -> None:
-    """Check the names and types of a preset's options, before there are images.
-
-    Args:
-        preset: key of `PRESETS`.
-        options: as they would go to `estimate`.
+    """Check the names and types of the options of `estimate`, before there are images.
 
     Raises:
         RegistrationError: an option that is unknown, or neither a number, a string, nor a list of these.
@@ -259,14 +244,9 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# uncertainty by blackening (section 2.7)
-# --------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Uncertainty:
-    """Spread of repeated estimates.
+    """Spread of repeated estimates (section 2.7).
 
     Attributes:
         matrices: ``[n, D+1, D+1]``, the repeated estimates that succeeded, fixed world to moving world.
@@ -312,11 +292,8 @@ class Uncertainty:
         return Image(values, grid.affine).to_metatensor()
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
-        """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show).
-
-        Returns:
-            ``[1, *fixed spatial]`` float32, in squared intensity units of the moving image.
-        """
+        """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show):
+        ``[1, *fixed spatial]`` float32, in squared units of the moving image."""
         values = self.moving.channel(channel, "moving")
         mean = torch.zeros(1, *self.fixed.grid.shape, dtype=torch.float64)
         squares = torch.zeros_like(mean)
@@ -371,16 +348,7 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
 
 
 def blacken(values: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Set random foreground pixels to the smallest value.
-
-    Args:
-        values: ``[1, *spatial]``.
-        fraction: of the foreground to set.
-        generator: on the CPU.
-
-    Returns:
-        A copy, ``[1, *spatial]``.
-    """
+    """A copy of an image ``[1, *spatial]``, a random fraction of its foreground pixels set to the smallest value."""
     inside = foreground_mask(values).flatten().nonzero()[:, 0]
     count = max(1, round(fraction * len(inside)))
     copy = values.clone()

@@ -33,8 +33,8 @@ class LeastSquaresAffine(nn.Module):
     With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), a transform is fitted to each of 4096 random
     subsets of D pairs: a rotation and shift for ``"rigid"``, else a similarity, which needs fewer points and lets fewer
     accidents through than an affine map; scales beyond 0.6 to 1.6 are dropped. The one that most pairs agree with is
-    refitted to those, with weights that fall off smoothly with the residual. The subsets are drawn with a fixed seed, so one input has one answer, and a
-    pair's answer does not depend on its neighbors in the batch.
+    refitted to those, with weights that fall off smoothly with the residual. The subsets are drawn with a fixed seed,
+    so one input has one answer, and a pair's answer does not depend on its neighbors in the batch.
 
     Points that do not determine the transform (fewer than D + 1, or D for rigid and similarity; all on one line, in
     3D on one plane; fewer that agree than ``least_agreement``) give a matrix of NaN: the caller must look.

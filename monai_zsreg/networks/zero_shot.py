@@ -306,7 +306,7 @@ def scale_to_unit_range(image: Tensor) -> Tensor:
 
 
 def equalize(image: Tensor, inside: Tensor, level: float) -> Tensor:
-    """Replace intensities in [0, 1] by their rank in the foreground ``inside``, from ``level`` to 1; the rest becomes 0.
+    """Replace intensities in [0, 1] by their rank in the foreground ``inside``, from ``level`` to 1; others become 0.
 
     Two contrasts of one anatomy that are monotone functions of one another, rising or falling, then differ by no more
     than a negative. Both are ``[B, 1, *spatial]``.
@@ -336,8 +336,8 @@ def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: T
 
 
 def _is_flat(points: Tensor, valid: Tensor) -> Tensor:
-    """True ``[B]`` where unit points spread along one direction by less than 1e-3 of another, or than 1e-4: keypoints of
-    a constant image all lie at its center but for rounding."""
+    """True ``[B]`` where unit points spread along one direction by less than 1e-3 of another, or than 1e-4: keypoints
+    of a constant image all lie at its center but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
     centered = ((points - (weight * points).sum(dim=1, keepdim=True) / total) * weight).double()
