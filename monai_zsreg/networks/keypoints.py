@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.networks.coordinates import shrunk_to_index
 
-__all__ = ["LIFT", "CenterOfMass", "KeypointDetector"]
-
-# what is added to the negative of an image inside the foreground, and where ranks of intensities begin
-LIFT = 0.3
+__all__ = ["CenterOfMass", "KeypointDetector"]
 
 
 class CenterOfMass(nn.Module):
@@ -93,7 +90,7 @@ class KeypointDetector(nn.Module):
 
     With ``symmetric`` the response to the image is added to the response to its negative. An edge then answers alike
     whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
-    taken inside the foreground alone, and the negative is lifted by `LIFT`, so that the brightest tissue does not
+    taken inside the foreground alone, and the negative is lifted by 0.3, so that the brightest tissue does not
     vanish in the background. Maps that answer to an empty image as strongly as to anything in the picture then give no
     keypoint: it would be the center of the frame in both images, a vote for "not moved".
 
@@ -122,6 +119,7 @@ class KeypointDetector(nn.Module):
         self.features = features
         self.center_of_mass = center_of_mass
         self.symmetric = symmetric
+        self.level = 0.3  # where ranks of intensities begin, and the negative with them
         self.scales = [int(scale) for scale in scales]
 
     def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +150,7 @@ class KeypointDetector(nn.Module):
     def _respond(self, image: Tensor, foreground: Tensor) -> Tensor:
         if not self.symmetric:
             return self.features(image)
-        return self.features(image) + self.features((1.0 + LIFT - image) * foreground)
+        return self.features(image) + self.features((1.0 + self.level - image) * foreground)
 
     def _without_empty(self, found: tuple[Tensor, Tensor], peak: Tensor) -> tuple[Tensor, Tensor]:
         """Keypoints less those of maps that respond to an empty image as strongly as to their best place, ``peak``."""

@@ -12,8 +12,6 @@ __all__ = ["TRANSFORMS", "LeastSquaresAffine"]
 TRANSFORMS = ("rigid", "similarity", "affine")
 _SCALES = (0.6, 1.6)
 _SUBSETS = 4096
-# ratio of the smallest to the largest spread of points below which they count as flat
-_FLAT = 1e-3
 
 
 def check_kind(transform: str, spatial_dims: int) -> None:
@@ -167,7 +165,8 @@ def _frame(points: Tensor) -> Tensor:
 
 
 def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform: str) -> Tensor:
-    """Weighted least-squares fit ``[B, D, D+1]``; NaN where the fixed points are flat."""
+    """Weighted least-squares fit ``[B, D, D+1]``; NaN where the least spread of the fixed points is below 1e-3 of the
+    largest."""
     dims = fixed_points.shape[2]
     # single precision loses the small spread of close points
     x, y, w = fixed_points.double(), moving_points.double(), weights.double().unsqueeze(2)
@@ -180,7 +179,7 @@ def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform
     eigenvalues = torch.linalg.eigvalsh(spread)
     # a rotation needs points that span all dimensions but one, an affine map all of them
     smallest = eigenvalues[:, 0 if transform == "affine" else 1]
-    determined = (total[:, 0, 0] > 0) & (smallest > _FLAT**2 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
+    determined = (total[:, 0, 0] > 0) & (smallest > 1e-6 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
     known = determined.view(-1, 1, 1)
     eye = torch.eye(dims, dtype=x.dtype, device=x.device)
     if transform == "affine":

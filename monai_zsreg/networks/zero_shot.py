@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.networks.coordinates import compose, index_to_unit, map_points, theta_from_unit, without_padding
-from monai_zsreg.networks.keypoints import LIFT, CenterOfMass, KeypointDetector
+from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
 from monai_zsreg.networks.resampler import AffineResampler
@@ -224,8 +224,8 @@ class ZeroShotAffineNet(nn.Module):
         moving, fixed = scaled[:, :1], scaled[:, 1:]
         moving_foreground, fixed_foreground = foreground(moving), foreground(fixed)
         if self.keypoints.symmetric:
-            moving = equalize(moving, moving_foreground, LIFT)
-            fixed = equalize(fixed, fixed_foreground, LIFT)
+            moving = equalize(moving, moving_foreground, self.keypoints.level)
+            fixed = equalize(fixed, fixed_foreground, self.keypoints.level)
         size: list[int] = list(fixed.shape[2:])
 
         fixed_points, fixed_valid = self._detect(fixed, fixed_foreground, side)

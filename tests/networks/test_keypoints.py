@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.networks import CenterOfMass, KeypointDetector, VGG19Features
-from monai_zsreg.networks.keypoints import LIFT
 from monai_zsreg.networks.zero_shot import equalize, foreground, scale_to_unit_range
 
 quick = settings(max_examples=30, deadline=None)
@@ -214,7 +213,7 @@ def test_points_of_an_image_follow_a_shift(features, image, symmetric):
 def test_symmetric_keypoints_do_not_see_the_contrast(features, image):
     inside = foreground(image)
     detector = KeypointDetector(features, CenterOfMass(), symmetric=True)
-    image = equalize(image, inside, LIFT)
+    image = equalize(image, inside, detector.level)
     negative = (1.0 + detector.level - image) * inside
     with torch.no_grad():
         points, valid = detector(image * inside, inside)
