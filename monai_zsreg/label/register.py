@@ -94,9 +94,9 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
     - ``return``: ``"image"`` for the moved image or ``"labels"`` for the moved labels.
     - ``labels``: id of the moving image whose final label is moved; that of ``moving`` if left out.
     - ``preset``, ``transform``, ``seed``: see `monai_zsreg.register`.
-    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform as its label of
-      the tags "transform" (``.tfm``) and "transform_h5" (``.h5``; of the kind "deformable" a displacement field,
-      ``.nii.gz``, of the first tag alone), and moved labels as that of the tag "original".
+    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform as its
+      label of the tags "transform" (``.tfm``) and "transform_h5" (``.h5``; of the kind "deformable" a displacement
+      field, ``.nii.gz``, of the first tag alone), and moved labels as that of the tag "original".
 
     The answer is a NIfTI file on the fixed grid and the fields of the bundle's ``report.json``, with ids as ``input``,
     ``matrix_lps``, ``returned``, ``label_names`` with labels, and ``saved``, the id, where results were kept.
