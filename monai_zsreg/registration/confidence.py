@@ -98,7 +98,7 @@ _TEXTS = {
     "overlap": "overlap of the foregrounds {percent:.0f} %",
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
-    "error": "expected error {value:.1f} voxels of the finest level",
+    "error": "expected error {value:.1f} voxels of the finest level, most of it {weakest}",
     "second": "a second position, {second_distance:.0f} {unit} away, fits as well (lead {value:.1f} standard errors)",
     "mirror": "the mirror image fits as well or better; left and right may be exchanged (lead {value:.1f})",
 }
@@ -147,6 +147,9 @@ def judge(
     if limits is None:
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
+    told = {"unit": unit, **measures}
+    if estimate.covariance is not None:
+        told["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
@@ -167,12 +170,7 @@ def judge(
         score = min(score, distance)
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
-            reasons = [
-                *reasons,
-                text.format(
-                    **{**measures, "unit": unit, "value": value, "percent": 100 * value, "extent": 100 * (value - 1)}
-                ),
-            ]
+            reasons = [*reasons, text.format(**told, value=value, percent=100 * value, extent=100 * (value - 1))]
     return Judgement(verdict, reasons, measures, score)
 
 
@@ -230,6 +228,8 @@ def weakest_direction(covariance: np.ndarray, affine: np.ndarray, fixed: Grid, u
         fixed: grid of the fixed image.
         unit: of lengths.
     """
+    if not np.isfinite(covariance).all():
+        return "unknown in every direction"
     dims = fixed.dims
     reach = 0.25 * float(np.mean([n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True)]))
     about = np.eye(dims + 1)

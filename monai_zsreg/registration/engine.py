@@ -16,7 +16,7 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -313,6 +313,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
+    evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
     return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, candidates.margin(going[0].transform))
 
 

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "refine", "weigh"]
+__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "loose", "refine", "weigh"]
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
+# displacements of the object that each rigid motion is tried at, lattice steps
+_TRIED = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# what tells a displaced place from the answer: the part of its likeness that is lost, and standard errors of that
+_LOST, _ERRORS = 0.05, 2.0
+# standard deviation of a motion that is not told from none up to here, before calibration
+_PART = 0.25
 
 
 @cache
@@ -233,6 +239,41 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
         return Evidence(torch.full_like(jacobian, torch.inf), 0.0, basis)
     solved = torch.linalg.pinv(jacobian)
     return Evidence(solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0, basis)
+
+
+def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor) -> Tensor:
+    """Covariance ``[P, P]`` of the rigid motions that the images do not tell from none: of a disc, along a tube.
+
+    Slopes say how a cost begins to rise, and edges of single voxels or noise have slopes too. Here the object is
+    displaced, about and along its principal axes, farther and farther until the images are seen to differ more.
+
+    Args:
+        blocks: of both images.
+        final: ``(D+1, D+1)``, fixed frame to moving frame.
+        cost: of it.
+        basis: ``[P, D+1, D+1]``, motions of the fixed frame.
+    """
+    points, weight = blocks.coordinates[0].cpu().double(), blocks.weight[0].cpu().double()
+    share = weight / weight.sum().clamp(min=1e-9)
+    own = torch.eye(len(points), dtype=torch.float64)
+    own[:-1, -1] = points[:-1] @ share
+    centered = points[:-1] - own[:-1, -1:]
+    own[:-1, :-1] = torch.linalg.eigh((centered * share) @ centered.mT).eigenvectors
+    motions = own @ generators("rigid", blocks.dims) @ torch.linalg.inv(own)
+    size = ((motions[:, :-1] @ points).square().sum(1) @ share).sqrt()
+    motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
+    free = torch.zeros(len(motions), dtype=torch.float64)
+    going = torch.arange(len(motions))
+    for reach in _TRIED:
+        displaced = torch.linalg.matrix_exp(torch.cat([motions[going], -motions[going]]) * reach)
+        lost, errors = lead_of(blocks, torch.cat([final[None], final @ displaced]))
+        told = (lost >= _LOST * max(blocks.chance - cost, 0.0)) & (errors >= _ERRORS)
+        going = going[~told[1:].view(2, -1).all(0)]
+        if not len(going):
+            break
+        free[going] = _PART * reach
+    parts = torch.linalg.lstsq(basis.flatten(1).mT, motions.flatten(1).mT).solution * free
+    return parts @ parts.mT
 
 
 def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> Tensor:

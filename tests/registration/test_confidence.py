@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from phantoms import diagonal, moved_by, turn
+from scipy import ndimage
 
 from monai_zsreg import RegistrationError, RegistrationWarning, register
 from monai_zsreg.geometry import Grid, apply_affine
@@ -99,6 +100,43 @@ def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
 @pytest.mark.parametrize("name", ["agreement", "cost", "overlap", "error"])
 def test_what_is_no_number_fails(name: str) -> None:
     assert verdict_on(2, **{name: float("nan")}).verdict == FAIL
+
+
+def within(distance: np.ndarray, limit: float) -> np.ndarray:
+    return np.clip(limit - distance + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("shape, transform, weakest", [
+    ("disc", "rigid", "rotation: "),
+    ("disc", "affine", "rotation: "),
+    ("tube", "rigid", "shift along the y axis: "),
+    ("wall", "rigid", "shift along the y axis: "),
+    ("cylinder", "rigid", "rotation about the head-foot axis: "),
+    ("cylinder", "affine", "rotation about the head-foot axis: "),
+    ("plate", "affine", "shift along the front-back axis: "),
+])  # fmt: skip
+def test_what_the_images_do_not_tell_is_named(shape: str, transform: str, weakest: str) -> None:
+    size = (96, 96) if weakest.endswith(("rotation: ", "y axis: ")) else (40, 40, 40)
+    rng = np.random.default_rng(0)
+    texture = ndimage.gaussian_filter(rng.normal(size=(60, 60)), 2) * 9
+
+    def seen(shift: float) -> np.ndarray:
+        place = np.indices(size) - (np.array(size) - 1).reshape(-1, *[1] * len(size)) / 2 - shift
+        across, radius = place[0], np.hypot(place[0], place[1])
+        values = {
+            "disc": lambda: within(radius, 30) + 0.5 * within(radius, 20),
+            "tube": lambda: within(abs(across), 15) + 0.5 * within(abs(across - 3), 4),
+            "wall": lambda: within(across, 4),
+            "cylinder": lambda: (within(radius, 14) + 0.5 * within(radius, 8)) * within(abs(place[2]), 12),
+            "plate": lambda: ndimage.map_coordinates(texture, [across + 30, place[-1] + 30]),
+        }[shape]()
+        return (values + 0.03 * rng.normal(size=size)).astype(np.float32)
+
+    fixed, moving = seen(0.0), seen(0.3)
+    result = register(fixed, moving, transform=transform, search="none", warn=False)
+    assert result.weakest_direction.startswith(weakest) and result.measures["error"] > 0.5
+    if result.measures["error"] > 1:
+        assert any(result.weakest_direction in reason for reason in result.reasons)
 
 
 def test_reasons_say_how_much() -> None:
