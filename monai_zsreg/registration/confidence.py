@@ -134,7 +134,7 @@ def judge(
         features: descriptor that the measures were made with; None for methods that do not measure agreement.
         unit: of lengths, for the sentences.
     """
-    measures = estimate.measures | _shape(estimate, fixed)
+    measures = _measured(estimate, fixed)
     share = max(
         fraction_inside(fixed, moving, estimate.affine), fraction_inside(moving, fixed, estimate.affine.inverse())
     )
@@ -171,36 +171,41 @@ def judge(
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
             reasons = [*reasons, text.format(**told, value=value, percent=100 * value, extent=100 * (value - 1))]
+    if measures.get("beyond", 0.0) > measures["step"]:
+        reasons = [*reasons, "the images differ by more than such a transform: {beyond:.2g} {unit}".format(**told)]
     return Judgement(verdict, reasons, measures, score)
 
 
-def _shape(estimate: Estimate, fixed: Grid) -> dict[str, float]:
-    """How the transform deforms, and how far off it may be, in steps of the finest level."""
+def _measured(estimate: Estimate, fixed: Grid) -> dict[str, float]:
+    """The measures, also how the transform deforms, and how far off it may be, in steps of the finest level."""
     dims = fixed.dims
     stretches = np.linalg.svd(estimate.affine[:dims, :dims].numpy(), compute_uv=False)
     size = math.exp(float(np.log(stretches).mean()))
-    measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
+    measures = estimate.measures | {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
     if estimate.covariance is not None:
         # in the center and half way to the ends of the field of view
         places = np.vstack([np.zeros(dims), 0.25 * np.eye(dims), -0.25 * np.eye(dims)]) * np.asarray(fixed.shape)
         places = places @ fixed.affine[:dims, :dims].numpy().T + fixed.center.numpy()
         spread = spread_at(estimate.covariance, places)
-        measures["error"] = float(np.sqrt(np.square(spread).mean())) / estimate.measures["step"]
+        # what no matrix can follow is no fault of this one
+        square = max(float(np.square(spread).mean()) - measures.get("beyond", 0.0) ** 2, 0.0)
+        measures["error"] = math.sqrt(square) / measures["step"]
     return measures
 
 
-def honest_covariance(covariance: np.ndarray, step: float) -> np.ndarray:
+def honest_covariance(covariance: np.ndarray, step: float, beyond: float = 0.0) -> np.ndarray:
     """Covariance of a matrix's rows that predicts the error.
 
     Args:
         covariance: ``(D(D+1), D(D+1))``, as the blocks themselves show it.
         step: lattice step of the finest level, mm.
+        beyond: root mean square of what no such matrix can follow, mm.
     """
     dims = _dims(covariance)
     constants = CALIBRATION[dims]
     result = constants.inflation**2 * np.asarray(covariance)
     ends = [row * (dims + 1) + dims for row in range(dims)]
-    result[ends, ends] += (constants.floor * step) ** 2 / dims
+    result[ends, ends] += ((constants.floor * step) ** 2 + beyond**2) / dims
     return result
 
 

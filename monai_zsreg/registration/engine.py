@@ -246,6 +246,7 @@ class Found:
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
             "overlap": self.answer.overlap,
+            "beyond": self.evidence.beyond * self.pair.unit,
         }
         if self.margin is not None:
             found["margin"] = self.margin
