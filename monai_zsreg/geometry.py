@@ -211,7 +211,7 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
         raise RegistrationError(name, tuple(found.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
     last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
     usable = bool(torch.isfinite(found).all()) and torch.allclose(found[dims], last_row)
-    if not usable or float(torch.linalg.det(found)) == 0.0:
+    if not usable or int(torch.linalg.matrix_rank(found[:dims, :dims])) < dims:
         raise RegistrationError(name, found.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
     found = found.clone()
     found[dims] = last_row
@@ -329,7 +329,7 @@ def without_obliquity(affine: np.ndarray) -> np.ndarray:
 
 
 def flip_points(points: np.ndarray) -> np.ndarray:
-    """Points ``[N, D]`` in mm from RAS to LPS or from LPS to RAS (its own inverse)."""
+    """Points ``[..., D]`` in mm from RAS to LPS or from LPS to RAS (its own inverse)."""
     flip = np.ones(np.shape(points)[-1])
     flip[:2] = -1.0
     return np.asarray(points, dtype=np.float64) * flip
