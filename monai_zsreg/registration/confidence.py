@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -147,9 +148,9 @@ def judge(
     if limits is None:
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
-    told = {"unit": unit, **measures}
+    words: dict[str, Any] = {"unit": unit, **measures}
     if estimate.covariance is not None:
-        told["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
+        words["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
@@ -170,9 +171,9 @@ def judge(
         score = min(score, distance)
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
-            reasons = [*reasons, text.format(**told, value=value, percent=100 * value, extent=100 * (value - 1))]
-    if measures.get("beyond", 0.0) > measures["step"]:
-        reasons = [*reasons, "the images differ by more than such a transform: {beyond:.2g} {unit}".format(**told)]
+            reasons = [*reasons, text.format(**words, value=value, percent=100 * value, extent=100 * (value - 1))]
+    if measures.get("beyond", 0.0) > measures.get("step", math.inf):
+        reasons = [*reasons, "the images differ by more than such a transform: {beyond:.2g} {unit}".format(**words)]
     return Judgement(verdict, reasons, measures, score)
 
 
