@@ -12,6 +12,7 @@ from monai_zsreg.errors import RegistrationError
 
 __all__ = [
     "Appearance",
+    "all_finite",
     "appearance",
     "background_value",
     "foreground_mask",
@@ -91,8 +92,8 @@ def background_value(image: Tensor) -> float:
     """
     values = image.detach()
     values = values if values.dtype == torch.float64 else values.float()
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
+    if not all_finite(values):
+        finite = torch.isfinite(values)
         if not bool(finite.any()):
             return 0.0
         values = torch.where(finite, values, values[finite].median())
@@ -138,6 +139,11 @@ def scale_intensity(image: Tensor) -> Tensor:
     return scaled
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether every voxel is: told from the sum, which takes a tenth of the time, unless that overflows."""
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def plain_image(image: Tensor, name: str = "image") -> Tensor:
     """``image`` as a detached floating tensor ``[C, *spatial]`` without metadata.
 
@@ -152,7 +158,7 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise RegistrationError(name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
     tensor = tensor.to(torch.float64 if tensor.dtype in (torch.float64, torch.int64, torch.int32) else torch.float32)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise RegistrationError(name, "NaN or infinity", "finite intensities")
     return tensor
 

@@ -168,7 +168,7 @@ class Side:
     def at(self, step: float) -> Level:
         """The image at about this spacing, each level made from the next finer one."""
         if step not in self._levels:
-            finer = max(known for known in self._levels if known < step)
+            finer = max(known for known in list(self._levels) if known < step)  # another thread may add one
             self._levels[step] = pool(self._levels[finer], step)
         return self._levels[step]
 
