@@ -255,10 +255,9 @@ def _estimate(
             break
     assert found is not None
     affine, reasons = found.affine(), []
-    dims = len(affine) - 1
-    if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
+    if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
-        affine = torch.eye(dims + 1, dtype=torch.float64)
+        affine = torch.eye(len(affine), dtype=torch.float64)
     return Estimate(
         affine=affine.clone(),
         failed=bool(reasons),
