@@ -31,8 +31,9 @@ _LEAST, _FAINT = 0.08, 0.005
 _DARK = 0.06
 # likewise of what an image does not show
 _DARKEST = 0.03
-# fraction of the range that a background varies by, and that it lies from the end of the range, at most
-_EVEN, _EXTREME = 0.12, 0.1
+# fraction of the range that a background varies by, and that it lies from the end of the range, at most; variation
+# that averages of one number have
+_EVEN, _EXTREME, _SAME = 0.12, 0.1, 1e-5
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Appearance:
 def appearance(image: Tensor, faint: bool = False) -> Appearance:
     """Background, range and foreground of one channel.
 
-    The background is the median of the outermost voxels, if these hardly vary and are among the darkest or brightest.
-    Else they show tissue, as in a slab or a photograph: then all that stands out from the darkest half per cent is
-    foreground.
+    The background is the median of the outermost voxels, if these hardly vary and are among the darkest or brightest,
+    or if most are one number, as where an image was padded. Else they show tissue, as in a slab or a photograph: then
+    all that stands out from the darkest half per cent is foreground.
 
     Args:
         image: ``[*spatial]``, floating point, finite. Pool it first where noise must not count.
@@ -66,7 +67,8 @@ def appearance(image: Tensor, faint: bool = False) -> Appearance:
     middle = border.median()
     noise = 1.4826 * (border - middle).abs().median()
     length = (high - low).clamp(min=1e-20)
-    if bool((noise > _EVEN * length) | (torch.minimum(middle - low, high - middle) > _EXTREME * length)):
+    inner = torch.minimum(middle - low, high - middle) > _EXTREME * length
+    if bool((noise > _EVEN * length) | (inner & (noise > _SAME * length))):
         return Appearance(low, length, image > low + _DARK * length)
     least = _FAINT if faint and bool(noise == 0) else _LEAST
     scale = torch.maximum(high - middle, middle - low).clamp(min=1e-20)
