@@ -254,17 +254,16 @@ def _estimate(
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine, reasons = found.affine(), []
-    dims = len(affine) - 1
-    if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
+    affine, reasons, measures = found.affine(), [], {"step": base} | found.measures()
+    if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
-        affine = torch.eye(dims + 1, dtype=torch.float64)
+        affine = torch.eye(len(affine), dtype=torch.float64)
     return Estimate(
         affine=affine.clone(),
         failed=bool(reasons),
         reasons=reasons,
-        covariance=honest_covariance(found.covariance().numpy(), base),
-        measures={"step": base} | found.measures(),
+        covariance=honest_covariance(found.covariance().numpy(), base, measures["beyond"]),
+        measures=measures,
         keypoints=keypoints,
     )
 
