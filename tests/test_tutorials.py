@@ -28,4 +28,4 @@ def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_are_tutorials() -> None:
-    assert [path.stem[:2] for path in TUTORIALS] == [f"{n:02d}" for n in range(1, 9)]
+    assert [path.stem[:2] for path in TUTORIALS] == [f"{n:02d}" for n in range(1, 10)]

@@ -44,7 +44,7 @@ from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io.displacement import read_displacement
 from monai_zsreg.metrics import label_dice
-from monai_zsreg.registration.displacement import determinant, sampled
+from monai_zsreg.registration.displacement import determinant, map_points, sampled
 
 __all__ = ["METHODS", "Trial", "main", "score", "trials"]
 
@@ -92,7 +92,7 @@ def _ours(trial: Trial, threads: int) -> Run:
 
     def run() -> np.ndarray:
         found = register(*images, transform="deformable", search="none", fixed_mask=mask)
-        return sampled(found.deformation.apply, _grid(trial.fixed)).displacement.numpy()
+        return sampled(partial(map_points, found.pull), _grid(trial.fixed)).displacement.numpy()
 
     return run
 
@@ -202,7 +202,8 @@ def trials(folders: Sequence[Path], count: int) -> Iterator[tuple[str, str, Call
 
 def _many(one: Path, other: Path) -> bool:
     """A lesion mask says nothing about two people's anatomy."""
-    return len(np.intersect1d(*[read_volume(path / "seg.nii.gz").values for path in (one, other)])) >= 8
+    labels = [read_volume(path / "seg.nii.gz").values for path in (one, other)]
+    return len(np.intersect1d(labels[0], labels[1])) >= 8
 
 
 def _between(one: Path, other: Path, contrast: str) -> Trial:

@@ -179,9 +179,8 @@ class Deformation:
         single = os.fspath(path).lower().endswith((".nii", ".nii.gz"))
         whole: Any = None
         for part in [read_displacement(path)] if single else read_composite(path):
-            if isinstance(part, tuple):
-                part = cls(torch.eye(part[1].dims + 1, dtype=torch.float64), *part)
-            whole = part if whole is None else compose(whole, part)
+            known = cls(torch.eye(part[1].dims + 1, dtype=torch.float64), *part) if isinstance(part, tuple) else part
+            whole = known if whole is None else compose(whole, known)
         if not isinstance(whole, cls):
             raise RegistrationError("path", str(path), "a displacement field")
         grid = whole.grid
