@@ -12,6 +12,7 @@ from monai_zsreg.errors import RegistrationError
 
 __all__ = [
     "Appearance",
+    "all_finite",
     "appearance",
     "background_value",
     "foreground_mask",
@@ -30,8 +31,9 @@ _LEAST, _FAINT = 0.08, 0.005
 _DARK = 0.06
 # likewise of what an image does not show
 _DARKEST = 0.03
-# fraction of the range that a background varies by, and that it lies from the end of the range, at most
-_EVEN, _EXTREME = 0.12, 0.1
+# fraction of the range that a background varies by, and that it lies from the end of the range, at most; variation
+# that averages of one number have
+_EVEN, _EXTREME, _SAME = 0.12, 0.1, 1e-5
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Appearance:
 def appearance(image: Tensor, faint: bool = False) -> Appearance:
     """Background, range and foreground of one channel.
 
-    The background is the median of the outermost voxels, if these hardly vary and are among the darkest or brightest.
-    Else they show tissue, as in a slab or a photograph: then all that stands out from the darkest half per cent is
-    foreground.
+    The background is the median of the outermost voxels, if these hardly vary and are among the darkest or brightest,
+    or if most are one number, as where an image was padded. Else they show tissue, as in a slab or a photograph: then
+    all that stands out from the darkest half per cent is foreground.
 
     Args:
         image: ``[*spatial]``, floating point, finite. Pool it first where noise must not count.
@@ -65,7 +67,8 @@ def appearance(image: Tensor, faint: bool = False) -> Appearance:
     middle = border.median()
     noise = 1.4826 * (border - middle).abs().median()
     length = (high - low).clamp(min=1e-20)
-    if bool((noise > _EVEN * length) | (torch.minimum(middle - low, high - middle) > _EXTREME * length)):
+    inner = torch.minimum(middle - low, high - middle) > _EXTREME * length
+    if bool((noise > _EVEN * length) | (inner & (noise > _SAME * length))):
         return Appearance(low, length, image > low + _DARK * length)
     least = _FAINT if faint and bool(noise == 0) else _LEAST
     scale = torch.maximum(high - middle, middle - low).clamp(min=1e-20)
@@ -89,8 +92,8 @@ def background_value(image: Tensor) -> float:
     """
     values = image.detach()
     values = values if values.dtype == torch.float64 else values.float()
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
+    if not all_finite(values):
+        finite = torch.isfinite(values)
         if not bool(finite.any()):
             return 0.0
         values = torch.where(finite, values, values[finite].median())
@@ -136,6 +139,11 @@ def scale_intensity(image: Tensor) -> Tensor:
     return scaled
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether every voxel is: told from the sum, which takes a tenth of the time, unless that overflows."""
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def plain_image(image: Tensor, name: str = "image") -> Tensor:
     """``image`` as a detached floating tensor ``[C, *spatial]`` without metadata.
 
@@ -150,7 +158,7 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise RegistrationError(name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
     tensor = tensor.to(torch.float64 if tensor.dtype in (torch.float64, torch.int64, torch.int32) else torch.float32)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise RegistrationError(name, "NaN or infinity", "finite intensities")
     return tensor
 

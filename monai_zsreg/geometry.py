@@ -52,8 +52,6 @@ __all__ = [
     "pooled_grid",
     "ras_to_lps",
     "without_obliquity",
-    "world_from_fsl",
-    "world_from_index",
     "world_from_itk",
 ]
 
@@ -196,12 +194,7 @@ def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
 
 
 def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
-    """A pull matrix from what a user gave.
-
-    Args:
-        matrix: ``(dims+1, dims+1)`` in any array type.
-        dims: number of spatial dimensions.
-        name: of the argument, for messages.
+    """A pull matrix from what a user gave as the argument ``name``, in any array type.
 
     Returns:
         ``(dims+1, dims+1)`` float64 on the CPU, its last row exactly ``(0, ..., 0, 1)``.
@@ -218,7 +211,7 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
         raise RegistrationError(name, tuple(found.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
     last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
     usable = bool(torch.isfinite(found).all()) and torch.allclose(found[dims], last_row)
-    if not usable or float(torch.linalg.det(found)) == 0.0:
+    if not usable or int(torch.linalg.matrix_rank(found[:dims, :dims])) < dims:
         raise RegistrationError(name, found.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
     found = found.clone()
     found[dims] = last_row
@@ -253,9 +246,6 @@ def moved_header(affine: Tensor, transform: Tensor) -> Tensor:
     Args:
         affine: index to world of the moving image, ``(r+1, r+1)``; MONAI keeps r = 3 for 2D images too.
         transform: ``(D+1, D+1)``, fixed world to moving world, D <= r.
-
-    Returns:
-        ``(r+1, r+1)`` float64, on the device of ``affine``.
     """
     inverse = torch.linalg.inv(torch.as_tensor(transform, dtype=torch.float64)).to(affine.device)
     full = torch.eye(affine.shape[-1], dtype=torch.float64, device=affine.device)
@@ -309,16 +299,10 @@ def world_from_itk(spacing: np.ndarray, origin: np.ndarray, direction: np.ndarra
 
 
 def plane_of_slice(place: np.ndarray) -> np.ndarray:
-    """The lattice in its own plane of a slice that lies anywhere in space.
+    """The lattice ``(3, 3)`` in its own plane of a slice whose index ``(i, j, 0)`` ``place`` ``(4, 4)`` maps to world.
 
     The world axes of the plane are the two RAS axes nearest to it. An oblique slice is turned onto them by the
     smallest rotation, so distances stay what they are.
-
-    Args:
-        place: ``(4, 4)``, index ``(i, j, 0)`` to world.
-
-    Returns:
-        ``(3, 3)``, index ``(i, j)`` to the world of the plane.
     """
     normal = np.cross(place[:3, 0], place[:3, 1])
     normal = normal / np.linalg.norm(normal)
@@ -345,7 +329,7 @@ def without_obliquity(affine: np.ndarray) -> np.ndarray:
 
 
 def flip_points(points: np.ndarray) -> np.ndarray:
-    """Points ``[N, D]`` in mm from RAS to LPS or from LPS to RAS (its own inverse)."""
+    """Points ``[..., D]`` in mm from RAS to LPS or from LPS to RAS (its own inverse)."""
     flip = np.ones(np.shape(points)[-1])
     flip[:2] = -1.0
     return np.asarray(points, dtype=np.float64) * flip
@@ -356,68 +340,23 @@ def flip_points(points: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _fsl_from_world(grid: Grid, spacing: Sequence[float] | None) -> np.ndarray:
+def fsl_from_world(grid: Grid, spacing: Sequence[float]) -> np.ndarray:
     """World coordinates of a 3D image to FSL's scaled voxels, ``(4, 4)``.
 
-    These are indices times voxel size, whatever the direction of the axes. Where the determinant of the affine is
-    positive (FSL: neurological), the first axis is counted from its other end, so that the system is always
-    left-handed.
+    These are indices times the voxel sizes that the header states (``pixdim``), whatever the direction of the axes.
+    Where the determinant of the affine is positive (FSL: neurological), the first axis is counted from its other end,
+    so that the system is always left-handed.
     """
-    sizes = np.asarray(grid.spacing if spacing is None else spacing, dtype=np.float64)
-    matrix = np.diag([*sizes, 1.0])
+    matrix = np.diag([*spacing, 1.0])
     if torch.linalg.det(grid.affine) > 0:
-        matrix[0, 0] = -sizes[0]
-        matrix[0, 3] = sizes[0] * (grid.shape[0] - 1)
+        matrix[0, 0] = -spacing[0]
+        matrix[0, 3] = spacing[0] * (grid.shape[0] - 1)
     return matrix @ np.linalg.inv(grid.affine.numpy())
 
 
-def world_from_fsl(
-    matrix: np.ndarray,
-    fixed: Grid,
-    moving: Grid,
-    fixed_spacing: Sequence[float] | None = None,
-    moving_spacing: Sequence[float] | None = None,
-) -> np.ndarray:
-    """A matrix of FLIRT to a world pull matrix.
-
-    Args:
-        matrix: ``(4, 4)``, scaled voxels of the moving image (``-in``) to those of the fixed image (``-ref``).
-        fixed: grid of the fixed image.
-        moving: grid of the moving image.
-        fixed_spacing: voxel sizes that the fixed image's header states (``pixdim``), which FSL goes by; those of its
-            grid if None.
-        moving_spacing: likewise for the moving image.
-
-    Returns:
-        ``(4, 4)``, fixed world to moving world.
-    """
-    to_fixed, to_moving = _fsl_from_world(fixed, fixed_spacing), _fsl_from_world(moving, moving_spacing)
-    return np.linalg.inv(to_moving) @ np.linalg.inv(matrix) @ to_fixed
-
-
-def fsl_from_world(
-    transform: np.ndarray,
-    fixed: Grid,
-    moving: Grid,
-    fixed_spacing: Sequence[float] | None = None,
-    moving_spacing: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Inverse of `world_from_fsl`: a world pull matrix ``(4, 4)`` to a matrix of FLIRT."""
-    to_fixed, to_moving = _fsl_from_world(fixed, fixed_spacing), _fsl_from_world(moving, moving_spacing)
-    return to_fixed @ np.linalg.inv(transform) @ np.linalg.inv(to_moving)
-
-
-def world_from_index(matrix: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
-    """Index pull matrix to a world pull matrix, ``(D+1, D+1)`` each: the inverse of `Grid.index_pull`."""
-    return moving.affine.numpy() @ matrix @ np.linalg.inv(fixed.affine.numpy())
-
-
 def freesurfer_volume(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How FreeSurfer states a 3D lattice.
-
-    Returns:
-        Voxel sizes ``(3,)``; directions of the array axes, ``(3, 3)``, one a column (``xras``, ``yras``, ``zras``);
-        the world point at index ``shape / 2`` (``cras``), which is half a voxel past the center, ``(3,)``.
+    """How FreeSurfer states a 3D lattice: voxel sizes ``(3,)``; directions of the array axes ``(3, 3)``, one a column
+    (``xras``, ``yras``, ``zras``); and the world point at index ``shape / 2`` (``cras``), half a voxel past the center.
     """
     affine = grid.affine.numpy()
     sizes = np.asarray(grid.spacing)
@@ -465,23 +404,20 @@ class AffineParameters:
         """The whole angle of the rotation, degrees, from 0 to 180."""
         if len(self.rotation_deg) == 1:
             return abs(self.rotation_deg[0])
-        rotation = _rotation(self.rotation_deg)
-        return math.degrees(math.acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1) / 2))))
+        return math.degrees(_rotation(self.rotation_deg).magnitude())
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and ``angle_deg``, ready for JSON."""
         return asdict(self) | {"angle_deg": self.angle_deg}
 
 
-def _rotation(degrees: Sequence[float]) -> np.ndarray:
-    """Rotation matrix of one angle (2D) or of three (3D: ``Rx Ry Rz``)."""
-    matrix = np.eye(2 if len(degrees) == 1 else 3)
-    planes = ((0, 1),) if len(degrees) == 1 else ((1, 2), (2, 0), (0, 1))
-    for angle, axes in zip(np.radians(degrees), planes, strict=True):
-        turn = np.eye(len(matrix))
-        turn[np.ix_(axes, axes)] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        matrix = matrix @ turn
-    return matrix
+def _rotation(degrees: Sequence[float]) -> Any:
+    """SciPy's rotation by one angle (2D, about the third axis) or by three (3D: ``Rx Ry Rz``)."""
+    from scipy.spatial.transform import Rotation
+
+    return (
+        Rotation.from_rotvec([0, 0, *degrees], True) if len(degrees) == 1 else Rotation.from_euler("XYZ", degrees, True)
+    )
 
 
 def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
@@ -534,6 +470,6 @@ def compose_parameters(parameters: AffineParameters) -> np.ndarray:
     shear[np.triu_indices(dims, 1)] = parameters.shear
     center = np.asarray(parameters.center)
     matrix = np.eye(dims + 1)
-    matrix[:dims, :dims] = rotation @ np.diag(parameters.scale) @ shear
+    matrix[:dims, :dims] = rotation.as_matrix()[:dims, :dims] @ np.diag(parameters.scale) @ shear
     matrix[:dims, dims] = center + np.asarray(parameters.translation) - matrix[:dims, :dims] @ center
     return matrix

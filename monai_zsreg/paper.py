@@ -18,7 +18,8 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,8 @@ __all__ = [
     "keypoint_start",
 ]
 
+# options beside the parameters of `ZeroShotAffineNet`
+_GIVEN = ("network", "regressor_weights", "vgg19_weights")
 #: parameters of `ZeroShotAffineNet` by preset
 PRESETS: dict[str, dict[str, Any]] = {
     # Kori and Krishnamurthi as written; the bundle's README says which readings were tried
@@ -127,14 +130,8 @@ def estimate(
 
 
 def keypoint_start(fixed: Image, moving: Image, **options: Any) -> tuple[Tensor | None, dict[str, np.ndarray]]:
-    """Where the keypoints put the moving image: a start for the default preset's ``coarse="keypoints"``.
-
-    Args:
-        fixed, moving, options: see `estimate`.
-
-    Returns:
-        ``(D+1, D+1)``, fixed world to moving world, None where it could not be estimated; and the keypoints.
-    """
+    """Where the keypoints put the moving image, a start for the default preset's ``coarse="keypoints"``: fixed world to
+    moving world, ``(D+1, D+1)``, None where it could not be estimated; and the keypoints. See `estimate`."""
     found = estimate(fixed, moving, preset="keypoints", **options)
     return None if found.failed else found.affine, found.keypoints
 
@@ -177,24 +174,15 @@ def _on_cube(values: Tensor, grid: Grid, spacing: float, side: int) -> tuple[Ten
     return AffineResampler()(scaled, theta[None], list(cube.shape))[0], from_unit
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the network of a preset
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def check_settings(preset: str, options: Mapping[str, Any]) -> None:
-    """Check the names and types of a preset's options, before there are images.
-
-    Args:
-        preset: key of `PRESETS`.
-        options: as they would go to `estimate`.
+    """Check the names and types of the options of `estimate`, before there are images.
 
     Raises:
         RegistrationError: an option that is unknown, or neither a number, a string, nor a list of these.
     """
-    parameters = [*inspect.signature(ZeroShotAffineNet).parameters, "network", "regressor_weights"]
+    parameters = [*inspect.signature(ZeroShotAffineNet).parameters, *_GIVEN]
     refuse_unknown(dict(options), [name for name in parameters if name not in ("spatial_dims", "transform", "seed")])
-    _frozen({name: value for name, value in options.items() if name != "network"})
+    _plain({name: value for name, value in options.items() if name not in _GIVEN})
 
 
 def build_network(
@@ -208,7 +196,7 @@ def build_network(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> ZeroShotAffineNet:
-    """The network of a preset with its weights, in evaluation mode; kept, so that a series of pairs loads it once.
+    """The network of a preset with its weights, in evaluation mode.
 
     Args:
         preset: key of `PRESETS`.
@@ -219,49 +207,17 @@ def build_network(
     Raises:
         RegistrationError: an unknown parameter, or weights that cannot be had or do not fit.
     """
-    files = tuple(None if file is None else os.fspath(file) for file in (vgg19_weights, regressor_weights))
-    return _build(
-        spatial_dims, transform, files, _stamps(files), seed, str(device), _frozen(PRESETS[preset] | settings)
-    )
-
-
-def _frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Settings as the key of a cache; JSON gives lists where there should be tuples."""
-    items = [(name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items()]
-    for name, value in items:
-        try:
-            hash(value)
-        except TypeError as error:
-            raise RegistrationError(name, value, "a number, a string, or a list of these") from error
-    return tuple(sorted(items))
-
-
-def _stamps(files: tuple[str | None, ...]) -> tuple[Any, ...]:
-    """What changes when another file takes a path's place: a network that is kept must not outlive its weights."""
-    states = [os.stat(file) if file is not None and os.path.isfile(file) else None for file in files]
-    return tuple(state and (os.getcwd(), state.st_mtime_ns, state.st_size) for state in states)
-
-
-@lru_cache(maxsize=8)
-def _build(
-    spatial_dims: int,
-    transform: str,
-    files: tuple[str | None, str | None],
-    stamps: tuple[Any, ...],  # a part of the cache's key, not used
-    seed: int,
-    device: str,
-    settings: tuple[tuple[str, Any], ...],
-) -> ZeroShotAffineNet:
-    options, (vgg19_weights, weights) = dict(settings), files
+    options = _plain(PRESETS[preset] | settings)
     trained = None
     if options["estimator"] == "mlp":
+        weights = regressor_weights
         if weights is None and transform != "affine":
             allowed = (
                 '"affine" with the shipped regressor; train one for this transform and name its file as '
                 "regressor_weights, or use an estimator other than the MLP"
             )
             raise RegistrationError("transform", transform, allowed)
-        weights = weights or str(shipped_weights(spatial_dims))
+        weights = os.fspath(weights or shipped_weights(spatial_dims))
         trained = load_regressor(weights)
         kind = f"{trained.spatial_dims}D {trained.transform}"
         if kind != f"{spatial_dims}D {transform}":
@@ -269,8 +225,9 @@ def _build(
             raise RegistrationError("regressor_weights", weights, allowed)
         for name in ("num_points", "hidden", "normalize"):
             known = getattr(trained, name)
-            if options.setdefault(name, known) != known:
-                raise RegistrationError(name, options[name], f"{known}, as the regressor's weights have it")
+            if options.pop(name, known) != known:
+                raise RegistrationError(name, settings[name], f"{known}, as the regressor's weights have it")
+        options |= {"num_points": trained.num_points, "hidden": (1,)}
     network = ZeroShotAffineNet(spatial_dims, transform, vgg19_weights=vgg19_weights, seed=seed, **options)
     if trained is not None:
         network.regressor = trained
@@ -278,14 +235,18 @@ def _build(
     return network.to(device).eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# uncertainty by blackening (section 2.7)
-# --------------------------------------------------------------------------------------------------------------------
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as `ZeroShotAffineNet` takes them; JSON gives lists where there should be tuples."""
+    for name, value in settings.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not all(part is None or isinstance(part, (str, Number)) for part in parts):
+            raise RegistrationError(name, value, "a number, a string, or a list of these")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 @dataclass(eq=False)
 class Uncertainty:
-    """Spread of repeated estimates.
+    """Spread of repeated estimates (section 2.7).
 
     Attributes:
         matrices: ``[n, D+1, D+1]``, the repeated estimates that succeeded, fixed world to moving world.
@@ -331,11 +292,8 @@ class Uncertainty:
         return Image(values, grid.affine).to_metatensor()
 
     def intensity_map(self, channel: int = 0) -> MetaTensor:
-        """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show).
-
-        Returns:
-            ``[1, *fixed spatial]`` float32, in squared intensity units of the moving image.
-        """
+        """Variance of the moved image's intensity over the estimates (what the paper's figure 3 seems to show):
+        ``[1, *fixed spatial]`` float32, in squared units of the moving image."""
         values = self.moving.channel(channel, "moving")
         mean = torch.zeros(1, *self.fixed.grid.shape, dtype=torch.float64)
         squares = torch.zeros_like(mean)
@@ -390,16 +348,7 @@ def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int 
 
 
 def blacken(values: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Set random foreground pixels to the smallest value.
-
-    Args:
-        values: ``[1, *spatial]``.
-        fraction: of the foreground to set.
-        generator: on the CPU.
-
-    Returns:
-        A copy, ``[1, *spatial]``.
-    """
+    """A copy of an image ``[1, *spatial]``, a random fraction of its foreground pixels set to the smallest value."""
     inside = foreground_mask(values).flatten().nonzero()[:, 0]
     count = max(1, round(fraction * len(inside)))
     copy = values.clone()

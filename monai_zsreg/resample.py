@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import background_value
+from monai_zsreg.foreground import all_finite, background_value
 from monai_zsreg.geometry import Grid
 
 __all__ = ["MODES", "outside_value", "resample"]
@@ -81,10 +81,8 @@ def resample(
     if values.is_complex() or tuple(values.shape[1:]) != source.shape:
         raise RegistrationError("values", f"{values.dtype} {tuple(values.shape)}", f"real numbers [C, *{source.shape}]")
     fills = [outside_value(channel, mode, dtype) if fill is None else _checked(fill, dtype) for channel in values]
-    # a sum is not finite where a voxel is not: a test that takes no memory
     holes = [
-        not math.isfinite(outside) or (values.is_floating_point() and not bool(channel.sum().isfinite()))
-        for channel, outside in zip(values, fills, strict=True)
+        not (math.isfinite(outside) and all_finite(channel)) for channel, outside in zip(values, fills, strict=True)
     ]
     world = torch.eye(source.dims + 1) if transform is None else torch.as_tensor(transform)
     pull = target.index_pull(world.to("cpu", torch.float64), source).numpy()

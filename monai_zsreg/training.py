@@ -26,8 +26,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.files import atomic_path, write_json
 from monai_zsreg.networks.coordinates import map_points
-from monai_zsreg.networks.least_squares import LeastSquaresAffine
-from monai_zsreg.networks.regressors import AffineRegressor, load_regressor, number_of_outputs, training_facts
+from monai_zsreg.networks.least_squares import LeastSquaresAffine, check_kind
+from monai_zsreg.networks.regressors import AffineRegressor, load_regressor, training_facts
 
 __all__ = [
     "BestModelSaver",
@@ -41,17 +41,8 @@ __all__ = [
     "random_points",
 ]
 
-# the perturbation of section 2.8, on a 240-pixel image padded by 50 pixels on every side
-_IMAGE_SIDE = 240
-_PADDED_SIDE = 340
-_LARGEST_SHIFT = 50.0
-_LARGEST_ANGLE = 0.3
-_LARGEST_SHEAR = 0.03
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# random points and matrices
-# --------------------------------------------------------------------------------------------------------------------
+# the image of section 2.8 and the frame that is left when it is padded by 50 pixels on every side, pixels
+_IMAGE_SIDE, _PADDED_SIDE = 240, 340
 
 
 def _uniform(size: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -69,25 +60,13 @@ def _rotations(angle: Tensor, axis: Tensor | None) -> Tensor:
 def random_matrices(
     count: int, spatial_dims: int = 2, transform: str = "affine", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the matrices of section 2.5.
+    """Draw the matrices of section 2.5, ``[B, D, D+1]`` in unit coordinates, from ``generator`` (a new one if None).
 
     affine: every entry ~ U(-1, 1), so half of them are reflections. similarity: any rotation, scale ~ U(0.5, 2),
-    translation ~ U(-1, 1). rigid: the same with scale 1.
-
-    Args:
-        count: B.
-        spatial_dims: D, 2 or 3.
-        transform: "affine", "similarity" or "rigid".
-        generator: source of the random numbers; None: a new one, seeded with 0.
-
-    Returns:
-        ``[B, D, D+1]``, unit coordinates.
-
-    Raises:
-        RegistrationError: unknown ``transform`` or ``spatial_dims``.
+    translation ~ U(-1, 1). rigid: the same with scale 1. A RegistrationError for another kind.
     """
-    number_of_outputs(transform, spatial_dims)  # checks both
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    check_kind(transform, spatial_dims)
+    generator = generator or torch.Generator().manual_seed(0)
     if transform == "affine":
         return _uniform([count, spatial_dims, spatial_dims + 1], -1, 1, generator)
     if spatial_dims == 2:
@@ -104,7 +83,7 @@ def random_points(
     count: int, num_points: int = 64, spatial_dims: int = 2, generator: torch.Generator | None = None, spread: float = 0
 ) -> Tensor:
     """Draw fixed points ``[B, N, D]``: U(0, 1), or N(0.5, ``spread``) cut off at 0 and 1, as real keypoints cluster."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = generator or torch.Generator().manual_seed(0)
     if spread > 0:
         return (0.5 + spread * torch.randn(count, num_points, spatial_dims, generator=generator)).clamp(0, 1)
     return torch.rand(count, num_points, spatial_dims, generator=generator)
@@ -113,22 +92,20 @@ def random_points(
 def perturbation_matrices(
     count: int, spatial_dims: int = 2, transform: str = "affine", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the test perturbation of section 2.8, about the center of the image.
+    """Draw the test perturbation of section 2.8, about the center of the image: ``[B, D, D+1]``, unit coordinates of a
+    240-pixel image padded to 340 pixels.
 
-    Translation up to 50 pixels an axis, rotation up to 0.3 rad (3D: about any axis), shear up to 0.03, on a 240-pixel
-    image padded to 340 pixels. "similarity" and "rigid": without the shear.
-
-    Returns:
-        ``[B, D, D+1]``, unit coordinates of the padded image.
+    Translation up to 50 pixels an axis, rotation up to 0.3 rad (3D: about any axis), shear up to 0.03. "similarity" and
+    "rigid": without the shear.
     """
-    number_of_outputs(transform, spatial_dims)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    angle = _uniform([count], -_LARGEST_ANGLE, _LARGEST_ANGLE, generator)
+    check_kind(transform, spatial_dims)
+    generator = generator or torch.Generator().manual_seed(0)
+    angle = _uniform([count], -0.3, 0.3, generator)
     linear = _rotations(angle, torch.randn(count, 3, generator=generator) if spatial_dims == 3 else None)
     if transform == "affine":
-        shear = _uniform([count, spatial_dims, spatial_dims], -_LARGEST_SHEAR, _LARGEST_SHEAR, generator)
+        shear = _uniform([count, spatial_dims, spatial_dims], -0.03, 0.03, generator)
         linear = linear @ (torch.eye(spatial_dims) + shear.triu(1))
-    shift = _uniform([count, spatial_dims], -_LARGEST_SHIFT, _LARGEST_SHIFT, generator) / _PADDED_SIDE
+    shift = _uniform([count, spatial_dims], -50, 50, generator) / _PADDED_SIDE
     translation = shift + 0.5 - 0.5 * linear.sum(dim=2)
     return torch.cat([linear, translation[..., None]], dim=-1)
 
@@ -169,7 +146,7 @@ class RandomPointPairs(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        number_of_outputs(kind, spatial_dims)
+        check_kind(kind, spatial_dims)
         for name, value in (("num_points", num_points), ("batch_size", batch_size), ("num_batches", num_batches)):
             if value < 1:
                 raise RegistrationError(name, value, "at least 1")
@@ -217,11 +194,6 @@ class RandomPointPairs(IterableDataset):
         self.position = int(state["position"])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# pieces of the training
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def compact(tensor: Tensor) -> Tensor:
     """A parameter in half precision, in large matrices rounded to steps of 1/32 to 1/64 of their standard deviation.
 
@@ -235,7 +207,8 @@ def compact(tensor: Tensor) -> Tensor:
 
 
 class BestModelSaver:
-    """Ignite handler for the evaluator: keeps the best network so far as a plain state dict, with a JSON beside it.
+    """Ignite handler for the evaluator: keeps the network with the least ``val_mean_absolute_error`` so far as a plain
+    state dict, with a JSON beside it.
 
     MONAI's ``CheckpointSaver`` forgets its best value when a training is resumed, and then replaces a better file. This
     handler belongs in the checkpoint (it has ``state_dict`` and ``load_state_dict``), so it remembers.
@@ -246,20 +219,12 @@ class BestModelSaver:
         path: the file, such as ``model.pt``. The JSON beside it has the error, the epoch and the training time in
             seconds, sessions before a resume included.
         network: what to save.
-        metric_name: the metric of the evaluator to judge by; less is better.
         details: more for the JSON, such as the settings.
     """
 
-    def __init__(
-        self,
-        path: str,
-        network: nn.Module,
-        metric_name: str = "val_mean_absolute_error",
-        details: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, path: str, network: nn.Module, details: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.network = network
-        self.metric_name = metric_name
         self.details = dict(details or {})
         self.best = math.inf
         self._start = time.monotonic()
@@ -274,7 +239,7 @@ class BestModelSaver:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        value = float(engine.state.metrics[self.metric_name])
+        value = float(engine.state.metrics["val_mean_absolute_error"])
         if not value < self.best:
             return
         self.best = value
@@ -315,23 +280,15 @@ def begin_distributed() -> None:
 
 
 def end_distributed(network: nn.Module) -> None:
-    """Leave the process group.
+    """Leave the process group of a ``DistributedDataParallel``, which is of no use afterwards.
 
     The group's threads end with the last reference to it. Threads that are still at work when the interpreter ends take
     the whole process down with SIGABRT.
-
-    Args:
-        network: a ``DistributedDataParallel``; it is of no use afterwards.
     """
     for name in ("reducer", "logger", "process_group"):
         setattr(network, name, None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# evaluation
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _pixel_error(estimate: Tensor, truth: Tensor) -> float:
@@ -347,12 +304,7 @@ def _pixel_error(estimate: Tensor, truth: Tensor) -> float:
 
 @torch.no_grad()
 def evaluation_table(network: AffineRegressor, num_sets: int = 4096, seed: int = 2**31) -> list[dict[str, Any]]:
-    """Measure a trained network and the closed form on fresh random points.
-
-    Args:
-        network: any ``AffineRegressor``.
-        num_sets: point sets a row.
-        seed: of the points; another one than that of the training.
+    """Measure a trained network and the closed form on fresh random points, ``num_sets`` a row, drawn from ``seed``.
 
     Returns:
         One dictionary a row: "points" and "matrices" (what was drawn), "noise" (standard deviation added to the moving

@@ -12,14 +12,14 @@ import pytest
 
 import monai_zsreg
 
-# these need MONAI Label, or are commands
-LEFT_OUT = ("monai_zsreg.label.main", "monai_zsreg.label.register")
+# these need MONAI Label, or the package of a peer
+LEFT_OUT = ("monai_zsreg.label.main", "monai_zsreg.label.register", "monai_zsreg.benchmark.peers.")
 
 
 def modules() -> list[str]:
     found = [m.name for m in pkgutil.walk_packages(monai_zsreg.__path__, "monai_zsreg.")]
     hidden = [name for name in found if any(part.startswith("_") for part in name.split("."))]
-    return ["monai_zsreg", *(name for name in found if name not in (*hidden, *LEFT_OUT))]
+    return ["monai_zsreg", *(name for name in found if name not in hidden and not name.startswith(LEFT_OUT))]
 
 
 @pytest.mark.slow

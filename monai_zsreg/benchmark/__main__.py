@@ -39,9 +39,8 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from monai.utils import optional_import
+import pandas as pd
 
 from monai_zsreg.benchmark import anatomies, brains, calibrate, cost, pairs, plots, tables
 from monai_zsreg.benchmark.cases import Case
@@ -50,11 +49,6 @@ from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.benchmark.run import read_results, run_cases
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.files import output_folder, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd, _ = optional_import("pandas")
 
 __all__ = ["main"]
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
 from scipy import ndimage
 
 from monai_zsreg.benchmark import damage
@@ -21,11 +20,6 @@ from monai_zsreg.benchmark.brains import full_slices, head_foot
 from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample, shapes
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd, _ = optional_import("pandas")
 
 __all__ = ["ROWS", "anatomy_cases", "is_anatomies", "retina_pair"]
 
@@ -49,13 +43,9 @@ def is_anatomies(folder: Path) -> bool:
 
 
 def anatomy_cases(row: Row, folder: Path | None, count: int, seed: int) -> list[Case]:
-    """The first ``count`` cases of a row of `ROWS`.
+    """The first ``count`` cases of a row of `ROWS`, at most one for each pair (three slices of each).
 
-    Args:
-        row: the row.
-        folder: see `is_anatomies`; None where there is none, which leaves ``retina``.
-        count: number of cases; at most one for each pair (three slices of each).
-        seed: seed of the run.
+    ``folder``: see `is_anatomies`; None where there is none, which leaves ``retina``.
     """
     if row.name == "retina":
         return [Case(row, k, f"retina{k}", f"retina{k}", seed, _retina, {"group": "retina"}) for k in range(count)]
@@ -133,14 +123,8 @@ def retina_pair(
 ) -> tuple[Volume, Volume, np.ndarray, np.ndarray]:
     """Two circular views of one retina: a photograph, and its green channel in the contrast of an angiogram.
 
-    Args:
-        rng: of shift, rotation, scale, shading and noise.
-        any_rotation: within 180 degrees, otherwise within 25.
-        side: pixels of a view.
-        radius: of the circle that it shows.
-
-    Returns:
-        Fixed and moving image, the truth, and the points of the fixed image that both show.
+    Views have ``side`` pixels and show a circle of ``radius``; they are turned by up to 25 degrees unless
+    ``any_rotation``. Returns both, the truth, and the points of the fixed image that both show.
     """
     from skimage import data
 
@@ -151,10 +135,8 @@ def retina_pair(
     turned = rng.uniform(0.9, 1.12) * turn(angle, 2, rng)
     # each view's pixels to those of the photograph
     center = np.full(2, (side - 1) / 2)
-    to_photo = [
-        about(center, linear, photograph.center - center + apart * sign / 2)
-        for linear, sign in ((np.eye(2), -1), (turned, 1))
-    ]
+    middle = photograph.center - center
+    to_photo = [about(center, np.eye(2), middle - apart / 2), about(center, turned, middle + apart / 2)]
     offset = np.indices((side, side)) - center[:, None, None]
     circle = (offset**2).sum(axis=0) < radius**2
     views = []

@@ -15,7 +15,7 @@ from monai_zsreg.benchmark import damage
 from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
 from monai_zsreg.benchmark.pairs import Pair
 from monai_zsreg.benchmark.perturb import draw, limits_of, padding
-from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume
+from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume, transformed
 
 __all__ = ["ROWS", "STRESS", "brain_cases", "full_slices", "head_foot"]
 
@@ -27,7 +27,7 @@ STRESS = {
     "thick": "moving image in 5 mm slices",
     "cavity": "a cavity blackened in the moving image",
     "skull": "skull in one image only",
-    "stack": "4 to 12 slices of 4 mm of the moving image",
+    "stack": "4 to 12 slices of 4 mm of the moving image; error over what they show",
 }
 
 ROWS = (
@@ -69,18 +69,12 @@ def full_slices(mask: np.ndarray, axis: int, count: int) -> list[int]:
 def brain_cases(
     row: Row, pairs: Iterable[Pair], count: int, seed: int, slices: int = 5, min_side: int = 128
 ) -> list[Case]:
-    """The first ``count`` cases of a row, subjects taking turns.
+    """The first ``count`` cases of a row of `ROWS`, subjects taking turns; none where no pair suits the row.
 
     Args:
-        row: of `ROWS`.
-        pairs: pairs in one direction; both directions are used.
-        count: number of cases. Pairs repeat with fresh transforms when there are fewer.
-        seed: seed of the run.
+        pairs: in one direction; both are used. They repeat with fresh transforms where there are fewer than ``count``.
         slices: of a volume (2D).
         min_side: of a slice, pixels: no perturbation in pixels suits smaller ones.
-
-    Returns:
-        At most ``count`` cases; none where no pair suits the row.
     """
     by_subject: dict[str, list[tuple[Pair, int | None, int | None]]] = {}
     for pair in pairs:
@@ -108,11 +102,7 @@ def brain_cases(
         queue = queues[index % len(queues)]
         pair, axis, where = queue[index // len(queues) % len(queue)]
         name = pair.name if axis is None else f"{pair.name}:{'ijk'[axis]}{where}"
-        group = (
-            "photographs"
-            if row.kind == "natural"
-            else "slabs of heads" if row.protocol == "stack" else f"brains {row.dims}D"
-        )
+        group = {"natural": "photographs", "stack": "slabs of heads"}.get(row.protocol, f"brains {row.dims}D")
         notes = {"group": group, "fixed_modality": pair.fixed_modality, "moving_modality": pair.moving_modality}
         maker = partial(make, pair=pair, axis=axis, where=where)
         cases.append(Case(row, index, pair.subject, name, seed, maker, notes))
@@ -127,11 +117,6 @@ def _has_skull(pair: Pair) -> bool:
     return all(bool((foreground(image) & ~brain).sum() > 0.1 * brain.sum()) for image in images)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# making a case
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample:
     protocol, dims = case.row.protocol, case.row.dims
     fixed, moving, mask, brain = _source(pair, axis, where)
@@ -141,10 +126,9 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     rng = case.rng("damage")
     if protocol == "skull":
         assert brain is not None
-        bare = [
-            Volume(np.where(brain, image.values, 0.0).astype(np.float32), image.affine) for image in (fixed, moving)
-        ]
-        fixed, moving = (bare[0], moving) if case.index % 2 else (fixed, bare[1])
+        stripped = fixed if case.index % 2 else moving
+        bare = Volume(np.where(brain, stripped.values, 0.0).astype(np.float32), stripped.affine)
+        fixed, moving = (bare, moving) if case.index % 2 else (fixed, bare)
     if protocol == "cavity":
         moving = damage.blacken_cavity(moving, mask, rng)
     shape = tuple(int(n) for n in fixed.shape + 2 * pad)
@@ -168,19 +152,18 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     degraded = _degrade(case, "moving", pair.moving_modality, shown.values, foreground(shown.values))
     one, two = Volume(still, affine), Volume(degraded, shown.affine)
 
+    points = one.points(seen)
+    if protocol == "stack":
+        # beyond the slices the images tell nothing
+        index = transformed(np.linalg.inv(two.affine) @ truth, points)
+        points = points[((index > -0.5) & (index < np.array(two.shape) - 0.5)).all(axis=1)]
     shift = np.eye(dims + 1)
     if pair.residual is not None:
         steps = np.array(pair.residual) / read_volume(pair.fixed).spacing
         shift[:-1, -1] = fixed.affine[:-1, :-1] @ (steps if axis is None else np.delete(steps, axis))
     known = pair.residual is not None or case.row.kind != "real"
-    return Sample(
-        fixed=one,
-        moving=two,
-        points=one.points(seen),
-        truth=truth,
-        corrected=truth @ shift if known else None,
-        info={**info, **shapes(one, two)},
-    )
+    corrected = truth @ shift if known else None
+    return Sample(one, two, points, truth, corrected, info={**info, **shapes(one, two)})
 
 
 def _source(pair: Pair, axis: int | None, where: int | None) -> tuple[Volume, Volume, np.ndarray, np.ndarray | None]:

@@ -15,12 +15,13 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
 from scipy import ndimage
 from scipy.stats import weibull_min
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from monai_zsreg.benchmark.cases import Case, Row, Sample
 from monai_zsreg.benchmark.methods import LEVELS
@@ -28,22 +29,10 @@ from monai_zsreg.benchmark.plots import COLORS, figure, save
 from monai_zsreg.benchmark.tables import machine, markdown, percent, write_lines
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from sklearn.metrics import roc_auc_score, roc_curve
-else:
-    pd, _ = optional_import("pandas")
-    roc_auc_score, _ = optional_import("sklearn.metrics", name="roc_auc_score")
-    roc_curve, _ = optional_import("sklearn.metrics", name="roc_curve")
-
 __all__ = ["FAILURES", "NARROW", "coverage", "fit", "spoiled_cases", "tabulate", "verdict_table", "write_report"]
 
 NARROW = ("ours:robust,search=local", "ours:robust,search=none")
 _ENOUGH = 20  # runs in each half, to fit constants
-
-# --------------------------------------------------------------------------------------------------------------------
-# failures
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _noise(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -101,9 +90,7 @@ FAILURES: dict[str, Callable[[Sample, np.random.Generator], Sample]] = {
 def spoiled_cases(cases: Iterable[Case], symmetric: Sequence[str] = ()) -> list[Case]:
     """Failures made of cases that have a truth, one of `FAILURES` each in turn.
 
-    Args:
-        cases: of the benchmark's rows.
-        symmetric: patterns of subjects, such as averages of many heads, whose mirror image cannot be told from them.
+    ``symmetric``: patterns of subjects, such as averages of many heads, whose mirror image cannot be told from them.
     """
     spoiled = []
     for number, case in enumerate(cases):
@@ -120,11 +107,6 @@ def _spoil(case: Case, inner: Case) -> Sample:
         raise ValueError("its truth is not known")
     spoiled = FAILURES[case.row.protocol](sample, case.rng("failure"))
     return replace(spoiled, truth=None, corrected=None)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what it says
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def fit(runs: pd.DataFrame) -> tuple[float, float]:
@@ -181,9 +163,8 @@ def verdict_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _interval_table(runs: pd.DataFrame) -> pd.DataFrame:
     """How many errors the intervals hold, as shipped and fitted on the other half of the subjects."""
     lines = []
-    for kind, mine in runs[runs["judged"]].groupby(
-        runs["kind"].eq("real").map({True: "real pairs", False: "exact truth"})
-    ):
+    truth = runs["kind"].eq("real").map({True: "real pairs", False: "exact truth"})
+    for kind, mine in runs[runs["judged"]].groupby(truth):
         first = set(sorted(mine["subject"].unique())[::2])
         halves = mine[mine["subject"].isin(first)], mine[~mine["subject"].isin(first)]
         sets: list[tuple[str, pd.DataFrame, tuple[float, float] | None]] = [("as shipped", mine, None)]
@@ -194,9 +175,9 @@ def _interval_table(runs: pd.DataFrame) -> pd.DataFrame:
             held = zip(LEVELS, coverage(scored, constants), strict=True)
             line = {"intervals": f"{kind}, {name}", "n": len(scored)}
             line |= {f"{100 * level:.0f} % holds, %": f"{100 * part:.1f}" for level, part in held}
-            lines.append(
-                line | ({"factor": f"{constants[0]:.2f}", "shape": f"{constants[1]:.2f}"} if constants else {})
-            )
+            if constants is not None:
+                line |= {"factor": f"{constants[0]:.2f}", "shape": f"{constants[1]:.2f}"}
+            lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -225,9 +206,8 @@ def _plot_roc(table: pd.DataFrame, path: Path) -> None:
         wrong = runs["wrong"].astype(bool)
         if wrong.nunique() == 2:
             suspected, found, _ = roc_curve(wrong, -runs["score"])
-            label = (
-                f"{kind}: {roc_auc_score(wrong, -runs['score']):.4f} ({(~wrong).sum()} good, {wrong.sum()} failures)"
-            )
+            area = f"{roc_auc_score(wrong, -runs['score']):.4f}"
+            label = f"{kind}: {area} ({(~wrong).sum()} good, {wrong.sum()} failures)"
             axes[0, 0].plot(suspected, found, color=color, label=label)
     axes[0, 0].set(xlabel="good runs suspected", ylabel="failures found")
     axes[0, 0].legend(fontsize=8, loc="lower right")

@@ -13,22 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
 from scipy import ndimage
 
 from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
 from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd, _ = optional_import("pandas")
 
 __all__ = ["SIZES", "phantom_cases", "phantom_pair", "save_phantom", "timed", "whole_processes"]
 
@@ -93,14 +87,7 @@ def _make(case: Case, size: int) -> Sample:
 def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[str]) -> tuple[pd.DataFrame, list[str]]:
     """Seconds of whole processes that register one pair, from start to the moved image on disk, in turn.
 
-    Args:
-        fixed: file of the fixed image.
-        moving: file of the moving image.
-        bundle: folder of the bundle.
-        methods: families of peers; those that have a script are run.
-
-    Returns:
-        A table of medians in seconds and of megabytes written, and notes on what was left out.
+    Ours, the bundle in its folder, and those of ``methods`` that are peers with a script. Returns as `timed`.
     """
     commands, notes = _commands(bundle, methods)
     table, more = timed(commands, fixed, moving)
@@ -110,9 +97,7 @@ def whole_processes(fixed: Path, moving: Path, bundle: Path, methods: Iterable[s
 def timed(
     commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Median seconds and megabytes written of commands that register a pair.
-
-    They run in turn ``repeats`` times, and once before to warm up.
+    """Median seconds and megabytes written of commands that run in turn ``repeats`` times, and once to warm up.
 
     ``FIXED``, ``MOVING``, ``FOLDER`` and ``OUTPUT`` (a file in it) stand for the places. A command that fails or
     writes no image is left out, with a note.

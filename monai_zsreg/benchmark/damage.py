@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 from scipy import ndimage
+from scipy.cluster.vq import kmeans2
 
 from monai_zsreg.benchmark.volumes import Volume, background_value, moved, transformed
 
@@ -22,27 +23,21 @@ _T2_SIGNAL = (1.0, 0.62, 0.42)
 
 
 def simulated_t2(t1: np.ndarray, mask: np.ndarray, tissue: np.ndarray | None = None) -> np.ndarray:
-    """A T2-like image of a T1-weighted brain.
+    """A T2-like image of a T1-weighted brain: float32, 0 outside ``mask``, about 1 in fluid.
 
-    Args:
-        t1: T1-weighted image, 2D or 3D.
-        mask: brain, boolean, same shape.
-        tissue: classes 1 (fluid), 2 (gray), 3 (white) inside the brain, other values elsewhere; None to take the
-            classes from the T1's intensities.
-
-    Returns:
-        float32, 0 outside the brain, about 1 in fluid.
+    ``tissue`` has the classes 1 (fluid), 2 (gray) and 3 (white); without it they are taken from the T1's intensities.
     """
     brain = ndimage.binary_fill_holes(mask)
     smooth = ndimage.gaussian_filter(t1.astype(np.float32), 0.5)
     if tissue is not None and all((tissue == label).sum() > 100 for label in (1, 2, 3)):
         means = sorted(float(np.median(t1[tissue == label])) for label in (1, 2, 3))
     else:
-        means = _class_means(t1[brain & (t1 != background_value(t1))])
+        values = t1[brain & (t1 != background_value(t1))].astype(np.float64)
+        values = values[:: max(1, len(values) // 200_000), None]
+        means = kmeans2(values, np.percentile(values, [8, 40, 80])[:, None], iter=25, minit="matrix")[0][:, 0].tolist()
     # between two class means a voxel is a mixture of the two tissues
     knots = [means[0] - 1e-3, *means, means[2] + (means[2] - means[1])]
-    values = [_T2_SIGNAL[0], *_T2_SIGNAL, 0.9 * _T2_SIGNAL[2]]
-    signal = np.interp(smooth, np.maximum.accumulate(knots), values)
+    signal = np.interp(smooth, np.maximum.accumulate(knots), [_T2_SIGNAL[0], *_T2_SIGNAL, 0.9 * _T2_SIGNAL[2]])
     if tissue is not None:
         shares = [ndimage.gaussian_filter((tissue == label).astype(np.float32), 0.5) for label in (1, 2, 3)]
         inside = np.sum(shares, axis=0)
@@ -50,16 +45,6 @@ def simulated_t2(t1: np.ndarray, mask: np.ndarray, tissue: np.ndarray | None = N
         # hard classes have stairs for edges; the intensities give the fractions in between
         signal = np.where(inside > 0.5, 0.5 * signal + 0.5 * by_class, signal)
     return np.where(brain, signal, 0.0).astype(np.float32)
-
-
-def _class_means(values: np.ndarray, iterations: int = 25) -> list[float]:
-    """Three class means by Lloyd's algorithm in one dimension, started at fixed percentiles."""
-    values = np.sort(values[:: max(1, len(values) // 200_000)].astype(np.float64))
-    means = np.percentile(values, [8, 40, 80])
-    for _ in range(iterations):
-        parts = np.split(values, np.searchsorted(values, (means[1:] + means[:-1]) / 2))
-        means = np.array([part.mean() if len(part) else old for part, old in zip(parts, means, strict=True)])
-    return [float(m) for m in means]
 
 
 def add_noise(image: np.ndarray, mask: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -122,11 +107,7 @@ def cut_end(image: Volume, axis: int, fraction: float, top: bool) -> Volume:
 
 
 def blacken_cavity(image: Volume, mask: np.ndarray, rng: np.random.Generator) -> Volume:
-    """Set an ellipsoid inside the foreground to the background value, as a resection cavity.
-
-    Its semi-axes are 20 to 30 % of the radius of a ball (disk) with the foreground's size; its center lies in the
-    foreground.
-    """
+    """Blacken an ellipsoid in the foreground, with semi-axes of 20 to 30 % of the radius of a ball of its size."""
     size = float(mask.sum()) * float(np.prod(image.spacing))
     radius = math.sqrt(size / math.pi) if image.dims == 2 else (3 * size / (4 * math.pi)) ** (1 / 3)
     deep = ndimage.binary_erosion(mask, iterations=3) if mask.sum() > 1000 else mask

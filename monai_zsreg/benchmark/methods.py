@@ -81,11 +81,7 @@ def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
 
 
 def prepare_function(family: str) -> Callable[[Volume, Volume, Task], Callable[[], Any]]:
-    """A method's ``prepare``, see `monai_zsreg.benchmark.peers`.
-
-    Raises:
-        ImportError: there is no such method. One that is not installed raises it when it is used.
-    """
+    """A method's ``prepare``, see `monai_zsreg.benchmark.peers`; ImportError where it is not installed."""
     own: dict[str, Callable[[Volume, Volume, Task], Callable[[], Any]]] = {"ours": ours, "none": none}
     return own.get(family) or importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
 
@@ -112,12 +108,8 @@ class Method:
         return answer["failure"] if answer.get("cannot_run") else None
 
     def register(self, fixed: Volume, moving: Volume, transform: str = "affine") -> Answer:
-        """Register in the method's process.
-
-        Returns:
-            ``matrix``, ``seconds``, ``peak_mib`` and whatever the method has to add; or ``failure``, with
-            ``cannot_run`` where it is not these images that the method cannot do.
-        """
+        """Register in the method's process: ``matrix``, ``seconds``, ``peak_mib`` and what the method has to add; or
+        ``failure``, with ``cannot_run`` where it is not these images that the method cannot do."""
         if self._process is None:
             context = get_context("spawn")
             self._pipe, end = context.Pipe()

@@ -12,18 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
 
 from monai_zsreg.benchmark.volumes import Volume, background_value, read_volume, transformed
 from monai_zsreg.errors import RegistrationError
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd, _ = optional_import("pandas")
 
 __all__ = ["Pair", "attach_residuals", "find_pairs", "photographs", "read_datalist", "read_residuals"]
 
@@ -69,16 +63,12 @@ def _one_lattice(one: Volume, two: Volume) -> bool:
 
 
 def find_pairs(root: Path, wanted: Sequence[tuple[str, ...]]) -> tuple[list[Pair], list[str]]:
-    """Pairs of every folder below ``root`` with images named after their modality (``t1.nii.gz``).
-
-    Args:
-        root: a folder; each folder below it that holds images is a subject.
-        wanted: pairs of modality names, such as ``[("t1", "t2")]``.
+    """Pairs of every folder below ``root`` with images named after their modality (``t1.nii.gz``): a subject each.
 
     Returns:
-        The pairs in one direction: real ones; a T1 with a T2-like contrast to be simulated from it; T1 images of
-        different people of one data set (folders with one parent) where both have anatomical labels. And one line for
-        each pair that was left out, with the reason.
+        The pairs in one direction: real ones of ``wanted`` modalities; a T1 with a T2-like contrast to be simulated
+        from it; T1 images of different people of one data set (folders with one parent) where both have anatomical
+        labels. And one line for each pair that was left out, with the reason.
 
     Raises:
         RegistrationError: no such folder.
@@ -151,9 +141,8 @@ def read_datalist(source: Path) -> list[Pair]:
         raise RegistrationError("data", str(source), f"a folder, or a datalist in JSON ({error})") from error
     if isinstance(content, dict):
         content = [item for value in content.values() if isinstance(value, list) for item in value]
-    if not isinstance(content, list) or not all(
-        isinstance(i, dict) and {"fixed", "moving"} <= i.keys() for i in content
-    ):
+    items = content if isinstance(content, list) else [None]
+    if not all(isinstance(item, dict) and {"fixed", "moving"} <= item.keys() for item in items):
         raise RegistrationError("data", str(source), "a list of items with 'fixed' and 'moving'")
     pairs = []
     for index, item in enumerate(content):

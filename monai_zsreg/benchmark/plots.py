@@ -5,22 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from monai_zsreg.benchmark.tables import percent
 from monai_zsreg.io.files import atomic_path
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-else:
-    pd, _ = optional_import("pandas")
-    FigureCanvasAgg, _ = optional_import("matplotlib.backends.backend_agg", name="FigureCanvasAgg")
-    Figure, _ = optional_import("matplotlib.figure", name="Figure")
 
 __all__ = ["COLORS", "figure", "plot_capture", "plot_cost", "plot_figure4", "save"]
 
@@ -73,11 +66,9 @@ def plot_capture(results: pd.DataFrame, path: Path) -> None:
 
     Stress rows are left out: they fail for other reasons.
     """
-    rows = (
-        results[results["row"].str.match("(paper|mild|so3)-") & results["success"].notna()]
-        if "success" in results
-        else results[:0]
-    )
+    if "success" not in results:
+        return
+    rows = results[results["row"].str.match("(paper|mild|so3)-") & results["success"].notna()]
     if rows.empty:
         return
     dims = sorted(rows["dims"].unique())

@@ -52,20 +52,15 @@ def run_cases(
     with_similarity: bool = True,
     redo: Collection[str] = (),
 ) -> list[str]:
-    """Run every method on every case that the log does not hold yet.
+    """Run every method on every case that the log does not hold yet; notes on what was left out.
 
     Args:
-        cases: in the order to run them.
-        methods: under test.
+        cases, methods: in the order to run them.
         log: JSON-lines file that results are appended to.
-        caps: how many cases of a row a slow method gets, by its name or family and dimensions, such as
-            ``{("ants", 3): 20}``; the name counts where both are given.
+        caps: how many cases of a row a slow method gets, ``{("ants", 3): 20}``, by name or else by family.
         end: of ``time.monotonic``, after which no further run begins.
         with_similarity: measure Dice, SSIM, MI and MSE before and after.
         redo: names of methods to run again; ``"failures"`` for all runs that gave no answer.
-
-    Returns:
-        Notes on what was left out.
     """
     results = read_results(log)
     have = {_key(r) for r in results if r["method"] not in redo and not (r["failure"] and "failures" in redo)}
@@ -98,11 +93,8 @@ def run_cases(
                     notes[f"{method.name} in {case.row.name}: {answer['failure']}"] = None
                     continue
                 reference = answers.get((sample.reference or "", method.name, case.seed))
-                result = {
-                    "method": method.name,
-                    "family": method.family,
-                    **score(case, sample, answer, before, reference),
-                }
+                result = {"method": method.name, "family": method.family}
+                result |= score(case, sample, answer, before, reference)
                 file.write(json.dumps({k: _rounded(v) for k, v in result.items()}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -132,24 +124,14 @@ def _rounded(value: Any) -> Any:
 def score(
     case: Case, sample: Sample, answer: Result, before: dict[str, float], reference: np.ndarray | None = None
 ) -> Result:
-    """The line of the results file for an answer.
+    """The line of the results file for an answer of `Method.register`.
 
-    Args:
-        case: the case.
-        sample: what was made of it.
-        answer: of `Method.register`.
-        before: similarity of the images as they were; empty to leave it out.
-        reference: the same method's answer to the case that the sample refers to.
+    ``before`` is the similarity of the images as they were, empty to leave it out; ``reference`` the same method's
+    answer to the case that the sample refers to.
     """
     row, dims = case.row, case.row.dims
-    result: Result = {
-        "case": case.name,
-        "row": row.name,
-        "index": case.index,
-        "subject": case.subject,
-        "kind": row.kind,
-    }
-    result |= {"dims": dims, "seed": case.seed, "failure": "", **case.notes, **sample.info, **answer}
+    result: Result = {"case": case.name, "row": row.name, "index": case.index, "subject": case.subject}
+    result |= {"kind": row.kind, "dims": dims, "seed": case.seed, "failure": "", **case.notes, **sample.info, **answer}
     if not result["failure"] and (
         np.shape(answer["matrix"]) != (dims + 1,) * 2 or not np.isfinite(answer["matrix"]).all()
     ):

@@ -11,20 +11,15 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from monai.utils import optional_import
+import pandas as pd
 from scipy.stats import binomtest
 
 from monai_zsreg.benchmark.brains import STRESS
 from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.io.files import atomic_path
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd, _ = optional_import("pandas")
 
 __all__ = ["cost_table", "machine", "markdown", "percent", "summarize", "write_csv", "write_lines", "write_summary"]
 
@@ -178,14 +173,7 @@ def machine(threads: int) -> list[str]:
 
 
 def write_summary(path: Path, table: pd.DataFrame, threads: int, notes: Sequence[str] = ()) -> None:
-    """The tables that people read.
-
-    Args:
-        path: the file.
-        table: of `summarize`.
-        threads: of each method.
-        notes: lines on what was left out.
-    """
+    """The tables that people read, of `summarize`'s ``table`` and with ``notes`` on what was left out."""
     shown = table[table["best"]]
     text = ["# Benchmark of affine registration", "", *machine(threads), "", "## Target registration error", _NOTES]
     judged = shown[shown["success"].notna()].to_dict("records")
@@ -228,10 +216,8 @@ def _error_cells(x: dict[str, Any]) -> dict[str, str]:
 def cost_table(table: pd.DataFrame) -> list[str]:
     """Seconds, memory and error of `summarize`'s lines, in Markdown."""
     cells = {"method": table["method"], "size": table["row"], "seconds": table["seconds_median"].map(_seconds)}
-    cells |= {
-        "peak MiB": table["peak_mib"].map("{:.0f}".format),
-        "error (mm)": table["tre_median"].map("{:.2f}".format),
-    }
+    cells["peak MiB"] = table["peak_mib"].map("{:.0f}".format)
+    cells["error (mm)"] = table["tre_median"].map("{:.2f}".format)
     note = (
         "A made-up object of one shape and field of view (240 mm) in two contrasts, moved by the `mild` protocol."
         " Memory: by how much the largest size of a process of its own grew during the registration, after a warm-up."

@@ -75,10 +75,7 @@ def background_value(image: np.ndarray) -> float:
 def foreground(image: np.ndarray) -> np.ndarray:
     """The object: other than the border's value where much of the image has it, otherwise by Otsu's classes.
 
-    The product's definition may change from release to release; the points at which errors are measured must not.
-
-    Returns:
-        Boolean, same shape. All true where the image has no background.
+    All true without a background. The product's definition may change; the points where errors are measured must not.
     """
     from skimage.filters import threshold_otsu
 
@@ -106,13 +103,8 @@ def moved(
 ) -> Volume:
     """An image on another lattice: the voxel at world y takes the image's value at ``pull(y)``.
 
-    Args:
-        image: what to show.
-        shape: of the result.
-        affine: of the result.
-        pull: ``(D+1, D+1)``, the result's world to the image's.
-        order: of the spline; 0 for labels. Overshoot is cut off at the image's own range.
-        fill: value where the image has nothing; its background if None.
+    ``order`` is that of the spline (0 for labels), whose overshoot is cut off at the image's own range; ``fill`` the
+    value where the image has nothing, its background if None.
     """
     back = background_value(image.values) if fill is None else fill
     out = np.full(shape, back, dtype=np.float32)

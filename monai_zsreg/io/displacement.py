@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
+<<<<<<< HEAD
 from monai_zsreg.geometry import Grid, checked_affine, itk_lattice, lps_to_ras, ras_to_lps
+=======
+from monai_zsreg.geometry import Grid, checked_affine, flip_points
+>>>>>>> main
 from monai_zsreg.io.files import atomic_path, exists
 from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
@@ -42,10 +46,17 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
     dims = grid.dims
     if not str(path).lower().endswith((".nii", ".nii.gz")):
         raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
+<<<<<<< HEAD
     _check_square(grid)
     values = displacement.detach().cpu().float().numpy() * _flip(dims)
+=======
+    axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
+    if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
+        raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
+    vectors = flip_points(np.moveaxis(displacement.detach().cpu().numpy(), 0, -1)).astype(np.float32)
+>>>>>>> main
     # the fourth axis is time; in 2D the third is missing
-    values = np.moveaxis(values, 0, -1).reshape(*grid.shape, *[1] * (4 - dims), dims)
+    values = vectors.reshape(*grid.shape, *[1] * (4 - dims), dims)
     affine = np.eye(4)
     affine[:dims, :dims], affine[:dims, 3] = grid.affine[:dims, :dims], grid.affine[:dims, dims]
     nifti = nib.Nifti1Image(values, affine)
@@ -83,6 +94,7 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
         raise RegistrationError("path", f"{path} of shape {values.shape}", allowed)
     if not np.isfinite(values).all():
         raise RegistrationError("path", str(path), "a displacement field without NaN or infinity")
+<<<<<<< HEAD
     vectors = np.moveaxis(values.reshape(*shape, dims), -1, 0) * _flip(dims)
     return torch.from_numpy(np.ascontiguousarray(vectors)), Grid(shape, checked_affine(file.affine, dims, "path"))
 
@@ -166,3 +178,7 @@ def _check_square(grid: Grid) -> None:
 def _flip(dims: int) -> np.ndarray:
     """LPS to RAS and back."""
     return np.array([-1.0, -1.0, 1.0][:dims], dtype=np.float32).reshape(-1, *[1] * dims)
+=======
+    vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
+    return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))
+>>>>>>> main

@@ -21,7 +21,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import background_value
+from monai_zsreg.foreground import all_finite, background_value
 from monai_zsreg.geometry import Grid, checked_affine, plane_of_slice
 from monai_zsreg.io.dicom import read_dicom_folder
 from monai_zsreg.io.files import atomic_path, exists
@@ -89,7 +89,7 @@ class Image:
     @cached_property
     def seen(self) -> Tensor | None:
         """``[1, *spatial]``, True where a channel is finite; None where that is everywhere."""
-        if not self.values.is_floating_point():
+        if all_finite(self.values):
             return None
         finite = torch.isfinite(self.values).any(dim=0, keepdim=True)
         return None if bool(finite.all()) else finite
@@ -110,13 +110,14 @@ class Image:
             values = torch.tensordot(weights, self.values.float(), dims=1)[None]
         else:
             values = self.values[int(index)][None].float()
-        finite = torch.isfinite(values)
-        if not bool(finite.any()):
-            raise RegistrationError(name, "nothing but NaN or infinite intensities", "finite intensities")
-        if not bool(finite.all()):
+        if not all_finite(values):
+            finite = torch.isfinite(values)
+            if not bool(finite.any()):
+                raise RegistrationError(name, "nothing but NaN or infinite intensities", "finite intensities")
             values = torch.where(finite, values, background_value(values[0]))
-        if float(values.min()) == float(values.max()):
-            raise RegistrationError(name, f"the constant {float(values.min()):g}", "an image that is not constant")
+        low, high = map(float, values.aminmax())
+        if low == high:
+            raise RegistrationError(name, f"the constant {low:g}", "an image that is not constant")
         return values
 
     def to(self, device: torch.device | str) -> Image:

@@ -36,14 +36,8 @@ def shrunk_to_index(points: Tensor, factor: float) -> Tensor:
 
 
 def without_padding(points: Tensor, matrix: Tensor, margin: float, longest: float) -> tuple[Tensor, Tensor]:
-    """Unit coordinates of a padded grid to those of the grid before padding.
-
-    Args:
-        points: ``[..., N, D]``.
-        matrix: ``[..., D, D+1]``, between two images that were padded alike.
-        margin: voxels that were added on every side.
-        longest: longest side before padding, voxels.
-    """
+    """Points ``[..., N, D]`` and a matrix ``[..., D, D+1]`` in the units of a grid that was padded by ``margin`` voxels
+    on every side, to the units of the grid before, whose longest side has ``longest`` voxels."""
     dims = matrix.shape[-2]
     scale, offset = (longest + 2.0 * margin) / longest, margin / longest
     linear, shift = matrix[..., :dims], matrix[..., dims]
@@ -52,12 +46,8 @@ def without_padding(points: Tensor, matrix: Tensor, margin: float, longest: floa
 
 
 def theta_from_unit(matrix: Tensor, size: list[int]) -> Tensor:
-    """A pull matrix between two images on one grid, from unit coordinates to what ``affine_grid`` takes.
-
-    Args:
-        matrix: ``[..., D, D+1]``.
-        size: spatial shape of the grid.
-    """
+    """A pull matrix ``[..., D, D+1]`` between two images of shape ``size``, from unit coordinates to what
+    ``affine_grid`` takes."""
     dims = len(size)
     # unit = (grid + 1) * half, axis by axis
     half = torch.tensor([0.5 * float(n) / float(max(size)) for n in size], dtype=matrix.dtype, device=matrix.device)

@@ -90,47 +90,37 @@ class KeypointDetector(nn.Module):
 
     With ``symmetric`` the response to the image is added to the response to its negative. An edge then answers alike
     whichever side is bright, so that a T1 and a T2 image agree on the strongest place of a map. Image and negative are
-    taken inside the foreground alone, and the negative is lifted by ``level``, so that the brightest tissue does not
+    taken inside the foreground alone, and the negative is lifted by 0.3, so that the brightest tissue does not
     vanish in the background. Maps that answer to an empty image as strongly as to anything in the picture then give no
     keypoint: it would be the center of the frame in both images, a vote for "not moved".
 
     Args:
-        features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``, with an attribute ``out_channels``.
+        features: maps ``[B, 1, H, W]`` in [0, 1] to ``[B, C, H, W]``.
         center_of_mass: the thresholded center of mass.
         symmetric: see above.
-        level: see above.
         scales: whole factors by which copies of the image are shrunk; the keypoints of all copies are joined.
-        slice_batch: slices of a volume in memory at once.
 
     Raises:
-        RegistrationError: a scale or batch that is not a positive whole number.
+        RegistrationError: a scale that is not a positive whole number.
     """
+
+    slice_batch = 8  # slices of a volume in memory at once
 
     def __init__(
         self,
         features: nn.Module,
         center_of_mass: CenterOfMass,
         symmetric: bool = False,
-        level: float = 0.3,
         scales: tuple[int, ...] = (1,),
-        slice_batch: int = 8,
     ) -> None:
         super().__init__()
         if not scales or any(int(scale) != scale or scale < 1 for scale in scales):
             raise RegistrationError("scales", scales, "positive whole numbers")
-        if slice_batch < 1:
-            raise RegistrationError("slice_batch", slice_batch, "at least 1")
         self.features = features
         self.center_of_mass = center_of_mass
         self.symmetric = symmetric
-        self.level = level
+        self.level = 0.3  # where ranks of intensities begin, and the negative with them
         self.scales = [int(scale) for scale in scales]
-        self.slice_batch = slice_batch
-
-    def count(self, spatial_dims: int) -> int:
-        """Number of keypoints for 2 or 3 spatial dimensions."""
-        stacks = 1 if spatial_dims == 2 else 3
-        return int(self.features.out_channels) * len(self.scales) * stacks  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         """Detect.
@@ -203,15 +193,15 @@ class KeypointDetector(nn.Module):
         return points[..., order], valid
 
 
-def _content_box(volume: Tensor, margin: int = 2) -> tuple[tuple[slice, ...], Tensor]:
-    """Slices of the box around all that is not background (0), ``margin`` voxels larger, and its first corner ``[3]``.
+def _content_box(volume: Tensor) -> tuple[tuple[slice, ...], Tensor]:
+    """Slices of the box around all that is not background (0), two voxels larger, and its first corner ``[3]``.
 
     Outside, the response is that of a constant, which is no feature; most of a padded volume is outside.
     """
     box: list[slice] = []
     for axis, size in enumerate(volume.shape):
         used = (volume.movedim(axis, 0).flatten(1).amax(dim=1) > 0).nonzero().flatten().tolist() or [0, size - 1]
-        box.append(slice(max(0, used[0] - margin), min(size, used[-1] + margin + 1)))
+        box.append(slice(max(0, used[0] - 2), min(size, used[-1] + 3)))
     return tuple(box), torch.tensor([float(part.start) for part in box], device=volume.device)
 
 

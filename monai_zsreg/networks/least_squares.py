@@ -10,6 +10,16 @@ from monai_zsreg.networks.coordinates import map_points
 __all__ = ["TRANSFORMS", "LeastSquaresAffine"]
 
 TRANSFORMS = ("rigid", "similarity", "affine")
+_SCALES = (0.6, 1.6)
+_SUBSETS = 4096
+
+
+def check_kind(transform: str, spatial_dims: int) -> None:
+    """Raise a RegistrationError for an unknown kind of transform or number of dimensions."""
+    if spatial_dims not in (2, 3):
+        raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
+    if transform not in TRANSFORMS:
+        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
 
 
 class LeastSquaresAffine(nn.Module):
@@ -18,11 +28,11 @@ class LeastSquaresAffine(nn.Module):
     The affine solution comes from the normal equations of the centered points, the rigid and the similarity solution
     from Umeyama's closed form, which never mirrors.
 
-    With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), a transform is fitted to each of many random
+    With ``consensus`` (RANSAC with the truncated quadratic score of MSAC), a transform is fitted to each of 4096 random
     subsets of D pairs: a rotation and shift for ``"rigid"``, else a similarity, which needs fewer points and lets fewer
-    accidents through than an affine map. The one that most pairs agree with is refitted to those, with weights that
-    fall off smoothly with the residual. The subsets are drawn with a fixed seed, so one input has one answer, and a
-    pair's answer does not depend on its neighbors in the batch.
+    accidents through than an affine map; scales beyond 0.6 to 1.6 are dropped. The one that most pairs agree with is
+    refitted to those, with weights that fall off smoothly with the residual. The subsets are drawn with a fixed seed,
+    so one input has one answer, and a pair's answer does not depend on its neighbors in the batch.
 
     Points that do not determine the transform (fewer than D + 1, or D for rigid and similarity; all on one line, in
     3D on one plane; fewer that agree than ``least_agreement``) give a matrix of NaN: the caller must look.
@@ -31,9 +41,6 @@ class LeastSquaresAffine(nn.Module):
         spatial_dims: D, 2 or 3.
         transform: ``"rigid"``, ``"similarity"`` or ``"affine"``.
         consensus: look for agreeing pairs first.
-        threshold: residual beyond which a pair counts as disagreeing, in the unit of the points.
-        hypotheses: number of subsets.
-        scale_range: subsets whose scale leaves this range are dropped.
         least_agreement: fraction of the weight that must agree, from 0 to 1, for the consensus to count.
         seed: seed of the subsets.
 
@@ -49,27 +56,14 @@ class LeastSquaresAffine(nn.Module):
         spatial_dims: int = 2,
         transform: str = "affine",
         consensus: bool = False,
-        threshold: float = 0.03,
-        hypotheses: int = 4096,
-        scale_range: tuple[float, float] = (0.6, 1.6),
         least_agreement: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
-        if transform not in TRANSFORMS:
-            raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
-        if not threshold > 0:
-            raise RegistrationError("threshold", threshold, "a positive number")
-        if hypotheses < 1:
-            raise RegistrationError("hypotheses", hypotheses, "at least 1")
+        check_kind(transform, spatial_dims)
         self.spatial_dims = spatial_dims
         self.transform = transform
         self.consensus = consensus
-        self.threshold = float(threshold)
-        self.hypotheses = int(hypotheses)
-        self.scale_range = (float(scale_range[0]), float(scale_range[1]))
         self.least_agreement = float(least_agreement)
         self.seed = int(seed)
 
@@ -78,7 +72,7 @@ class LeastSquaresAffine(nn.Module):
         fixed_points: Tensor,
         moving_points: Tensor,
         weights: Tensor | None = None,
-        threshold: float | None = None,
+        threshold: float = 0.03,
     ) -> Tensor:
         """Estimate.
 
@@ -86,7 +80,7 @@ class LeastSquaresAffine(nn.Module):
             fixed_points: ``[B, N, D]``.
             moving_points: ``[B, N, D]``, paired by position with ``fixed_points``.
             weights: ``[B, N]``, not negative; 0 leaves a pair out. All 1 if None.
-            threshold: in place of the object's own, for this call.
+            threshold: residual beyond which a pair disagrees, in the unit of the points.
 
         Returns:
             ``[B, D, D+1]``, fixed to moving; NaN where the points do not determine it.
@@ -102,8 +96,7 @@ class LeastSquaresAffine(nn.Module):
         if weights is None:
             weights = torch.ones_like(fixed_points[..., 0])
         if self.consensus:
-            limit = self.threshold if threshold is None else threshold
-            agreed = weights * self.agreement(fixed_points, moving_points, weights, limit)
+            agreed = weights * self.agreement(fixed_points, moving_points, weights, threshold)
             enough = agreed.sum(dim=1, keepdim=True) >= self.least_agreement * weights.sum(dim=1, keepdim=True)
             weights = agreed * enough.to(agreed.dtype)
         return _fit(fixed_points, moving_points, weights, self.transform)
@@ -116,15 +109,15 @@ class LeastSquaresAffine(nn.Module):
             return torch.zeros_like(weights)
         kind = "rigid" if self.transform == "rigid" else "similarity"
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.rand(self.hypotheses, count, generator=generator).to(fixed_points)
+        order = torch.rand(_SUBSETS, count, generator=generator).to(fixed_points)
         # valid pairs come first, so a subset holds an invalid one only where there are too few
         subset = (order + (weights > 0).to(order).unsqueeze(1)).topk(dims, dim=2).indices.flatten(1)  # [B, H * D]
         picked = subset.unsqueeze(2).expand(-1, -1, dims)
-        shape = (batch * self.hypotheses, dims, dims)
+        shape = (batch * _SUBSETS, dims, dims)
         x, y = fixed_points.gather(1, picked).view(shape), moving_points.gather(1, picked).view(shape)
         matrix, scale = _fit_subsets(x, y, kind)
         # a subset with an invalid pair, or of points on one another, gives no transform
-        low, high = self.scale_range
+        low, high = _SCALES
         valid = (weights.gather(1, subset).view(shape[:2]) > 0).all(dim=1)
         plausible = ((scale >= low) & (scale <= high) & valid).view(batch, -1)
         matrix = torch.where(plausible[..., None, None], matrix.view(batch, -1, dims, dims + 1), 0.0)
@@ -171,9 +164,9 @@ def _frame(points: Tensor) -> Tensor:
     return torch.stack([first, second, torch.linalg.cross(first, second)], dim=1)
 
 
-def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform: str, flat: float = 1e-3) -> Tensor:
-    """Weighted least-squares fit ``[B, D, D+1]``; NaN where the fixed points are flat, that is where the ratio of
-    their smallest to their largest spread is below ``flat``."""
+def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform: str) -> Tensor:
+    """Weighted least-squares fit ``[B, D, D+1]``; NaN where the least spread of the fixed points is below 1e-3 of the
+    largest."""
     dims = fixed_points.shape[2]
     # single precision loses the small spread of close points
     x, y, w = fixed_points.double(), moving_points.double(), weights.double().unsqueeze(2)
@@ -186,7 +179,7 @@ def _fit(fixed_points: Tensor, moving_points: Tensor, weights: Tensor, transform
     eigenvalues = torch.linalg.eigvalsh(spread)
     # a rotation needs points that span all dimensions but one, an affine map all of them
     smallest = eigenvalues[:, 0 if transform == "affine" else 1]
-    determined = (total[:, 0, 0] > 0) & (smallest > flat**2 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
+    determined = (total[:, 0, 0] > 0) & (smallest > 1e-6 * eigenvalues[:, dims - 1]) & (smallest > 1e-20)
     known = determined.view(-1, 1, 1)
     eye = torch.eye(dims, dtype=x.dtype, device=x.device)
     if transform == "affine":

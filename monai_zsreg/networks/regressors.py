@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.networks.least_squares import TRANSFORMS
+from monai_zsreg.networks.least_squares import TRANSFORMS, check_kind
 
 __all__ = ["AffineRegressor", "load_regressor", "number_of_outputs", "shipped_weights", "training_facts"]
 
@@ -27,15 +27,9 @@ def number_of_outputs(transform: str, spatial_dims: int) -> int:
     """How many raw numbers the last layer gives for a transform; no two kinds give the same.
 
     affine: the D x (D+1) matrix entries. rigid: rotation (2 numbers in 2D, 6 in 3D) and D translations. similarity: one
-    more, the logarithm of the scale.
-
-    Raises:
-        RegistrationError: unknown ``transform`` or ``spatial_dims``.
+    more, the logarithm of the scale. A RegistrationError for others.
     """
-    if spatial_dims not in (2, 3):
-        raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
-    if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    check_kind(transform, spatial_dims)
     if transform == "affine":
         return spatial_dims * (spatial_dims + 1)
     return (2 if spatial_dims == 2 else 6) + spatial_dims + int(transform == "similarity")
@@ -151,9 +145,8 @@ class AffineRegressor(nn.Module):
                     network = cls(dims, weights[0].shape[1] // (2 * dims), transform, hidden, normalize)
                     network.load_state_dict(own)
                 except (RuntimeError, IndexError, RegistrationError) as error:
-                    raise RegistrationError(
-                        "state", list(state), f"an AffineRegressor's parameters ({error})"
-                    ) from error
+                    allowed = f"an AffineRegressor's parameters ({error})"
+                    raise RegistrationError("state", list(state), allowed) from error
                 return network.eval()
         raise RegistrationError("state", list(state), "an AffineRegressor's parameters, layers.0.weight and so on")
 
@@ -232,19 +225,11 @@ def _rotation_3d(raw: Tensor) -> Tensor:
     return torch.stack([first, second, torch.linalg.cross(first, second, dim=-1)], dim=-1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# weights on disk
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def shipped_weights(spatial_dims: int) -> Path:
-    """The shipped state dict of the affine regressor for 2 or 3 spatial dimensions.
+    """The shipped state dict of the affine regressor for 2 or 3 spatial dimensions; a RegistrationError without it.
 
     An installed package holds the bundle's ``models`` folder as ``monai_zsreg/pretrained_models``; a checkout has it
     in the bundle.
-
-    Raises:
-        RegistrationError: it is in neither place.
     """
     package = Path(__file__).parents[1]
     bundle = package.parent / "bundles" / "zero_shot_affine_registration"
@@ -262,17 +247,10 @@ def training_facts(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_regressor(path: str | os.PathLike, argument: str = "regressor_weights") -> AffineRegressor:
-    """Load a network from a plain state dict, such as the bundle's ``models/model.pt``.
+    """Load a network from a plain state dict, such as the bundle's ``models/model.pt``; half precision becomes single.
 
     The shapes of the parameters tell the architecture. Only whether it was trained without ``normalize`` comes from the
-    JSON beside the file, if there is one.
-
-    Args:
-        path: the file; half precision becomes single.
-        argument: what to call it in an error.
-
-    Raises:
-        RegistrationError: no such file, or not the parameters of an ``AffineRegressor``.
+    JSON beside the file, if there is one. A RegistrationError that names ``argument`` where this is no such file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

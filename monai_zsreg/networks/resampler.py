@@ -14,14 +14,7 @@ class AffineResampler(nn.Module):
     """
 
     def forward(self, image: Tensor, theta: Tensor, size: list[int]) -> Tensor:
-        """
-        Args:
-            image: ``[B, C, *spatial]``.
-            theta: ``[B, D, D+1]``, output to input coordinates, as ``affine_grid`` takes them; see `theta_from_unit`.
-            size: spatial shape of the output.
-
-        Returns:
-            ``[B, C, *size]``.
-        """
+        """Images ``[B, C, *spatial]`` to ``[B, C, *size]`` by ``theta`` ``[B, D, D+1]``, output to input coordinates as
+        ``affine_grid`` takes them; see `theta_from_unit`."""
         grid = F.affine_grid(theta.to(image.dtype), [image.shape[0], image.shape[1]] + size, align_corners=False)
         return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

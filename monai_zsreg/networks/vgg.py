@@ -73,7 +73,6 @@ class VGG19Features(nn.Module):
             raise RegistrationError("layers", layers, "a non-empty subset of (1, 2)")
         self.first = 1 in layers
         self.second = 2 in layers
-        self.out_channels = 64 * len(set(layers))
         self.loaded = False
         for name, shape in zip(("weight_1", "bias_1", "weight_2", "bias_2"), _SHAPES.values(), strict=True):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
@@ -97,11 +96,7 @@ class VGG19Features(nn.Module):
 
     @torch.jit.ignore
     def load_weights(self) -> None:
-        """Fill in torchvision's weights unless there are some; may download them.
-
-        Raises:
-            RegistrationError: no weights can be had; the message says what was tried and the ways to get them.
-        """
+        """Fill in torchvision's weights unless there are some; may download them."""
         if not self.loaded:
             self._take(vgg19_filters())
 
@@ -120,11 +115,7 @@ class VGG19Features(nn.Module):
 
 
 def bundled_vgg19(bundle_root: str | os.PathLike) -> str | None:
-    """The file that MONAI's ``download_large_files`` puts into a bundle, or None where it is not there.
-
-    Args:
-        bundle_root: folder of the bundle.
-    """
+    """The file that MONAI's ``download_large_files`` puts into a bundle's folder, or None where it is not there."""
     path = Path(bundle_root) / "models" / "vgg19-dcbb9e9d.pth"
     return str(path) if path.is_file() else None
 
@@ -135,21 +126,10 @@ def cached_weights_path() -> Path:
 
 
 def vgg19_filters(weights: str | os.PathLike | None = None) -> dict[str, Tensor]:
-    """Weights and biases of VGG-19's first two convolutions under torchvision's names.
-
-    Args:
-        weights: see `VGG19Features`.
-
-    Raises:
-        RegistrationError: see `VGG19Features`.
-    """
+    """Weights and biases of VGG-19's first two convolutions under torchvision's names; see `VGG19Features`."""
     if weights is not None and str(weights) == UNTRAINED_FOR_CHECKS_ONLY:
-        warnings.warn(
-            "VGG-19 filters are RANDOM NUMBERS: this network only serves checks of shapes and files, "
-            "its registrations are meaningless.",
-            RegistrationWarning,
-            stacklevel=3,
-        )
+        text = "VGG-19 filters are RANDOM NUMBERS, for checks of shapes and files alone: registrations are meaningless"
+        warnings.warn(text, RegistrationWarning, stacklevel=3)
         generator = torch.Generator().manual_seed(0)
         return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in _SHAPES.items()}
     if weights is not None and str(weights) != IMAGENET:
@@ -188,14 +168,13 @@ def _download() -> dict[str, Tensor]:
             state = published.get_state_dict(model_dir=place, check_hash=True, weights_only=True)
             filters = {name: state[name].clone() for name in _SHAPES}
     except Exception as error:
-        raise RegistrationError(
-            "vgg19_weights",
-            IMAGENET,
+        allowed = (
             f"VGG-19 weights, but {kept_by_torchvision} does not hold them and the download of {published.url} failed "
             f"({type(error).__name__}: {error}). Either connect once, or fetch that file elsewhere and name it: "
             "vgg19_weights=FILE in Python, --vgg19_weights FILE with the bundle. A cut file with the first two "
-            "convolution layers is enough",
-        ) from error
+            "convolution layers is enough"
+        )
+        raise RegistrationError("vgg19_weights", IMAGENET, allowed) from error
     try:
         with atomic_path(cached_weights_path()) as partial:
             torch.save(filters, partial)

@@ -86,9 +86,7 @@ class ZeroShotAffineNet(nn.Module):
             ``"consensus"``, the closed form over those of all pairs that agree.
         num_points: keypoints in a set.
         num_sets: sets averaged. Not used by ``"consensus"``, which looks at all pairs at once.
-        replacement: draw a set's keypoints with replacement.
         threshold: fraction of a map's maximum below which it is cut (eq. 1).
-        layers: VGG-19's convolution layers to use, of 1 and 2.
         symmetric: equalize the histogram of the foreground, and add the response to the negative, see
             `KeypointDetector`.
         scales: factors by which copies of the image are shrunk for more keypoints.
@@ -99,15 +97,11 @@ class ZeroShotAffineNet(nn.Module):
             agree by accident look like shear far more often than like a rotation.
         padding: added on every side, as a fraction of the longest side.
         consensus_threshold: residual at which a pair stops counting in the first pass, as a fraction of the longest
-            padded side. Each later pass halves it, down to ``final_threshold``.
-        final_threshold: None for 0.009 in 2D and 0.018 in 3D, where keypoints come from coarser images.
-        least_agreement: fraction of the keypoints that must agree in the last passes of ``"consensus"``; None for what
-            was measured to tell right from wrong, 0.068 in 2D and 0.1 in 3D.
+            padded side. Each later pass halves it, down to 0.009 in 2D and 0.018 in 3D.
         hidden: widths of the regressor's hidden layers; those of the shipped networks if empty.
         normalize: see `AffineRegressor`.
         vgg19_weights: see `VGG19Features`.
         seed: seed of the draws. One object gives one input the same answer every time.
-        slice_batch: slices of a volume in memory at once.
 
     Raises:
         RegistrationError: an argument out of its range.
@@ -132,9 +126,7 @@ class ZeroShotAffineNet(nn.Module):
         estimator: str = "mlp",
         num_points: int = 64,
         num_sets: int = 10,
-        replacement: bool = True,
         threshold: float = 0.95,
-        layers: tuple[int, ...] = (1, 2),
         symmetric: bool = False,
         scales: tuple[int, ...] = (1,),
         iterations: int = 1,
@@ -143,13 +135,10 @@ class ZeroShotAffineNet(nn.Module):
         coarse_passes: int = 0,
         padding: float = 0.25,
         consensus_threshold: float = 0.07,
-        final_threshold: float | None = None,
-        least_agreement: float | None = None,
         hidden: Sequence[int] = (),
         normalize: bool = True,
         vgg19_weights: str | os.PathLike | None = None,
         seed: int = 0,
-        slice_batch: int = 8,
     ) -> None:
         super().__init__()
         for name, value, good, allowed in (
@@ -168,7 +157,6 @@ class ZeroShotAffineNet(nn.Module):
         self.consensus = estimator == "consensus"
         self.num_points = num_points
         self.num_sets = num_sets
-        self.replacement = replacement
         self.iterations = iterations
         self.rate = float(rate)
         self.tolerance = float(tolerance)
@@ -176,17 +164,12 @@ class ZeroShotAffineNet(nn.Module):
         self.coarse_passes = min(coarse_passes, iterations - 1) if self.consensus and transform == "affine" else 0
         self.padding = float(padding)
         self.consensus_threshold = float(consensus_threshold)
-        if final_threshold is None:
-            final_threshold = 0.009 if spatial_dims == 2 else 0.018
-        self.final_threshold = float(final_threshold)
+        self.final_threshold = 0.009 if spatial_dims == 2 else 0.018
         # in the last pass, 0.073 and more (3D: 0.16) of the keypoints of real pairs that were registered right agreed;
         # of pairs with nothing to find, or registered wrong, 0.062 and less (3D: 0.065)
-        if least_agreement is None:
-            least_agreement = 0.068 if spatial_dims == 2 else 0.1
-        self.features = VGG19Features(vgg19_weights, layers)
-        self.keypoints = KeypointDetector(
-            self.features, CenterOfMass(threshold), symmetric, scales=scales, slice_batch=slice_batch
-        )
+        least_agreement = 0.068 if spatial_dims == 2 else 0.1
+        self.features = VGG19Features(vgg19_weights)
+        self.keypoints = KeypointDetector(self.features, CenterOfMass(threshold), symmetric, scales=scales)
         self.resampler = AffineResampler()
         self.coarse = LeastSquaresAffine(spatial_dims, "similarity", True, seed=seed)
         self.regressor: nn.Module
@@ -197,16 +180,10 @@ class ZeroShotAffineNet(nn.Module):
             self.regressor = LeastSquaresAffine(
                 spatial_dims, transform, self.consensus, least_agreement=least_agreement, seed=seed
             )
-        draws = num_points if replacement else self.keypoints.count(spatial_dims)
-        self.register_buffer("draws", torch.empty(num_sets, draws), persistent=False)
-        self.draw(torch.Generator().manual_seed(seed))
+        draws = torch.rand(num_sets, num_points, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("draws", draws, persistent=False)
         corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * spatial_dims)
         self.register_buffer("corners", corners, persistent=False)
-
-    @torch.jit.unused
-    def draw(self, generator: torch.Generator) -> None:
-        """Take new random numbers for the choice of keypoints from ``generator`` (on the CPU)."""
-        self.draws.copy_(torch.rand(self.draws.shape, generator=generator))
 
     def forward(self, image: Tensor) -> Tensor:
         """Register.
@@ -220,18 +197,11 @@ class ZeroShotAffineNet(nn.Module):
         estimate = self.estimate(image)
         failed = estimate.status > 0
         if bool(failed.any()):
-            warnings.warn(
-                "some pairs could not be registered: their moving images come back as they were", stacklevel=2
-            )
+            text = "some pairs could not be registered: their moving images come back as they were"
+            warnings.warn(text, stacklevel=2)
         size: list[int] = list(image.shape[2:])
         moved = self.resampler(image[:, :1], theta_from_unit(estimate.matrix.nan_to_num(), size), size)
         return torch.where(failed.view([-1] + [1] * (image.dim() - 1)), image[:, :1], moved)
-
-    @torch.jit.export
-    def predict_affine(self, image: Tensor) -> Tensor:
-        """The matrices alone: ``[B, 2, *spatial]`` to ``[B, D, D+1]``, fixed to moving unit coordinates, NaN where a
-        pair could not be estimated."""
-        return self.estimate(image).matrix
 
     @torch.jit.export
     def estimate(self, image: Tensor) -> AffineEstimate:
@@ -282,7 +252,8 @@ class ZeroShotAffineNet(nn.Module):
             total = torch.where(active.view(-1, 1, 1), compose(total, update), total)
             passes = passes + active.long()
             moved = torch.linalg.vector_norm(map_points(update, self.corners) - self.corners, dim=2).amax(dim=1)
-            active = active & ((moved > self.tolerance) | (step < self.coarse_passes))
+            if step >= self.coarse_passes:
+                active = active & (moved > self.tolerance)
             if not bool(active.any()):
                 break
         first_points, _ = without_padding(first_points, total, float(margin), longest)
@@ -299,7 +270,7 @@ class ZeroShotAffineNet(nn.Module):
         if self.consensus:
             return self._agree(fixed_points, moving_points, valid, step)
         batch, dims = fixed_points.shape[0], self.spatial_dims
-        chosen = self._choose(valid).reshape(batch, -1, 1).expand(-1, -1, dims)
+        chosen = self._choose(valid).unsqueeze(2).expand(-1, -1, dims)
         shape = [batch * self.num_sets, -1, dims]
         x, y = fixed_points.gather(1, chosen).reshape(shape), moving_points.gather(1, chosen).reshape(shape)
         return self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
@@ -311,33 +282,20 @@ class ZeroShotAffineNet(nn.Module):
         return estimator(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
 
     def _choose(self, valid: Tensor) -> Tensor:
-        """Positions ``[B, num_sets, num_points]`` of the keypoints in each set; they depend on no other pair."""
-        batch = valid.shape[0]
-        count = valid.sum(dim=1).clamp(min=1).view(-1, 1, 1)
-        if self.replacement:
-            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
-            place = (self.draws * count).long().clamp(max=valid.shape[1] - 1)
-            return order.gather(1, place.reshape(batch, -1)).reshape(batch, self.num_sets, self.num_points)
-        ranked = (self.draws + valid.unsqueeze(1).to(self.draws.dtype)).argsort(dim=2, descending=True)
-        # where there are fewer keypoints than a set takes, they come round again
-        place = torch.arange(self.num_points, device=valid.device) % count
-        return ranked.gather(2, place.expand(-1, self.num_sets, -1))
+        """Positions ``[B, num_sets * num_points]`` of the keypoints in each set, drawn with replacement; they depend
+        on no other pair."""
+        order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
+        count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return order.gather(1, (self.draws.flatten() * count).long().clamp(max=valid.shape[1] - 1))
 
 
-def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) -> Tensor:
-    """Scale each channel of each image by its percentiles to [0, 1] and clip (section 2.2).
-
-    Args:
-        image: ``[B, C, *spatial]``.
-        low: lower percentile, 0 to 1. Its value is the background.
-        high: upper percentile.
-
-    Returns:
-        ``[B, C, *spatial]``; a constant channel becomes 0.
-    """
+def scale_to_unit_range(image: Tensor) -> Tensor:
+    """Scale each channel of images ``[B, C, *spatial]`` by its 0.5 (the background) and 99.5 percentiles to [0, 1] and
+    clip (section 2.2); a constant channel becomes 0."""
     flat = image.flatten(2)
     step = 1 + flat.shape[2] // 4000000  # quantiles need no more, and sorting dominates beyond
-    values = torch.quantile(flat[:, :, ::step], torch.tensor([low, high], dtype=flat.dtype, device=flat.device), dim=2)
+    ends = torch.tensor([0.005, 0.995], dtype=flat.dtype, device=flat.device)
+    values = torch.quantile(flat[:, :, ::step], ends, dim=2)
     bottom, top = values[0].unsqueeze(2), values[1].unsqueeze(2)
     # less than the upper percentile of a mostly empty image may be its background
     narrow = top <= bottom
@@ -347,29 +305,23 @@ def scale_to_unit_range(image: Tensor, low: float = 0.005, high: float = 0.995) 
     return ((flat - bottom) / spread).clamp(0.0, 1.0).view(image.shape)
 
 
-def equalize(image: Tensor, inside: Tensor, level: float, bins: int = 256) -> Tensor:
-    """Replace foreground intensities by their rank, from ``level`` to 1; the background becomes 0.
+def equalize(image: Tensor, inside: Tensor, level: float) -> Tensor:
+    """Replace intensities in [0, 1] by their rank in the foreground ``inside``, from ``level`` to 1; others become 0.
 
     Two contrasts of one anatomy that are monotone functions of one another, rising or falling, then differ by no more
-    than a negative.
-
-    Args:
-        image: ``[B, 1, *spatial]`` in [0, 1].
-        inside: ``[B, 1, *spatial]``, 1 in the foreground, else 0.
-        level: where ranks begin.
-        bins: of the histogram.
+    than a negative. Both are ``[B, 1, *spatial]``.
     """
-    index = (image.flatten(1) * float(bins - 1)).round().long()
+    index = (image.flatten(1) * 255.0).round().long()
     weight = inside.flatten(1)
-    counts = torch.zeros(image.shape[0], bins, dtype=image.dtype, device=image.device).scatter_add(1, index, weight)
+    counts = torch.zeros(image.shape[0], 256, dtype=image.dtype, device=image.device).scatter_add(1, index, weight)
     # the middle of a bin's ranks, so that ties keep their place
     rank = (counts.cumsum(dim=1) - 0.5 * counts) / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
     return ((level + (1.0 - level) * rank.gather(1, index)) * weight).view(image.shape)
 
 
-def foreground(image: Tensor, level: float = 0.05) -> Tensor:
-    """1 where a scaled image ``[B, 1, *spatial]`` exceeds ``level``, else 0: what stands out of a dark background."""
-    return (image > level).to(image.dtype)
+def foreground(image: Tensor) -> Tensor:
+    """1 where a scaled image ``[B, 1, *spatial]`` exceeds 0.05, else 0: what stands out of a dark background."""
+    return (image > 0.05).to(image.dtype)
 
 
 def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: Tensor) -> Tensor:
@@ -383,14 +335,14 @@ def _judge(matrix: Tensor, fixed_points: Tensor, moving_points: Tensor, valid: T
     return torch.where(valid.sum(dim=1) < dims + 1, torch.full_like(code, 1), code)
 
 
-def _is_flat(points: Tensor, valid: Tensor, ratio: float = 1e-3, least: float = 1e-4) -> Tensor:
-    """True ``[B]`` where unit points spread along one direction by less than ``ratio`` of another, or than ``least``:
-    keypoints of a constant image all lie at its center but for rounding."""
+def _is_flat(points: Tensor, valid: Tensor) -> Tensor:
+    """True ``[B]`` where unit points spread along one direction by less than 1e-3 of another, or than 1e-4: keypoints
+    of a constant image all lie at its center but for rounding."""
     weight = valid.to(points.dtype).unsqueeze(2)
     total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
     centered = ((points - (weight * points).sum(dim=1, keepdim=True) / total) * weight).double()
     spread = torch.linalg.eigvalsh(centered.transpose(1, 2) @ centered)
-    return spread[:, 0] <= torch.maximum(ratio**2 * spread[:, -1], least**2 * total[:, 0, 0].double())
+    return spread[:, 0] <= torch.maximum(1e-6 * spread[:, -1], 1e-8 * total[:, 0, 0].double())
 
 
 def _is_whole(value: object, least: int) -> bool:

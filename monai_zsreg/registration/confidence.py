@@ -25,6 +25,7 @@ __all__ = [
     "Calibration",
     "Judgement",
     "Limits",
+    "common_places",
     "error_quantile",
     "honest_covariance",
     "judge",
@@ -134,7 +135,7 @@ def judge(
         features: descriptor that the measures were made with; None for methods that do not measure agreement.
         unit: of lengths, for the sentences.
     """
-    measures = estimate.measures | _shape(estimate, fixed)
+    measures = estimate.measures | _shape(estimate, fixed, moving)
     share = max(
         fraction_inside(fixed, moving, estimate.affine), fraction_inside(moving, fixed, estimate.affine.inverse())
     )
@@ -176,19 +177,30 @@ def judge(
     return Judgement(verdict, reasons, measures, score)
 
 
-def _shape(estimate: Estimate, fixed: Grid) -> dict[str, float]:
+def _shape(estimate: Estimate, fixed: Grid, moving: Grid) -> dict[str, float]:
     """How the transform deforms, and how far off it may be, in steps of the finest level."""
     dims = fixed.dims
     stretches = np.linalg.svd(estimate.affine[:dims, :dims].numpy(), compute_uv=False)
     size = math.exp(float(np.log(stretches).mean()))
     measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
     if estimate.covariance is not None:
-        # in the center and half way to the ends of the field of view
-        places = np.vstack([np.zeros(dims), 0.25 * np.eye(dims), -0.25 * np.eye(dims)]) * np.asarray(fixed.shape)
-        places = places @ fixed.affine[:dims, :dims].numpy().T + fixed.center.numpy()
-        spread = spread_at(estimate.covariance, places)
+        spread = spread_at(estimate.covariance, common_places(fixed, moving, estimate.affine.numpy()))
         measures["error"] = float(np.sqrt(np.square(spread).mean())) / estimate.measures["step"]
     return measures
+
+
+def common_places(fixed: Grid, moving: Grid, affine: np.ndarray) -> np.ndarray:
+    """The center of the smaller field of view and half way to its ends, ``[1 + 2 D, D]`` in the fixed world.
+
+    Beyond what both images show nothing is known of a transform between them.
+    """
+    dims = fixed.dims
+    smaller, back = fixed, np.eye(dims + 1)
+    if math.prod(moving.shape + moving.spacing) < math.prod(fixed.shape + fixed.spacing):
+        smaller, back = moving, np.linalg.inv(affine)
+    ends = 0.25 * np.eye(dims) * np.asarray(smaller.shape)
+    places = np.vstack([np.zeros(dims), ends, -ends]) @ smaller.affine[:dims, :dims].numpy().T
+    return (places + smaller.center.numpy()) @ back[:dims, :dims].T + back[:dims, dims]
 
 
 def honest_covariance(covariance: np.ndarray, step: float) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 import os
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -45,19 +44,19 @@ class Prepared:
         self.channel = _channel(self.image, channel, name)
         self.values, self.seen = self.image.channel(self.channel, name), self.image.seen
         self.mask = None if mask is None else _mask_on(mask, self.image, f"{name}_mask")
-        self._sides: OrderedDict[tuple[Any, ...], Side] = OrderedDict()
+        self._sides: dict[tuple[Any, ...], Side] = {}
 
     def side(self, base: float, coarse: float, faint: bool, device: torch.device) -> Side:
         """See `Side`; kept for the next pair that asks for the same."""
         key = (base, coarse, faint, str(device))
-        if key not in self._sides:
+        kept = dict(self._sides)
+        side = kept.pop(key, None)
+        if side is None:
             mask, seen = (None if m is None else m[0].to(device) for m in (self.mask, self.seen))
-            values = self.values[0].to(device)
-            self._sides[key] = Side(values, self.image.grid, base, coarse, mask, seen, faint)
-        self._sides.move_to_end(key)
-        while len(self._sides) > _KEPT:
-            self._sides.popitem(last=False)
-        return self._sides[key]
+            side = Side(self.values[0].to(device), self.image.grid, base, coarse, mask, seen, faint)
+        # replaced, not changed: other threads may be looking
+        self._sides = dict([*kept.items(), (key, side)][-_KEPT:])
+        return side
 
 
 def resolve_device(device: str | torch.device | None, default: torch.device | str = "cpu") -> torch.device:

@@ -15,6 +15,9 @@ __all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "refin
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
+# what it costs to stretch more than at the start, beside the points' own equations, by number of dimensions: a slab
+# hardly tells how it is stretched across
+_STIFF = {2: 5e3, 3: 5e4}
 
 
 @cache
@@ -48,13 +51,11 @@ class Refinement:
     Attributes:
         transform: ``[J, D+1, D+1]`` float64, fixed frame to moving frame, best first.
         cost: ``[J]`` mean clipped descriptor difference; lower is better.
-        overlap: ``[J]`` fraction of the sampled points that lie in the other image's field of view.
         origin: ``[J]`` which start each came from.
     """
 
     transform: Tensor
     cost: Tensor
-    overlap: Tensor
     origin: Tensor
 
 
@@ -130,29 +131,32 @@ def refine(
     identity = torch.eye(len(basis), dtype=torch.float64)
     current = kept = starts
     best = torch.full((len(starts),), torch.inf, dtype=torch.float64)
-    kept_overlap = torch.zeros_like(best)
     origin = torch.arange(len(starts))
     memory = _Memory()
+    stretch = 0.5 * (basis + basis.mT)[:, :dims, :dims]
+    stiff, strain = torch.einsum("pij,qij->pq", stretch, stretch), _strain(starts)
     for number in range(iterations):
         going = max(results, (len(current) + 1) // 2)
         if number > 0 and going < len(current):
             order = best.topk(going, largest=False).indices
-            current, kept, best, kept_overlap = current[order], kept[order], best[order], kept_overlap[order]
-            origin = origin[order]
+            current, kept, best = current[order], kept[order], best[order]
+            origin, strain = origin[order], strain[order]
             memory.pick(order)
         inverse, singular = torch.linalg.inv_ex(current)
         if bool(singular.any()):  # images without sense led there: back to the best, which has an inverse
             current = torch.where(singular[:, None, None] > 0, kept, current)
             inverse = torch.linalg.inv(current)
-        full, right, costs, overlaps = blocks.equations(torch.stack([current, inverse]))
+        full, right, costs = blocks.equations(torch.stack([current, inverse]))
         jacobian = _motions(basis, current, inverse)[..., :dims, :].flatten(-2)
         normal = (jacobian @ full @ jacobian.mT).sum(0)
         right = (jacobian @ right.unsqueeze(-1)).squeeze(-1).sum(0)
-        cost, overlap = costs.mean(0), overlaps.mean(0)
+        cost = costs.mean(0)
+        weight = _STIFF[dims] * cost
+        normal = normal + weight[:, None, None] * stiff
+        right = right - weight[:, None] * torch.einsum("kij,pij->kp", _strain(current) - strain, stretch)
         better = cost < best
         best = torch.where(better, cost, best)
         kept = torch.where(better[:, None, None], current, kept)
-        kept_overlap = torch.where(better, overlap, kept_overlap)
         damping = 1e-6 * normal.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-12)
         update = memory(torch.linalg.solve(normal + damping[:, None, None] * identity, right))
         motion = (update @ basis.flatten(1)).unflatten(-1, basis.shape[1:])
@@ -165,7 +169,7 @@ def refine(
     # a last update this small needs no trial
     kept = torch.where((better & (reach < 0.5))[:, None, None], current, kept)
     order = best.topk(min(results, len(best)), largest=False).indices
-    return Refinement(kept[order], best[order], kept_overlap[order], origin[order])
+    return Refinement(kept[order], best[order], origin[order])
 
 
 def lead_of(blocks: Blocks, transforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,6 +237,13 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
         return Evidence(torch.full_like(jacobian, torch.inf), 0.0, basis)
     solved = torch.linalg.pinv(jacobian)
     return Evidence(solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0, basis)
+
+
+def _strain(transforms: Tensor) -> Tensor:
+    """Logarithm of how transforms ``[K, D+1, D+1]`` stretch, ``[K, D, D]``, symmetric."""
+    linear = transforms[:, :-1, :-1]
+    values, vectors = torch.linalg.eigh(linear.mT @ linear)
+    return (vectors * (0.5 * values.clamp(min=1e-12).log())[:, None]) @ vectors.mT
 
 
 def _motions(basis: Tensor, current: Tensor, inverse: Tensor) -> Tensor:

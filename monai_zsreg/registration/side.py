@@ -168,7 +168,7 @@ class Side:
     def at(self, step: float) -> Level:
         """The image at about this spacing, each level made from the next finer one."""
         if step not in self._levels:
-            finer = max(known for known in self._levels if known < step)
+            finer = max(known for known in list(self._levels) if known < step)  # another thread may add one
             self._levels[step] = pool(self._levels[finer], step)
         return self._levels[step]
 
@@ -212,6 +212,20 @@ class Pair:
     def to_frames(self, affine: Tensor) -> Tensor:
         """World matrices ``[..., D+1, D+1]`` to fixed frame to moving frame."""
         return torch.linalg.inv(self.moving_frame.to_world) @ affine @ self.fixed_frame.to_world
+
+    def overlap(self, transform: Tensor) -> float:
+        """Fraction of both foregrounds that a transform ``(D+1, D+1)`` takes into the other's field of view."""
+        ways = (
+            (self.fixed, self.moving, self.fixed_frame, self.moving_frame, transform),
+            (self.moving, self.fixed, self.moving_frame, self.fixed_frame, torch.linalg.inv(transform)),
+        )
+        shares = []
+        for own, other, frame, other_frame, pull in ways:
+            to_other = other_frame.to_grid(other.grid) @ pull @ torch.linalg.inv(frame.to_index(own.weight.grid))
+            index = own.weight.values.nonzero().cpu().double()
+            inside = (apply_affine(to_other, index).abs() <= 1).all(-1)
+            shares.append(float(inside.float().mean()) if len(index) else 0.0)
+        return sum(shares) / 2
 
     def to_world(self, transform: Tensor) -> Tensor:
         """Inverse of `to_frames`."""

@@ -94,10 +94,10 @@ def test_export_and_load(vgg19_weights: Path, tmp_path: Path, load_slice) -> Non
     eager.load_state_dict(torch.load(MODEL, weights_only=True))
     eager.eval().features.load_weights()
     with torch.inference_mode():
-        expected, matrix = eager(pair), eager.predict_affine(pair)
+        expected, matrix = eager(pair), eager.estimate(pair).matrix
         assert bool(torch.isfinite(matrix).all())
         torch.testing.assert_close(scripted(pair), expected, rtol=1e-4, atol=1e-4 * float(pair.max()))
-        torch.testing.assert_close(scripted.predict_affine(pair), matrix, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scripted.estimate(pair).matrix, matrix, rtol=1e-4, atol=1e-5)
 
     # the exported network in the place of the preset's own, on a pair of images
     moving, fixed = (load_image(pair[0, i][None]) for i in (0, 1))

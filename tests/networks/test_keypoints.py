@@ -232,7 +232,6 @@ def test_scales_give_points_in_the_coordinates_of_the_image(features, image):
     detector = KeypointDetector(features, CenterOfMass(), scales=(1, 2))
     both, both_valid = detect(detector, doubled)
     assert both.shape == (1, 256, 2)
-    assert detector.count(2) == 256 and detector.count(3) == 768
     assert torch.equal(both_valid[:, 128:], valid)
     # pixel p became pixels 2 p and 2 p + 1
     torch.testing.assert_close(both[:, 128:][valid], 2 * points[valid] + 0.5, atol=1e-3, rtol=0)
@@ -248,7 +247,9 @@ def stacked_at_once(features: VGG19Features, volume: torch.Tensor, axis: int):
 
 @pytest.mark.parametrize("slice_batch", [3, 1000])
 def test_streaming_a_volume_gives_what_all_maps_at_once_give(features, volume, slice_batch):
-    points, valid = detect(KeypointDetector(features, CenterOfMass(), slice_batch=slice_batch), volume)
+    detector = KeypointDetector(features, CenterOfMass())
+    detector.slice_batch = slice_batch
+    points, valid = detect(detector, volume)
     assert points.shape == (1, 384, 3)
     content = of_the_image(features, volume)
     assert content.sum() > 100
@@ -284,7 +285,6 @@ def test_empty_volume_is_no_error(features):
         ({"scales": ()}, "scales"),
         ({"scales": (0,)}, "scales"),
         ({"scales": (1.5,)}, "scales"),
-        ({"slice_batch": 0}, "slice_batch"),
     ],
 )
 def test_detector_refuses(features, options, argument):

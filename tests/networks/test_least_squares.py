@@ -48,7 +48,7 @@ def points_of(dims: int, seed: int, count: int = 40, batch: int = 1) -> torch.Te
 def test_recovers_a_transform_exactly(kind, seed, consensus):
     dims, transform = kind
     x, true = points_of(dims, seed), matrix_of(dims, transform, seed)
-    solver = LeastSquaresAffine(dims, transform, consensus, hypotheses=256)
+    solver = LeastSquaresAffine(dims, transform, consensus)
     got = solver(x, map_points(true, x))
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, true, atol=1e-6, rtol=0)
@@ -173,7 +173,7 @@ def test_undetermined_is_nan_and_the_rest_of_the_batch_is_not(dims, transform, c
         weights[0] = 0
     if case == "one point":
         weights[0, 1:] = 0
-    got = LeastSquaresAffine(dims, transform, consensus, hypotheses=64)(x, map_points(true, x), weights)
+    got = LeastSquaresAffine(dims, transform, consensus)(x, map_points(true, x), weights)
     assert got[0].isnan().all()
     torch.testing.assert_close(got[1:], true, atol=1e-6, rtol=0)
 
@@ -198,7 +198,7 @@ def test_consensus_recovers_with_60_percent_outliers(kind, seed):
     dims, transform = kind
     x, y, true, _ = spoiled(dims, transform, seed)
     plain = LeastSquaresAffine(dims, transform)(x, y)
-    got = LeastSquaresAffine(dims, transform, consensus=True, threshold=0.02, hypotheses=1024)(x, y)
+    got = LeastSquaresAffine(dims, transform, consensus=True)(x, y, threshold=0.02)
     # an outlier may land near its place by accident, so not exactly
     error = (map_points(got, x) - map_points(true, x)).norm(dim=-1).max()
     assert error < 0.01
@@ -209,14 +209,14 @@ def test_consensus_recovers_with_60_percent_outliers(kind, seed):
 def test_consensus_on_an_affine_transform(dims):
     for seed in range(3):
         x, y, true, _ = spoiled(dims, "affine", seed, count=90)
-        solver = LeastSquaresAffine(dims, "affine", True, threshold=0.06)
-        error = (map_points(solver(x, y), x) - map_points(true, x)).norm(dim=-1).max()
+        solver = LeastSquaresAffine(dims, "affine", True)
+        error = (map_points(solver(x, y, threshold=0.06), x) - map_points(true, x)).norm(dim=-1).max()
         assert error < 0.08, seed
 
 
 def test_agreement_tells_who_agrees():
     x, y, _, inliers = spoiled(2, "similarity", 4)
-    agreed = LeastSquaresAffine(2, "similarity", True, threshold=0.02).agreement(x, y, torch.ones(1, 60), 0.02)
+    agreed = LeastSquaresAffine(2, "similarity", True).agreement(x, y, torch.ones(1, 60), 0.02)
     assert agreed.shape == (1, 60)
     assert ((agreed >= 0) & (agreed <= 1)).all()
     assert (agreed[0, inliers] > 0.9).all()
@@ -238,30 +238,28 @@ def test_consensus_is_deterministic_and_independent_of_the_batch(device):
 
 def test_pairs_without_weight_have_no_say():
     x, y, true, inliers = spoiled(2, "similarity", 2, count=30, share=0.8)
-    got = LeastSquaresAffine(2, "similarity", True, hypotheses=64)(x, y, inliers[None].double())
+    got = LeastSquaresAffine(2, "similarity", True)(x, y, inliers[None].double())
     torch.testing.assert_close(got, true, atol=1e-6, rtol=0)
 
 
-def test_threshold_of_a_call_comes_before_the_objects_own():
+def test_threshold_tells_who_disagrees():
     x, y, true, _ = spoiled(2, "similarity", 3)
-    solver = LeastSquaresAffine(2, "similarity", True, threshold=100.0)
+    solver = LeastSquaresAffine(2, "similarity", True)
     assert (solver(x, y, threshold=0.01) - true).abs().max() < 1e-3
-    assert (solver(x, y) - true).abs().max() > 0.05
+    assert (solver(x, y, threshold=100.0) - true).abs().max() > 0.05
 
 
 def test_consensus_of_too_few_is_none():
     x, y, true, _ = spoiled(2, "similarity", 5)  # 40 % agree
-    options = {"transform": "similarity", "consensus": True, "threshold": 0.02}
-    assert LeastSquaresAffine(**options, least_agreement=0.5)(x, y).isnan().all()
-    got = LeastSquaresAffine(**options, least_agreement=0.3)(x, y)
+    options = {"transform": "similarity", "consensus": True}
+    assert LeastSquaresAffine(**options, least_agreement=0.5)(x, y, threshold=0.02).isnan().all()
+    got = LeastSquaresAffine(**options, least_agreement=0.3)(x, y, threshold=0.02)
     torch.testing.assert_close(got, true, atol=1e-2, rtol=0)
 
 
-def test_scale_range_bounds_what_is_believed():
+def test_a_scale_out_of_range_is_not_believed():
     x = points_of(2, 9)
     true = matrix_of(2, "similarity", 9) * 3.0
-    allowed = LeastSquaresAffine(2, "similarity", True, scale_range=(0.1, 10.0))(x, map_points(true, x))
-    torch.testing.assert_close(allowed, true, atol=1e-6, rtol=0)
     assert LeastSquaresAffine(2, "similarity", True)(x, map_points(true, x)).isnan().all()
 
 
@@ -299,9 +297,6 @@ def test_close_and_far_points_in_single_precision(spread):
     [
         ({"spatial_dims": 4}, "spatial_dims"),
         ({"transform": "projective"}, "transform"),
-        ({"threshold": 0.0}, "threshold"),
-        ({"threshold": float("nan")}, "threshold"),
-        ({"hypotheses": 0}, "hypotheses"),
     ],
 )
 def test_constructor_refuses(options, argument):

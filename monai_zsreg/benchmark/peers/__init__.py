@@ -2,10 +2,9 @@
 """Other registration methods: one module each, and the table of them.
 
 A module of the table has ``prepare(fixed, moving, task)``, which makes the method's own images and returns a function
-that registers them: the pull matrix ``(D+1, D+1)`` from fixed world to moving world, RAS mm. It runs in a process of
-its own. ``ImportError`` means that it cannot run here; the module itself must not need its package. It may have
-``WHOLE``, a script that reads the files ``fixed`` and ``moving``, registers and writes ``output``, as a user of that
-package would.
+that registers them: the pull matrix ``(D+1, D+1)`` from fixed world to moving world, RAS mm. It is imported and run in
+a process of its own; ``ImportError`` means that it cannot run here. It may have ``WHOLE``, a script that reads the
+files ``fixed`` and ``moving``, registers and writes ``output``, as a user of that package would.
 """
 
 from __future__ import annotations

@@ -7,16 +7,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import ants
 import numpy as np
-from monai.utils import optional_import
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import lattice_of, matrix_of
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["WHOLE", "prepare"]
-
-ants, _ = optional_import("ants")
 
 WHOLE = """
 import ants

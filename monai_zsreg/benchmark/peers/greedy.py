@@ -7,15 +7,13 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from monai.utils import optional_import
+import picsl_greedy
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["WHOLE", "prepare"]
-
-picsl_greedy, _ = optional_import("picsl_greedy")
 
 WHOLE = """
 import os, tempfile

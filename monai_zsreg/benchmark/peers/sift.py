@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cv2
 import numpy as np
-from monai.utils import optional_import
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
-
-cv2, _ = optional_import("cv2")
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
@@ -23,7 +21,7 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
 
     def run() -> np.ndarray:
         cv2.setRNGSeed(task.seed)
-        detector = cv2.SIFT_create()
+        detector = cv2.SIFT.create()
         (keys, words), (moving_keys, moving_words) = (detector.detectAndCompute(image, None) for image in images)
         if words is None or moving_words is None or len(moving_words) < 2:
             raise RuntimeError("no keypoints")

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from monai.utils import optional_import
+import SimpleITK as sitk
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
-
-sitk, _ = optional_import("SimpleITK")
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
@@ -39,7 +38,10 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
     transform = sitk.AffineTransform(dims) if task.transform == "affine" else rigid
 
     def run() -> np.ndarray:
-        method.Execute()
+        # it leaves files behind whatever it is told
+        with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
+            method.SetOutputDirectory(folder)
+            method.Execute()
         found = method.GetTransformParameterMap(0)
         transform.SetParameters([float(v) for v in found["TransformParameters"]])
         transform.SetCenter([float(v) for v in found["CenterOfRotationPoint"]])

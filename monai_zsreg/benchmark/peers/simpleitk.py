@@ -11,15 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from monai.utils import optional_import
+import SimpleITK as sitk
 
 from monai_zsreg.benchmark.methods import Task
 from monai_zsreg.benchmark.peers import matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
-
-sitk, _ = optional_import("SimpleITK")
 
 # steps on each side of zero, by number of dimensions: 30 degrees apart in 2D, 45 in 3D
 _STEPS = {2: 6, 3: 4}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_zsreg.geometry import fsl_from_world, world_from_fsl
+from monai_zsreg.geometry import fsl_from_world
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import matrix_rows, numbers
 
@@ -22,12 +22,17 @@ def read(path: Path, images: Images) -> np.ndarray:
     rows = matrix_rows(path.read_text(encoding="utf-8-sig"))
     if [len(row) for row in rows] != [4] * 4:
         raise ValueError("it does not hold four rows of four numbers")
-    one, two = images.need("fixed"), images.need("moving")
-    return world_from_fsl(np.array(rows), one.grid, two.grid, one.spacing, two.spacing)
+    to_fixed, to_moving = _from_worlds(images)
+    return np.linalg.inv(to_moving) @ np.linalg.inv(rows) @ to_fixed
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    one, two = images.need("fixed"), images.need("moving")
-    rows = fsl_from_world(matrix, one.grid, two.grid, one.spacing, two.spacing)
+    to_fixed, to_moving = _from_worlds(images)
+    rows = to_fixed @ np.linalg.inv(matrix) @ np.linalg.inv(to_moving)
     lines = ["".join(f"{float(value)!r}  " for value in row) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def _from_worlds(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    fixed, moving = images.need("fixed"), images.need("moving")
+    return fsl_from_world(fixed.grid, fixed.spacing), fsl_from_world(moving.grid, moving.spacing)

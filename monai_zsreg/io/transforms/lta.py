@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_zsreg.geometry import Grid, freesurfer_grid, freesurfer_volume, world_from_index
+from monai_zsreg.geometry import Grid, freesurfer_grid, freesurfer_volume
 from monai_zsreg.io.transforms.images import Images, Volume
 
 __all__ = ["read", "sniff", "write"]
@@ -33,8 +33,7 @@ def read(path: Path, images: Images) -> np.ndarray:
     if kind == _VOXELS:
         source = source or images.need("moving").grid
         destination = destination or images.need("fixed").grid
-        # an index matrix from source to destination is a pull matrix with the source as its fixed image
-        matrix = world_from_index(matrix, source, destination)
+        matrix = destination.affine.numpy() @ matrix @ np.linalg.inv(source.affine.numpy())
     # NiTransforms (25.1) states the two volumes in exchanged order; its matrix maps moving to fixed like any other
     exchanged = re.search(r"^#.*NiTransforms", content, re.MULTILINE) is not None
     if not exchanged and _says_fixed_to_moving(source, destination, images):
