@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-<<<<<<< HEAD
-from monai_zsreg.geometry import Grid, checked_affine, itk_lattice, lps_to_ras, ras_to_lps
-=======
-from monai_zsreg.geometry import Grid, checked_affine, flip_points
->>>>>>> main
+from monai_zsreg.geometry import Grid, checked_affine, flip_points, itk_lattice, lps_to_ras, ras_to_lps
 from monai_zsreg.io.files import atomic_path, exists
 from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
@@ -46,15 +42,8 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
     dims = grid.dims
     if not str(path).lower().endswith((".nii", ".nii.gz")):
         raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
-<<<<<<< HEAD
     _check_square(grid)
-    values = displacement.detach().cpu().float().numpy() * _flip(dims)
-=======
-    axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
-    if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
-        raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
     vectors = flip_points(np.moveaxis(displacement.detach().cpu().numpy(), 0, -1)).astype(np.float32)
->>>>>>> main
     # the fourth axis is time; in 2D the third is missing
     values = vectors.reshape(*grid.shape, *[1] * (4 - dims), dims)
     affine = np.eye(4)
@@ -94,9 +83,8 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
         raise RegistrationError("path", f"{path} of shape {values.shape}", allowed)
     if not np.isfinite(values).all():
         raise RegistrationError("path", str(path), "a displacement field without NaN or infinity")
-<<<<<<< HEAD
-    vectors = np.moveaxis(values.reshape(*shape, dims), -1, 0) * _flip(dims)
-    return torch.from_numpy(np.ascontiguousarray(vectors)), Grid(shape, checked_affine(file.affine, dims, "path"))
+    vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
+    return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))
 
 
 def bends(path: str | os.PathLike) -> bool:
@@ -121,10 +109,11 @@ def write_composite(path: str | os.PathLike, displacement: Tensor, grid: Grid, a
 
     _check_square(grid)
     dims = grid.dims
-    values = displacement.detach().cpu().float().numpy() * _flip(dims)
-    values = np.ascontiguousarray(values.transpose(*range(dims, 0, -1), 0))
+    vectors = flip_points(displacement.detach().cpu().numpy().transpose(*range(dims, 0, -1), 0))
     # vectors of doubles cannot be made in Python
-    image = itk.image_from_array(values, ttype=itk.Image[itk.Vector[itk.F, dims], dims])
+    image = itk.image_from_array(
+        np.ascontiguousarray(vectors, dtype=np.float32), ttype=itk.Image[itk.Vector[itk.F, dims], dims]
+    )
     spacing, origin, direction = itk_lattice(grid)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(origin.tolist())
@@ -162,7 +151,8 @@ def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]
             affine[:2] *= -1
             values = itk.array_from_vnl_vector(transform.GetParameters()).reshape(dims, *shape.astype(int), order="F")
             grid = Grid(tuple(map(int, shape)), torch.tensor(affine))
-            parts.append((torch.from_numpy((values * _flip(dims)).astype(np.float32)), grid))
+            vectors = torch.from_numpy(flip_points(np.moveaxis(values, 0, -1))).movedim(-1, 0)
+            parts.append((vectors.float().contiguous(), grid))
     except ValueError as error:
         raise RegistrationError("path", str(path), f"matrices and displacement fields of ITK ({error})") from error
     return parts
@@ -173,12 +163,3 @@ def _check_square(grid: Grid) -> None:
     axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
     if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
         raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
-
-
-def _flip(dims: int) -> np.ndarray:
-    """LPS to RAS and back."""
-    return np.array([-1.0, -1.0, 1.0][:dims], dtype=np.float32).reshape(-1, *[1] * dims)
-=======
-    vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
-    return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))
->>>>>>> main
