@@ -18,7 +18,7 @@ from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_places, spread_at
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -253,6 +253,7 @@ class Found:
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
             "overlap": self.pair.overlap(self.answer.transform),
+            "beyond": self.evidence.beyond * self.pair.unit,
         }
         if self.margin is not None:
             found["margin"] = self.margin
@@ -321,6 +322,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
+    evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
     return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, candidates.margin(going[0].transform))
 
 
