@@ -44,6 +44,16 @@ def test_tissue_stands_out_from_air(dims: int, air: float, tissue: float, noise:
     assert 0.9 * abs(tissue - air) < float(found.scale) < 1.2 * abs(tissue - air) + 4 * noise
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_padding_is_background_wherever_it_lies_in_the_range(dims: int) -> None:
+    # as where a brain without its skull was scaled to mean 0 and deviation 1, and 0 put around it
+    values, inside = ball(dims, 0.0, 10.0, 0.0)
+    values = torch.where(inside, (values - 10.0) * 2 + 0.01, 0.0)
+    found = appearance(values)
+    assert float(found.background) == 0 and not bool(found.foreground[~inside].any())
+    assert float(found.foreground[inside].float().mean()) > 0.8
+
+
 def test_units_do_not_matter() -> None:
     values, _ = ball(2, 0.0, 1.0, 0.01)
     found = appearance(values)

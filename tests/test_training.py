@@ -229,7 +229,8 @@ def threads():
 begin_distributed()
 network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
 network(torch.rand(2, 3)).sum().backward()
-assert any("gloo" in name for name in threads())
+if not any("gloo" in name for name in threads()):
+    sys.exit(77)
 end_distributed(network)
 assert not any("gloo" in name for name in threads()), threads()
 """
@@ -243,6 +244,8 @@ assert not any("gloo" in name for name in threads()), threads()
         text=True,
         check=False,
     )
+    if "exitcode  : 77 " in done.stderr:
+        pytest.skip("this torch does not name its threads")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -28,4 +28,5 @@ def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_are_tutorials() -> None:
-    assert [path.stem[:2] for path in TUTORIALS] == [f"{n:02d}" for n in range(1, 9)]
+    numbers = [path.stem[:2] for path in TUTORIALS]
+    assert len(set(numbers)) == len(numbers) >= 10 and numbers[0] == "01"

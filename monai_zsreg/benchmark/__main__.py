@@ -259,7 +259,8 @@ def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> N
     finally:
         records = read_results(log)
         if records:
-            print(calibrate.write_report(records, args.output, args.threads, notes))
+            report = calibrate.write_report(records, args.output, args.threads, notes)
+            print(report.read_text(encoding="utf-8"), report, sep="\n")
 
 
 def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
+from monai_zsreg.benchmark.cases import Case, Row, Sample
 from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.benchmark.perturb import PROTOCOLS, draw
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
@@ -157,7 +157,7 @@ def phantom_cases(sizes: Mapping[int, Sequence[int]], seed: int) -> list[Case]:
 
 def _make(case: Case, size: int) -> Sample:
     fixed, moving, truth = phantom_pair(case.row.dims, size, case.seed)
-    return Sample(fixed, moving, fixed.points(foreground(fixed.values)), truth, truth, info=shapes(fixed, moving))
+    return Sample(fixed, moving, fixed.points(foreground(fixed.values)), truth, truth)
 
 
 def whole_processes(

@@ -202,7 +202,8 @@ def _converted(source: Path, headers: Sequence[Any]) -> list[_Volume]:
         for sidecar in sorted(Path(out).glob("*.json")):
             nifti = sidecar.with_suffix(".nii")
             file: Any = nib.load(nifti) if nifti.exists() else None
-            if file is not None and max(file.shape[:2]) > 1:
+            # older releases lay slices of one place upon each other, where newer ones make no volume
+            if file is not None and max(file.shape[:2]) > 1 and np.linalg.det(file.affine) != 0:
                 about = json.loads(sidecar.read_text(encoding="utf-8", errors="replace"))
                 stored = from_nibabel(file)
                 stored.meta["notes"] = []

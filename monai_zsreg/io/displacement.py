@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, checked_affine
+from monai_zsreg.geometry import Grid, checked_affine, flip_points
 from monai_zsreg.io.files import atomic_path, exists
 
 __all__ = ["read_displacement", "write_displacement"]
@@ -43,9 +43,9 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
     axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
     if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
         raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
-    values = displacement.detach().cpu().float().numpy() * _flip(dims)
+    vectors = flip_points(np.moveaxis(displacement.detach().cpu().numpy(), 0, -1)).astype(np.float32)
     # the fourth axis is time; in 2D the third is missing
-    values = np.moveaxis(values, 0, -1).reshape(*grid.shape, *[1] * (4 - dims), dims)
+    values = vectors.reshape(*grid.shape, *[1] * (4 - dims), dims)
     affine = np.eye(4)
     affine[:dims, :dims], affine[:dims, 3] = grid.affine[:dims, :dims], grid.affine[:dims, dims]
     nifti = nib.Nifti1Image(values, affine)
@@ -83,10 +83,5 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
         raise RegistrationError("path", f"{path} of shape {values.shape}", allowed)
     if not np.isfinite(values).all():
         raise RegistrationError("path", str(path), "a displacement field without NaN or infinity")
-    vectors = np.moveaxis(values.reshape(*shape, dims), -1, 0) * _flip(dims)
-    return torch.from_numpy(np.ascontiguousarray(vectors)), Grid(shape, checked_affine(file.affine, dims, "path"))
-
-
-def _flip(dims: int) -> np.ndarray:
-    """LPS to RAS and back."""
-    return np.array([-1.0, -1.0, 1.0][:dims], dtype=np.float32).reshape(-1, *[1] * dims)
+    vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
+    return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))

@@ -93,25 +93,14 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write ``content`` as indented JSON under a temporary name, then rename.
-
-    Args:
-        path: the file to write.
-        content: anything the JSON encoder takes. NaN and infinity are refused, because JSON has none.
-    """
+    """Write ``content`` as indented JSON, whole or not at all. NaN and infinity are refused, because JSON has none."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
 def output_folder(path: str | os.PathLike) -> Path:
-    """Make a folder for results.
-
-    Args:
-        path: the folder; its parents are made too.
-
-    Returns:
-        The folder as a ``Path``.
+    """Make a folder for results, and its parents.
 
     Raises:
         RegistrationError: it cannot be made, or is a file.
@@ -122,7 +111,6 @@ def output_folder(path: str | os.PathLike) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _raise_if_full(error, path)
-        raise RegistrationError(
-            "output_dir", str(path), f"a folder that can be made and written to ({error})"
-        ) from error
+        allowed = f"a folder that can be made and written to ({error})"
+        raise RegistrationError("output_dir", str(path), allowed) from error
     return folder

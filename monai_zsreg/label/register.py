@@ -30,7 +30,7 @@ InferTask, _ = optional_import(
 )
 _LocalDatastore, _ = optional_import("monailabel.datastore.local", name="LocalDatastore", descriptor=MISSING)
 
-__all__ = ["MISSING", "PARAMETERS", "RETURNS", "TRANSFORM_TAG", "RegisterTask", "image_path", "label_path"]
+__all__ = ["MISSING", "PARAMETERS", "RETURNS", "TRANSFORM_TAGS", "RegisterTask", "image_path", "label_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ PARAMETERS = ("moving", "labels", "return", "preset", "transform", "seed", "save
 #: what a request can ask for
 RETURNS = ("image", "labels")
 
-#: tag that a saved transform has in the datastore
-TRANSFORM_TAG = "transform"
+#: tags that a saved transform has in the datastore, by the suffix of the file; a deformation has the first alone
+TRANSFORM_TAGS = {".tfm": "transform", ".h5": "transform_h5"}
 # what a person made or looked at, and what a model made, as MONAI Label calls it
 _FINAL, _ORIGINAL = "final", "original"
 # above it a list to choose from is of no use
@@ -94,9 +94,9 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
     - ``return``: ``"image"`` for the moved image or ``"labels"`` for the moved labels.
     - ``labels``: id of the moving image whose final label is moved; that of ``moving`` if left out.
     - ``preset``, ``transform``, ``seed``: see `monai_zsreg.register`.
-    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform (``.tfm``;
-      of the kind "deformable" a displacement field, ``.nii.gz``) as its label of the tag `TRANSFORM_TAG`, and moved
-      labels as that of the tag "original".
+    - ``save``: whether the datastore keeps the results, as an image ``MOVING_on_FIXED`` with the transform as its
+      label of the tags "transform" (``.tfm``) and "transform_h5" (``.h5``; of the kind "deformable" a displacement
+      field, ``.nii.gz``, of the first tag alone), and moved labels as that of the tag "original".
 
     The answer is a NIfTI file on the fixed grid and the fields of the bundle's ``report.json``, with ids as ``input``,
     ``matrix_lps``, ``returned``, ``label_names`` with labels, and ``saved``, the id, where results were kept.
@@ -256,12 +256,13 @@ def _save(
     """Add the results to the datastore, which copies the files."""
     told = {key: report[key] for key in ("input", "verdict", "reasons", "preset", "transform", "matrix_lps")}
     with tempfile.TemporaryDirectory() as folder:
-        suffix = ".tfm" if result.deformation is None else ".nii.gz"
-        image, transform = Path(folder, "moved.nii.gz"), Path(folder, f"transform{suffix}")
+        image = Path(folder, "moved.nii.gz")
         _write(image, pair, images, "moved")
-        result.save_transform(transform)
         datastore.add_image(name, str(image), {"registration": told})
-        datastore.save_label(name, str(transform), TRANSFORM_TAG, {"registration": told})
+        tags = TRANSFORM_TAGS if result.deformation is None else {".nii.gz": TRANSFORM_TAGS[".tfm"]}
+        for suffix, tag in tags.items():
+            result.save_transform(Path(folder, f"transform{suffix}"))
+            datastore.save_label(name, str(Path(folder, f"transform{suffix}")), tag, {"registration": told})
         if "moved_labels" in images:
             _write(image, pair, images, "moved_labels")
             named = [{"idx": value, "name": label} for label, value in report["label_names"].items()]

@@ -32,6 +32,7 @@ class Blocks:
         size: inner points of a block along each axis.
         count: number of blocks in each image.
         seed: of the choice of blocks.
+        within: ``[K, D+1, D+1]``, fixed frame to moving frame: choose blocks that one of them shows; None for any.
         robustness: a point whose squared difference is this many times the median counts a quarter.
 
     Attributes:
@@ -52,6 +53,7 @@ class Blocks:
         size: int = 8,
         count: int = 128,
         seed: int = 0,
+        within: Tensor | None = None,
         robustness: float = 4.0,
     ) -> None:
         self.dims = pair.dims
@@ -65,7 +67,11 @@ class Blocks:
         self._others = images[::-1]
         self._other_to_grid = torch.stack([f.to_grid(i.grid) for i, f in zip(images[::-1], frames[::-1], strict=True)])
 
-        chosen = [self._corners(i, f, w, count, seed) for i, f, w in zip(images, frames, weights, strict=True)]
+        shown: list[Tensor | None] = [None, None]
+        if within is not None:
+            shown = list(self._other_to_grid[:, None] @ torch.stack([within, torch.linalg.inv(within)]))
+        sides = zip(images, frames, weights, shown, strict=True)
+        chosen = [self._corners(*side, count, seed) for side in sides]
         # as many in one as in the other; those that fill up do not count
         most = max(len(part) for part in chosen)
         self._corner = torch.stack([F.pad(part, (0, 0, 0, most - len(part))) for part in chosen])
@@ -81,7 +87,8 @@ class Blocks:
 
         inner = self._lattice(0)
         own = torch.stack([f.to_grid(w.grid) for w, f in zip(weights, frames, strict=True)])
-        seen = _looked_up(weights, _placed(self._corner, inner, own))
+        where = _placed(self._corner, inner, own)
+        seen = _looked_up(weights, where) * (where.abs() <= 1).all(-1).flatten(1)
         self.weight = (seen.view(2, most, -1) * counts[..., None]).flatten(1)
         self._total = self.weight.sum(1).clamp(min=1e-6)[:, None]
         self.chance = self._chance()
@@ -108,7 +115,7 @@ class Blocks:
         inner = to_grid[..., :-1, :].to(self.coordinates) @ self.coordinates[:, None]
         return maps, self.weight[:, None] * (inner.abs_().amax(2) <= 1)
 
-    def equations(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def equations(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gauss-Newton's equations for a change of the own frame's points, summed over all blocks.
 
         Args:
@@ -116,8 +123,7 @@ class Blocks:
 
         Returns:
             Normal matrix ``[2, K, D(D+1), D(D+1)]`` and right-hand side ``[2, K, D(D+1)]``; mean clipped difference of
-            the descriptors, ``[2, K]``; fraction of the points that lie in the other's field of view, ``[2, K]``. All
-            float64 on the CPU.
+            the descriptors, ``[2, K]``. All float64 on the CPU.
         """
         k, dims = pull.shape[1], self.dims
         features, weight = self.compare(pull)
@@ -125,7 +131,6 @@ class Blocks:
         square = residual.square().mean(3).flatten(2)
         square_or_worst = square.clamp(max=self.describe.worst)
         cost = ((square_or_worst - self.chance) * weight).sum(2) / self._total + self.chance
-        overlap = weight.sum(2) / self._total
         weight = self.trusted(weight, square)
         force = torch.stack([(slope[:, None] * residual).sum(3).flatten(2) for slope in self.gradient], dim=2)
         moments = (self.tensor[:, None] * weight[:, :, None]).flatten(1, 2) @ self.products.mT
@@ -133,9 +138,9 @@ class Blocks:
         # the unique entries over the whole matrix
         index = square_index(dims, pull.device)
         full = self.spread(moments.view(2, k, -1, moments.shape[-1])[..., index, :])
-        parts = (full, right.view(2, k, dims * (dims + 1)), cost, overlap)
-        full, right, cost, overlap = (part.cpu().double() for part in parts)
-        return full, right, cost, overlap
+        parts = (full, right.view(2, k, dims * (dims + 1)), cost)
+        full, right, cost = (part.cpu().double() for part in parts)
+        return full, right, cost
 
     def differences(self, pull: Tensor) -> tuple[Tensor, Tensor]:
         """How much each block differs from the other image, for comparing transforms on the same points.
@@ -168,6 +173,11 @@ class Blocks:
         residual = self.features - features.view(self.features.shape)
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
+
+    def apart(self) -> Tensor:
+        """Distance of the blocks of each image along each axis, block widths, ``[2, B, B, D]`` float64 on the CPU."""
+        places = self._corner.cpu().double() / (self.size * self.step)
+        return (places[:, :, None] - places[:, None]).abs()
 
     def _chance(self) -> float:
         weight = self.weight.unflatten(1, (self.features.shape[1], -1))
@@ -212,11 +222,13 @@ class Blocks:
             slopes.append(change.flatten(2) * (0.5 / self.step))
         return crop(maps, list(range(self.dims))).flatten(2), slopes
 
-    def _corners(self, own: Level, frame: Frame, weight: Level, count: int, seed: int) -> Tensor:
+    def _corners(self, own: Level, frame: Frame, weight: Level, shown: Tensor | None, count: int, seed: int) -> Tensor:
         """First inner points of the blocks, ``[B, D]`` in the own frame.
 
         The blocks stand side by side over the field of view, shifted by a random part of a step, so that their points
-        fall between the voxels as those of the other image do. Where there are more than needed, a random choice.
+        fall between the voxels as those of the other image do. Where there are more than needed, a random choice of
+        those that show foreground and that the other image shows at one of the places ``shown [K, D+1, D+1]``, own
+        frame to the other's grid.
         """
         dims, device = self.dims, own.values.device
         generator = torch.Generator().manual_seed(seed)
@@ -233,6 +245,10 @@ class Blocks:
         inside = weight.sample(_placed(corners[None], probe, frame.to_grid(weight.grid)[None]).flatten(0, 2))
         inside = inside.view(len(corners), len(probe)).mean(-1)
         inside = torch.where(inside > 0.1, inside, torch.zeros_like(inside))
+        if shown is not None:
+            there = _placed(corners.expand(len(shown), -1, -1), probe, shown).abs().amax(-1) <= 1
+            there = inside * there.to(inside).mean(-1).amax(0)
+            inside = there if bool((there > 0).any()) else inside
         wanted = min(count, max(1, int((inside > 0).sum())))
         # weighted choice without replacement (Efraimidis and Spirakis 2006)
         draw = torch.rand(len(corners), generator=generator).clamp(min=1e-6).to(device)

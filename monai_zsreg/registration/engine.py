@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
+from monai_zsreg.registration.confidence import common_places, spread_at
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -178,7 +180,6 @@ class Hypothesis:
         kind: ``"header"``, what the headers or the user say; ``"second"``, another; ``"mirror"``, a reflection.
         transform: ``(D+1, D+1)``, fixed frame to moving frame.
         cost: mean clipped difference of the descriptors at the last level where it was followed.
-        overlap: fraction of the sampled foreground of both images that lies in the other's field of view.
         behind: how much more its descriptors differ than those of the answer.
         errors: the same in standard errors.
     """
@@ -186,7 +187,6 @@ class Hypothesis:
     kind: str
     transform: Tensor
     cost: float = math.inf
-    overlap: float = 0.0
     behind: float = math.inf
     errors: float = math.inf
 
@@ -228,10 +228,17 @@ class Found:
         return self.margin is not None and self.margin >= _MARGIN
 
     def spread(self) -> float:
-        """Root mean square of how far off the blocks say that the object may be, lattice steps of the finest level."""
-        basis = self.evidence.basis[:, : self.pair.dims] * torch.tensor([self.pair.dims**-0.5] * self.pair.dims + [1.0])
-        squares = torch.einsum("pij,qij->pq", basis, basis) * self.evidence.covariance
-        return float(squares.sum().clamp(min=0).sqrt()) * self.pair.unit / self.pair.base
+        """How far off the blocks say that the answer is where both images show something, steps of the finest level."""
+        if not self.sound:
+            return math.inf
+        places = common_places(self.pair.fixed.grid, self.pair.moving.grid, self.affine().numpy())
+        return float(np.sqrt(np.square(spread_at(self.covariance().numpy(), places)).mean())) / self.pair.base
+
+    @property
+    def sound(self) -> bool:
+        """Whether the answer is a matrix that keeps left and right; images without sense lead elsewhere."""
+        affine = self.affine()
+        return bool(affine.isfinite().all()) and float(torch.linalg.det(affine[:-1, :-1])) > 0
 
     def affine(self) -> Tensor:
         """The answer, ``(D+1, D+1)``, fixed world to moving world, its last row exact."""
@@ -245,7 +252,8 @@ class Found:
             "agreement": self.agreement,
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
-            "overlap": self.answer.overlap,
+            "overlap": self.pair.overlap(self.answer.transform),
+            "beyond": self.evidence.beyond * self.pair.unit,
         }
         if self.margin is not None:
             found["margin"] = self.margin
@@ -299,7 +307,8 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
     costs: list[float] = []
     for number, stage in levels:
         # no negative seeds
-        blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, settings.seed + number % 64)
+        seed, within = settings.seed + number % 64, torch.stack([h.transform for h in going]) if going else None
+        blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, seed, within)
         if not going:
             going = _begin(blocks, candidates, settings, effort, effort.patience * stage.iterations)
         else:
@@ -313,6 +322,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
+    evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
     return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, candidates.margin(going[0].transform))
 
 
@@ -398,7 +408,7 @@ def _followed(blocks: Blocks, going: list[Hypothesis], transform: str, iteration
 
 
 def _hypotheses(kinds: list[str], result: Refinement) -> list[Hypothesis]:
-    rows = zip(kinds, result.transform, result.cost.tolist(), result.overlap.tolist(), strict=True)
+    rows = zip(kinds, result.transform, result.cost.tolist(), strict=True)
     return [Hypothesis(*row) for row in rows]
 
 

@@ -7,8 +7,10 @@ import difflib
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib import import_module
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -252,22 +254,23 @@ def _estimate(
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine, reasons = found.affine(), []
-    dims = len(affine) - 1
-    if not bool(affine.isfinite().all()) or not float(torch.linalg.det(affine[:dims, :dims])) > 0:
+    affine, reasons, measures = found.affine(), [], {"step": base} | found.measures()
+    if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
-        affine = torch.eye(dims + 1, dtype=torch.float64)
+        affine = torch.eye(len(affine), dtype=torch.float64)
     return Estimate(
         affine=affine.clone(),
         failed=bool(reasons),
         reasons=reasons,
-        covariance=honest_covariance(found.covariance().numpy(), base),
-        measures={"step": base} | found.measures(),
+        covariance=honest_covariance(found.covariance().numpy(), base, measures["beyond"]),
+        measures=measures,
         keypoints=keypoints,
     )
 
 
-def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **options: Any) -> int:
+def check_options(
+    preset: Any, transform: Any = "affine", seed: Any = 0, spacing: float | None = None, **options: Any
+) -> int:
     """Check what does not depend on the images, before there are any.
 
     Returns:
@@ -285,6 +288,8 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
     number = whole_number(seed)
     if number is None or not 0 <= number < 2**63:
         raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
+    if spacing is not None and not (_is_number(spacing) and spacing > 0):
+        raise RegistrationError("spacing", spacing, "a voxel size in mm, or None")
     file = options.get("vgg19_weights")
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise RegistrationError("vgg19_weights", file, "a path, or None")
@@ -292,21 +297,26 @@ def check_options(preset: Any, transform: Any = "affine", seed: Any = 0, **optio
         import_module(_ELSEWHERE[preset]).check_settings(preset, options)
         return number
     known = [item.name for item in fields(Settings)]
-    refuse_unknown(options, known)
+    refuse_unknown(options, known, [*signature(register).parameters][2:-1])
     Settings("affine" if transform == DEFORMABLE else transform, **options)
     return number
 
 
-def refuse_unknown(options: dict[str, Any], known: list[str]) -> None:
+def refuse_unknown(options: dict[str, Any], known: list[str], beside: Sequence[str] = ()) -> None:
     """
+    Args:
+        options: by name.
+        known: names that may be among them.
+        beside: names of arguments that are given otherwise, for the message.
+
     Raises:
         RegistrationError: an option that is not among those known; the message names the nearest.
     """
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, [*known, *beside], 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise RegistrationError("options", name, f"one of {', '.join(sorted(known))}{hint}")
+            raise RegistrationError("options", name, f"one of {', '.join(sorted({*known, *beside}))}{hint}")
 
 
 def _prepared(source: ImageLike | Prepared, channel: int, mask: ImageLike | None, name: str) -> Prepared:
@@ -327,10 +337,13 @@ def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:
     if wanted is None:
         return
     extent, (least, most) = longest_extent(fixed, moving), _SPACING_LIMITS[fixed.dims]
-    number = isinstance(wanted, Real) and not isinstance(wanted, bool)
-    if not number or not extent / most <= wanted <= extent / least:
+    if not _is_number(wanted) or not extent / most <= wanted <= extent / least:
         allowed = f"a voxel size from {extent / most:.3g} to {extent / least:.3g} mm for these images"
         raise RegistrationError("spacing", wanted, allowed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:

@@ -213,6 +213,20 @@ class Pair:
         """World matrices ``[..., D+1, D+1]`` to fixed frame to moving frame."""
         return torch.linalg.inv(self.moving_frame.to_world) @ affine @ self.fixed_frame.to_world
 
+    def overlap(self, transform: Tensor) -> float:
+        """Fraction of both foregrounds that a transform ``(D+1, D+1)`` takes into the other's field of view."""
+        ways = (
+            (self.fixed, self.moving, self.fixed_frame, self.moving_frame, transform),
+            (self.moving, self.fixed, self.moving_frame, self.fixed_frame, torch.linalg.inv(transform)),
+        )
+        shares = []
+        for own, other, frame, other_frame, pull in ways:
+            to_other = other_frame.to_grid(other.grid) @ pull @ torch.linalg.inv(frame.to_index(own.weight.grid))
+            index = own.weight.values.nonzero().cpu().double()
+            inside = (apply_affine(to_other, index).abs() <= 1).all(-1)
+            shares.append(float(inside.float().mean()) if len(index) else 0.0)
+        return sum(shares) / 2
+
     def to_world(self, transform: Tensor) -> Tensor:
         """Inverse of `to_frames`."""
         return self.moving_frame.to_world @ transform @ torch.linalg.inv(self.fixed_frame.to_world)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ class ApplyAffineRegistration(SpatialResample):
             dtype=np.float64,
             lazy=lazy,
         )
-        self.fill_value = None if fill_value is None else float(fill_value)
+        self.fill_value = _check_fill(fill_value)
 
     def __call__(  # type: ignore[override]
         self,
@@ -145,7 +146,7 @@ class ApplyAffineRegistration(SpatialResample):
         if mode == "bicubic" and dims == 3 and deformation is None:
             raise RegistrationError("mode", mode, "'bilinear', 'nearest' or a spline order, because the images are 3D")
         padding_mode = self.padding_mode if padding_mode is None else _check_padding_mode(padding_mode)
-        fill = self.fill_value if fill_value is None else float(fill_value)
+        fill = self.fill_value if fill_value is None else _check_fill(fill_value)
         # with tracing off MONAI drops pending operations, so only the eager way is right
         lazy_ = (self.lazy if lazy is None else lazy) and self.tracing and deformation is None
         lazy_ = bool(lazy_) and (padding_mode != "zeros" or _zeros_will_do(img, str(mode), fill))
@@ -272,7 +273,9 @@ class RegisterAffine(ApplyAffineRegistration):
             raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
         method = {name: value for name, value in options.items() if name not in _PAIR_OPTIONS}
-        check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **method)
+        check_options(preset, transform, seed, options.get("spacing"), vgg19_weights=vgg19_weights, **method)
+        if vgg19_weights is not None and not os.path.isfile(vgg19_weights):
+            raise RegistrationError("vgg19_weights", vgg19_weights, "an existing file, or None")
         self.on_failure = on_failure
         # plain strings, so that a cache that hashes the transform by pickling it gets the same hash in every process
         self.register_options: dict[str, Any] = {
@@ -551,6 +554,12 @@ def _check_mode(mode: str | int) -> str | int:
 def _check_padding_mode(padding_mode: str) -> str:
     _check_choice("padding_mode", padding_mode, [m.value for m in GridSamplePadMode])
     return str(GridSamplePadMode(padding_mode).value)
+
+
+def _check_fill(fill_value: Any) -> float | None:
+    if fill_value is not None and (isinstance(fill_value, bool) or not isinstance(fill_value, Real)):
+        raise RegistrationError("fill_value", fill_value, "a number, or None for the image's background")
+    return None if fill_value is None else float(fill_value)
 
 
 def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:

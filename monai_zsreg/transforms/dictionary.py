@@ -405,7 +405,7 @@ def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
 def _one_each(name: str, value: Any, count: int) -> tuple:
     values = ensure_tuple(value)
     if len(values) not in (1, count):
-        raise RegistrationError(name, value, f"one value or {count}")
+        raise RegistrationError(name, value, f"one value, or one for each of {count} keys")
     return ensure_tuple_rep(values[0], count) if len(values) == 1 else values
 
 

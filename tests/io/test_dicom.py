@@ -65,8 +65,17 @@ def write_series(
         data.SliceThickness, data.InstanceNumber = float(np.linalg.norm(affine[:3, 2])), number + 1
         for tag, value in tags.items():
             setattr(data, tag, value)
-        data.save_as(folder / f"{before + number:04d}.dcm", enforce_file_format=True)
+        save(data, folder / f"{before + number:04d}.dcm")
     return folder
+
+
+def save(data: Dataset, path: Path) -> None:
+    """With preamble and group lengths, whatever the release of pydicom calls that."""
+    if int(pydicom.__version__.partition(".")[0]) < 3:
+        data.is_little_endian, data.is_implicit_VR = True, False
+        data.save_as(path, write_like_original=False)
+    else:
+        data.save_as(path, enforce_file_format=True)
 
 
 def dataset(plane: np.ndarray, kind: str, instance: str, series: str) -> Dataset:
@@ -230,7 +239,7 @@ def enhanced(path: Path, affine: np.ndarray, at: np.ndarray = EVEN) -> Path:
         frame.PlanePositionSequence, frame.FrameContentSequence = Sequence([where]), Sequence([content])
         frames.append(frame)
     data.PerFrameFunctionalGroupsSequence = Sequence(frames)
-    data.save_as(path, enforce_file_format=True)
+    save(data, path)
     return path
 
 
@@ -246,7 +255,7 @@ def test_a_film_has_its_frames_as_channels(tmp_path: Path) -> None:
     data = dataset(frames, "MR", "1.2.3.9", "1.2.3.8")
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"  # ultrasound
     data.Modality, data.NumberOfFrames, data.PixelData = "US", 12, np.ascontiguousarray(frames.T).tobytes()
-    data.save_as(tmp_path / "film.dcm", enforce_file_format=True)
+    save(data, tmp_path / "film.dcm")
     image = load_image(tmp_path / "film.dcm")
     np.testing.assert_array_equal(image.values.numpy(), np.moveaxis(frames, -1, 0))
 
@@ -273,7 +282,7 @@ def test_pixels_are_those_that_the_file_states(tmp_path: Path) -> None:
         if name == "colors":
             data.PhotometricInterpretation, data.PlanarConfiguration = "RGB", 0
             data.compress("1.2.840.10008.1.2.5")  # run lengths
-        data.save_as(tmp_path / "f.dcm", enforce_file_format=True)
+        save(data, tmp_path / "f.dcm")
         image = load_image(tmp_path / "f.dcm")
         right = stored * tags.get("RescaleSlope", 1) + tags.get("RescaleIntercept", 0)
         right = np.moveaxis(right, -1, 0) if name == "colors" else right[None]
@@ -294,7 +303,7 @@ def segmentation(path: Path, affine: np.ndarray, labels: np.ndarray, segments: d
         frame.SegmentIdentificationSequence = Sequence([which])
     bits = np.stack([segments[n][..., k].T for n, k in found]).astype(np.uint8)
     data.PixelData = np.packbits(bits.ravel(), bitorder="little").tobytes()
-    data.save_as(path, enforce_file_format=True)
+    save(data, path)
     return path
 
 
@@ -324,7 +333,7 @@ def test_a_file_without_pixels_says_what_it_is(tmp_path: Path) -> None:
     data = dataset(pixels(header(), EVEN[:1])[..., 0], "MR", "1.2.3.9", "1.2.3.8")
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.481.5"
     del data.PixelData
-    data.save_as(tmp_path / "plan.dcm", enforce_file_format=True)
+    save(data, tmp_path / "plan.dcm")
     with pytest.raises(RegistrationError, match="without pixels .RT Plan Storage"):
         load_image(tmp_path / "plan.dcm")
 

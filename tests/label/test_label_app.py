@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from monai_zsreg.io import read_transform
 from monai_zsreg.label import app_folder
+from monai_zsreg.label.register import TRANSFORM_TAGS
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "zero_shot_affine_registration"
 needs_server = pytest.mark.skipif(
@@ -288,12 +289,13 @@ def fetched(server: SimpleNamespace, path: Path, what: str, **query: str) -> Pat
 def test_saved_results_can_be_fetched(server: SimpleNamespace, tmp_path: Path) -> None:
     answer = parts(infer(server.url, "t1", moving="t2", labels="t2", save=True))
     report = json.loads(answer["params"])
-    assert report["saved"] == "t2_on_t1"
+    assert report["saved"] == "t2_on_t1" and str(server.root) not in answer["params"].decode()
     image = fetched(server, tmp_path / "image.nii.gz", "image", image="t2_on_t1")
     (tmp_path / "answer.nii.gz").write_bytes(answer["image"])
     np.testing.assert_array_equal(nib.load(image).get_fdata(), nib.load(tmp_path / "answer.nii.gz").get_fdata())
-    transform = fetched(server, tmp_path / "t2_on_t1.tfm", "label", label="t2_on_t1", tag="transform")
-    np.testing.assert_allclose(read_transform(transform), report["matrix"], atol=1e-9)
+    for suffix, tag in TRANSFORM_TAGS.items():
+        transform = fetched(server, tmp_path / f"t2_on_t1{suffix}", "label", label="t2_on_t1", tag=tag)
+        np.testing.assert_allclose(read_transform(transform), report["matrix"], atol=1e-9)
     labels = fetched(server, tmp_path / "labels.nii.gz", "label", label="t2_on_t1", tag="original")
     assert set(np.unique(np.asarray(nib.load(labels).dataobj))) == {0, 2}
     again = infer(server.url, "t1", moving="t2", save=True)

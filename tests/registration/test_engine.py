@@ -142,6 +142,19 @@ def test_other_spacing_and_thick_slices(load_volume) -> None:
     assert error(result.affine, np.eye(4), fine) < 0.7
 
 
+@pytest.mark.parametrize("begin", [18, 26])
+def test_a_few_thick_slices_of_a_whole_head(load_volume, begin: int) -> None:
+    head, other = (padded(pooled(load_volume(modality=name), 2), 8) for name in ("t1", "t2"))
+    truth = turn(head, 12.0, (8.0, -6.0, 5.0), 1.04)
+    thick = pooled(moved_by(other, truth), 1, 1, 2)
+    affine = thick.affine.clone()
+    affine[:3, 3] += begin * affine[:3, 2]
+    slab = MetaTensor(thick.as_tensor()[..., begin : begin + 6].contiguous(), affine=affine)
+    seen = moved_by(slab, np.linalg.inv(truth), head)
+    result = register(head, slab)
+    assert error(result.affine, truth, seen) < 0.7 and result.verdict != "FAIL"
+
+
 @pytest.mark.weights
 def test_keypoints_as_coarse_stage_and_vgg_as_descriptor(slices: SimpleNamespace, vgg19_weights) -> None:
     truth = turn(slices.t1, 8.0, (9.0, -12.0))

@@ -142,6 +142,19 @@ def test_a_pair_starts_where_it_is_told(dims: int) -> None:
     assert float(pair.centered[:dims, dims].abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_overlap_is_of_what_both_show(dims: int) -> None:
+    values, grid = disc(dims, 14.0, 40)
+    part = values[:20].contiguous()
+    fixed, moving = Side(values, grid, 1.0, 1.0), Side(part, Grid(part.shape, grid.affine), 1.0, 1.0)
+    pair = Pair(fixed, moving)
+    shown = float((part > 0.1).sum() / (values > 0.1).sum())
+    assert pair.overlap(pair.start) == pytest.approx((1 + shown) / 2, abs=0.02) and shown < 0.6
+    away = torch.eye(dims + 1, dtype=torch.float64)
+    away[0, -1] = 100.0
+    assert pair.overlap(pair.to_frames(away)) == 0.0
+
+
 def test_steps_go_by_the_finer_image_but_not_without_end() -> None:
     fine, coarse = Grid((100, 90, 80), diagonal(1.0, 1.0, 1.2)), Grid((40, 40, 40), diagonal(3.0, 3.0, 3.0))
     assert longest_extent(fine, coarse) == 120.0

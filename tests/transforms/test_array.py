@@ -326,13 +326,19 @@ def test_refuses_matrices(pair_of, affine) -> None:
 
 
 def test_refuses_wrong_options(known_pair) -> None:
-    for options in ({"mode": "linear"}, {"mode": 9}, {"mode": True}, {"padding_mode": "black"}):
+    for options in ({"mode": "linear"}, {"mode": 9}, {"mode": True}, {"padding_mode": "black"}, {"fill_value": "x"}):
         with pytest.raises(RegistrationError, match=f"^{next(iter(options))}: "):
             ApplyAffineRegistration(**options)
         with pytest.raises(RegistrationError, match=f"^{next(iter(options))}: "):
             ApplyAffineRegistration()(known_pair.moving, known_pair.affine, known_pair.fixed, **options)
-    with pytest.raises(RegistrationError, match="^on_failure: "):
-        RegisterAffine(on_failure="shrug")
+    for options in (
+        {"on_failure": "shrug"}, {"preset": "robst"}, {"device": "cpuu"}, {"transform": "affin"}, {"search": "locl"},
+        {"seed": -1}, {"spacing": -1}, {"vgg19_weights": "nowhere.pth"},
+    ):  # fmt: skip
+        with pytest.raises(RegistrationError, match=f"^{next(iter(options))}: "):
+            RegisterAffine(**options)
+    with pytest.raises(RegistrationError, match="'spacng', expected one of .*seed.*did you mean 'spacing'"):
+        RegisterAffine(spacng=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- SaveAffine

@@ -267,6 +267,8 @@ def test_persistent_data_set_that_drops_metadata(files: list[dict], tmp_path: Pa
 
 
 def test_equal_arguments_hash_equally(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+
     def make() -> list:
         return [
             RegisterAffined(

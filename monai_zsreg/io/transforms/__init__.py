@@ -37,6 +37,7 @@ import numpy as np
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import checked_matrix
 from monai_zsreg.io.files import atomic_path, exists
 from monai_zsreg.io.transforms import afni, elastix, fsl, itk, json_file, lta, minc, text, x5
 from monai_zsreg.io.transforms.images import GridLike, Images
@@ -102,9 +103,7 @@ def read_transform(
         RegistrationError: the file is missing, unreadable, of an unknown format, of one of several formats, or holds
             no invertible affine transform, or an image that its format needs is missing or cannot be used.
     """
-    file = _path(path)
-    if format is not None:
-        _check_format(format)
+    file = _path(path, format)
     if not exists(file) or not file.is_file():
         raise RegistrationError("path", str(path), "a file that exists")
     try:
@@ -117,7 +116,10 @@ def read_transform(
     except (ValueError, TypeError, KeyError, IndexError, struct.error, np.linalg.LinAlgError) as error:
         allowed = f"a transform file of format {chosen!r} ({error})"
         raise RegistrationError("path", str(path), allowed) from error
-    return _checked(matrix, "path", str(path))
+    try:
+        return checked_matrix(matrix, 2 if len(matrix) == 3 else 3, "path").numpy()
+    except RegistrationError as error:
+        raise RegistrationError("path", str(path), f"{error.allowed} in it") from error
 
 
 def write_transform(
@@ -140,32 +142,22 @@ def write_transform(
     Raises:
         RegistrationError: a matrix, image, name or format that cannot be used, or a folder that cannot be written to.
     """
-    file = _path(path)
-    try:
-        array = np.array(matrix.detach().cpu().numpy() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RegistrationError("matrix", matrix, "a 3x3 or 4x4 matrix of numbers") from error
-    checked = _checked(array, "matrix", array.tolist())
-    if format is None:
-        chosen = _formats_by_name(file)[0]
-    else:
-        chosen = format
-        _check_format(chosen)
-    if len(checked) - 1 not in FORMATS[chosen].dims:
-        raise RegistrationError("matrix", array.shape, f"a 4x4 matrix: format {chosen!r} is 3D only")
+    file = _path(path, format)
+    dims = 2 if hasattr(matrix, "__len__") and len(matrix) == 3 else 3
+    checked = checked_matrix(matrix, dims, "matrix").numpy()
+    chosen = format or _formats_by_name(file)[0]
+    if dims not in FORMATS[chosen].dims:
+        raise RegistrationError("matrix", checked.shape, f"a 4x4 matrix: format {chosen!r} is 3D only")
     with atomic_path(file) as partial:
         FORMATS[chosen].write(partial, checked, Images(fixed, moving, chosen))
 
 
-def _path(path: Any) -> Path:
+def _path(path: Any, format: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise RegistrationError("path", path, "the path of a file")
-    return Path(path)
-
-
-def _check_format(format: Any) -> None:
-    if format not in FORMATS:
+    if format is not None and format not in FORMATS:
         raise RegistrationError("format", format, "one of " + ", ".join(FORMATS))
+    return Path(path)
 
 
 def _formats_by_name(path: Path) -> list[str]:
@@ -185,16 +177,3 @@ def _format_by_content(path: Path, content: bytes) -> str:
     if not found:
         raise RegistrationError("path", str(path), f"the content of a file of format {' or '.join(named)}")
     raise RegistrationError("path", str(path), f"format= one of {', '.join(found)}: the content can be of either")
-
-
-def _checked(matrix: np.ndarray, argument: str, value: Any) -> np.ndarray:
-    if matrix.shape not in ((3, 3), (4, 4)):
-        raise RegistrationError(argument, value, f"a 3x3 or 4x4 matrix (its shape is {matrix.shape})")
-    dims = len(matrix) - 1
-    last_row = np.eye(dims + 1)[dims]
-    usable = bool(np.isfinite(matrix).all()) and np.allclose(matrix[dims], last_row)
-    if not usable or np.linalg.matrix_rank(matrix[:dims, :dims]) < dims:
-        allowed = f"a finite, invertible matrix with last row {last_row.tolist()}"
-        raise RegistrationError(argument, value, allowed if argument == "matrix" else f"{allowed} in it")
-    matrix[dims] = last_row
-    return matrix

@@ -102,29 +102,20 @@ def centered_matrix(kind: str, parameters: np.ndarray, fixed: np.ndarray) -> np.
     return matrix
 
 
-def _turn(axis: int, angle: float) -> np.ndarray:
-    """Rotation about one of three axes."""
-    one, two = (axis + 1) % 3, (axis + 2) % 3
-    matrix = np.eye(3)
-    matrix[one, one] = matrix[two, two] = np.cos(angle)
-    matrix[two, one] = np.sin(angle)
-    matrix[one, two] = -matrix[two, one]
-    return matrix
-
-
 def _versor(vector: np.ndarray) -> np.ndarray:
     """Rotation of a unit quaternion, ``(x, y, z)`` or ``(x, y, z, w)``."""
-    x, y, z = vector[:3]
-    w = vector[3] if len(vector) == 4 else np.sqrt(max(0.0, 1.0 - x * x - y * y - z * z))
-    x, y, z, w = np.array([x, y, z, w]) / np.linalg.norm([x, y, z, w])
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    return np.eye(3) + 2.0 * w * cross + 2.0 * cross @ cross
+    from scipy.spatial.transform import Rotation
+
+    w = vector[3] if len(vector) == 4 else np.sqrt(max(0.0, 1.0 - vector @ vector))
+    return np.asarray(Rotation.from_quat([*vector[:3], w]).as_matrix())
 
 
 def _euler(p: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    x, y, z = (_turn(axis, angle) for axis, angle in enumerate(p[:3]))
+    from scipy.spatial.transform import Rotation
+
     # a fourth fixed parameter tells in which order
-    return z @ y @ x if len(fixed) > 3 and fixed[3] else z @ x @ y
+    order = (2, 1, 0) if len(fixed) > 3 and fixed[3] else (2, 0, 1)
+    return np.asarray(Rotation.from_euler("".join("XYZ"[axis] for axis in order), p[[*order]]).as_matrix())
 
 
 def _affine(p: np.ndarray, fixed: np.ndarray, dims: int) -> Parts:
@@ -143,7 +134,8 @@ def _planar(scaled: bool, centered: bool) -> Callable[[np.ndarray, np.ndarray, i
         scale, angle = (p[0], p[1]) if scaled else (1.0, p[0])
         start = 2 if scaled else 1
         center = p[start : start + 2] if centered else None
-        return scale * _turn(2, angle)[:2, :2], _last(p, start + 2 * centered, 2), center
+        linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return linear, _last(p, start + 2 * centered, 2), center
 
     return parts
 

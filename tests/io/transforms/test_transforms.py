@@ -650,7 +650,7 @@ def rows(matrix: np.ndarray) -> str:
         ("t.json", "{", "format 'json'"),
         ("t.json", "[[1, 0], [0, 1]]", 'no "matrix"'),
         ("t.json", '{"matrix": [[1, 2], [3]]}', "inhomogeneous"),
-        ("t.json", '{"matrix": [[1, 2], [3, 4]]}', "3x3 or 4x4"),
+        ("t.json", '{"matrix": [[1, 2], [3, 4]]}', "4x4 matrix"),
         ("t.json", json.dumps({"matrix": np.eye(4).tolist(), "space": "LPS"}), "'LPS' instead of 'RAS'"),
         ("t.json", json.dumps({"matrix": np.eye(4).tolist(), "unit": "m"}), "'m' instead of 'mm'"),
         ("t.json", json.dumps({"matrix": np.eye(4).tolist(), "maps": "moving to fixed"}), "'moving to fixed' instead"),
