@@ -101,17 +101,8 @@ def background_value(image: Tensor) -> float:
 
 
 def foreground_mask(image: Tensor) -> Tensor:
-    """Foreground of an image.
-
-    Args:
-        image: ``[C, *spatial]``, any real type.
-
-    Returns:
-        ``[1, *spatial]`` bool: foreground in any channel. All False for a constant image.
-
-    Raises:
-        RegistrationError: a shape or an intensity that cannot be used.
-    """
+    """Foreground of an image ``[C, *spatial]`` of any real type, in any of its channels: ``[1, *spatial]`` bool, all
+    False for a constant image. A RegistrationError for a shape or an intensity that cannot be used."""
     values = plain_image(image)
     varied = (channel for channel in values if bool(channel.min() < channel.max()))
     masks = [appearance(channel).foreground for channel in varied]
@@ -119,17 +110,8 @@ def foreground_mask(image: Tensor) -> Tensor:
 
 
 def scale_intensity(image: Tensor) -> Tensor:
-    """Scale each channel by its own 0.5 and 99.5 percentiles to [0, 1] and clip; a constant channel becomes 0.
-
-    Args:
-        image: ``[C, *spatial]``, any real type.
-
-    Returns:
-        ``[C, *spatial]`` float32 on the same device.
-
-    Raises:
-        RegistrationError: a shape or an intensity that cannot be used.
-    """
+    """Scale each channel of ``[C, *spatial]``, of any real type, by its own 0.5 and 99.5 percentiles to [0, 1] and
+    clip: float32 on the same device. A constant channel becomes 0; a RegistrationError as of `foreground_mask`."""
     values = plain_image(image)
     scaled = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
     for channel, out in zip(values, scaled, strict=True):
@@ -152,9 +134,8 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     Raises:
         RegistrationError: not 2 or 3 spatial dimensions, empty, or a value that is not finite.
     """
-    tensor = torch.as_tensor(image)
     # a MetaTensor would carry its metadata through every step
-    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach()
+    tensor = torch.as_tensor(image).as_subclass(Tensor).detach()
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise RegistrationError(name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
     tensor = tensor.to(torch.float64 if tensor.dtype in (torch.float64, torch.int64, torch.int32) else torch.float32)
@@ -163,17 +144,11 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     return tensor
 
 
-def seen_region(values: Tensor, border: int = 2) -> Tensor:
-    """What an image shows: all but the darkness that begins at its rim, as outside a camera's circle or in padding.
+def seen_region(values: Tensor) -> Tensor:
+    """What an image ``[*spatial]`` shows: all but the darkness that begins at its rim, as outside a camera's circle or
+    in padding; bool, all True where hardly anything would remain.
 
     The border between the two is no structure of the object, and gradients across it mislead: it is left out too.
-
-    Args:
-        values: ``[*spatial]``, finite.
-        border: voxels to leave out along the darkness.
-
-    Returns:
-        bool ``[*spatial]``; all True where hardly anything would remain.
     """
     low, high = quantiles(values)
     dark = values <= low + _DARKEST * (high - low)
@@ -186,7 +161,7 @@ def seen_region(values: Tensor, border: int = 2) -> Tensor:
         size = int(reached.sum())
         for _ in range(8):
             reached = grown(reached) & dark
-    for _ in range(border):
+    for _ in range(2):
         reached = grown(reached)
     return torch.ones_like(dark) if float(reached.float().mean()) > 0.98 else ~reached
 

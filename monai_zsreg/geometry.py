@@ -64,22 +64,9 @@ def homogeneous(matrix: Tensor) -> Tensor:
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
-    """Map points.
-
-    Args:
-        matrix: ``[..., D, D+1]`` or ``[..., D+1, D+1]``.
-        points: ``[..., N, D]`` in the coordinate system that the matrix maps from.
-
-    Returns:
-        ``[..., N, D]`` in the system that it maps to.
-    """
+    """Map points ``[..., N, D]`` by matrices ``[..., D, D+1]`` or ``[..., D+1, D+1]``."""
     dims = points.shape[-1]
     return points @ matrix[..., :dims, :dims].transpose(-1, -2) + matrix[..., :dims, dims].unsqueeze(-2)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# grids of images
-# --------------------------------------------------------------------------------------------------------------------
 
 
 # mm; squares and cubes of lengths must fit single precision
@@ -175,9 +162,8 @@ def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
     """
     if affine is None:
         return torch.eye(dims + 1, dtype=torch.float64)
-    given = torch.as_tensor(affine).detach().to("cpu", torch.float64)
     # a MetaTensor's own matrix may be one too
-    given = given.as_tensor() if hasattr(given, "as_tensor") else given
+    given = torch.as_tensor(affine).as_subclass(Tensor).detach().to("cpu", torch.float64)
     if given.ndim != 2 or given.shape[0] != given.shape[1] or len(given) < dims + 1:
         raise RegistrationError(f"{name}.affine", tuple(given.shape), f"a {dims + 1}x{dims + 1} matrix")
     keep = [*range(dims), len(given) - 1]
@@ -203,10 +189,9 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
         RegistrationError: it is not a finite, invertible affine matrix of this size.
     """
     try:
-        found = torch.as_tensor(matrix, dtype=torch.float64).detach().to("cpu")
+        found = torch.as_tensor(matrix, dtype=torch.float64).as_subclass(Tensor).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RegistrationError(name, matrix, f"a {dims + 1}x{dims + 1} matrix or a transform file") from error
-    found = found.as_tensor() if hasattr(found, "as_tensor") else found
     if found.shape != (dims + 1, dims + 1):
         raise RegistrationError(name, tuple(found.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
     last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
@@ -255,16 +240,12 @@ def moved_header(affine: Tensor, transform: Tensor) -> Tensor:
     return full @ affine.double()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# RAS and LPS
-# --------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- files of other tools
 
 
 def ras_to_lps(transform: np.ndarray) -> np.ndarray:
     """World-to-world matrix ``(D+1, D+1)`` from RAS to LPS coordinates on both sides."""
-    flip = np.ones(len(transform))
-    flip[:2] = -1.0
-    return np.asarray(transform, dtype=np.float64) * np.outer(flip, flip)
+    return flip_points(flip_points(transform).T).T
 
 
 def lps_to_ras(transform: np.ndarray) -> np.ndarray:
@@ -273,20 +254,13 @@ def lps_to_ras(transform: np.ndarray) -> np.ndarray:
 
 
 def itk_lattice(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Spacing ``(D,)``, origin ``(D,)`` and direction ``(D, D)`` of an ITK image (LPS) on ``grid``.
+    """Spacing ``(D,)``, origin ``(D,)`` and direction ``(D, D)`` of an ITK image (LPS) on a grid with orthogonal axes.
 
     ITK's index order is our array axis order; ``itk.image_from_array`` reverses the axes of an array, so give it the
     transpose.
-
-    Args:
-        grid: a lattice whose axes are orthogonal, as ITK requires.
     """
-    dims = grid.dims
-    flip = np.ones(dims)
-    flip[:2] = -1.0
-    affine = grid.affine.numpy()
-    spacing = np.asarray(grid.spacing)
-    return spacing, flip * affine[:dims, dims], flip[:, None] * affine[:dims, :dims] / spacing
+    affine, spacing = grid.affine.numpy(), np.asarray(grid.spacing)
+    return spacing, flip_points(affine[:-1, -1]), flip_points(affine[:-1, :-1].T).T / spacing
 
 
 def world_from_itk(spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
@@ -335,11 +309,6 @@ def flip_points(points: np.ndarray) -> np.ndarray:
     return np.asarray(points, dtype=np.float64) * flip
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# FSL and FreeSurfer
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def fsl_from_world(grid: Grid, spacing: Sequence[float]) -> np.ndarray:
     """World coordinates of a 3D image to FSL's scaled voxels, ``(4, 4)``.
 
@@ -373,9 +342,7 @@ def freesurfer_grid(
     return Grid(tuple(int(n) for n in shape), torch.as_tensor(affine))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# parameters
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- parameters
 
 
 @dataclass(frozen=True)

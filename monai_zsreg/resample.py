@@ -74,7 +74,7 @@ def resample(
         RegistrationError: an unknown mode, values that are complex or do not lie on ``source``, or a fill value that
             the type of the result cannot hold.
     """
-    values = values.as_tensor() if hasattr(values, "as_tensor") else values
+    values = values.as_subclass(Tensor)
     dtype = dtype or values.dtype
     if mode not in MODES:
         raise RegistrationError("mode", mode, f"one of {', '.join(MODES)}")
@@ -128,9 +128,7 @@ def outside_value(channel: Tensor, mode: str, dtype: torch.dtype | None = None) 
     return float(_settled(value, dtype or channel.dtype))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# where to look
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- where to look
 
 
 def _blocks(shape: Sequence[int], pull: np.ndarray, voxels: int) -> Iterator[tuple[slice, ...]]:
@@ -197,9 +195,7 @@ def _cut(channel: Tensor, part: list[tuple[int, int]], outside: float, dtype: to
     return cut
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# what is there
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- what is there
 
 
 def _look_up(cut: Tensor, points: list[list[Tensor]]) -> Tensor:
@@ -258,9 +254,7 @@ def _bicubic(flat: Tensor, index: Tensor, strides: Sequence[int], weights: list[
     return total
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# types and fill values
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- types and fill values
 
 
 def _range(dtype: torch.dtype) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 from monai_zsreg.app.run import DEMONSTRATION, INDEX, SUMMARY
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["bids_pairs", "one_pair", "read_datalist", "text"]
+__all__ = ["bids_pairs", "one_pair", "read_datalist", "rows_of", "text"]
 
 _RESERVED = (SUMMARY, INDEX, "evaluation.csv", "evaluation.json")
 _TOGETHER = (("fixed", "moving"), ("fixed_mask", "moving_mask"), ("fixed_landmarks", "moving_landmarks"))
@@ -87,7 +87,7 @@ def read_datalist(datalist: Any, dataset_dir: Any = "", must_exist: bool = False
     if isinstance(datalist, (str, os.PathLike)) and Path(datalist).is_dir():
         return bids_pairs(datalist)
     pairs = []
-    for number, row in enumerate(_rows(datalist)):
+    for number, row in enumerate(rows_of(datalist)):
         place = f"datalist[{number}]"
         if not isinstance(row, Mapping):
             raise RegistrationError(place, row, '{"fixed": ..., "moving": ...}')
@@ -108,7 +108,8 @@ def read_datalist(datalist: Any, dataset_dir: Any = "", must_exist: bool = False
     return _numbered(pairs)
 
 
-def _rows(datalist: Any) -> Sequence[Any]:
+def rows_of(datalist: Any) -> Sequence[Any]:
+    """What a list of pairs holds: that of a CSV or JSON file, the list under ``"testing"``, or the list itself."""
     rows: Any = datalist
     if isinstance(datalist, (str, os.PathLike)):
         path = Path(datalist)

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from monai_zsreg.benchmark import damage
 from monai_zsreg.benchmark.brains import full_slices, head_foot
-from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample, shapes
+from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
 
@@ -95,7 +95,7 @@ def _make(case: Case, folder: Path, pair: pd.Series, where: int | None) -> Sampl
         points,
         truth=None if consensus and pose == "given" else motion,
         tolerance=tolerance,
-        info={"rotation_deg": round(float(angle), 4), "shift": round(float(shift), 4), **shapes(fixed, moving)},
+        info={"rotation_deg": round(float(angle), 4), "shift": round(float(shift), 4)},
         reference=given if consensus and pose != "given" else None,
     )
 
@@ -115,18 +115,18 @@ def _slices(fixed: Volume, moving: Volume, where: int) -> tuple[Volume, Volume, 
 
 def _retina(case: Case) -> Sample:
     fixed, moving, truth, points = retina_pair(case.rng("retina"), any_rotation=case.index % 2 == 0)
-    return Sample(fixed, moving, points, truth, truth, info=shapes(fixed, moving))
+    return Sample(fixed, moving, points, truth, truth)
 
 
-def retina_pair(
-    rng: np.random.Generator, any_rotation: bool, side: int = 560, radius: float = 270.0
-) -> tuple[Volume, Volume, np.ndarray, np.ndarray]:
+def retina_pair(rng: np.random.Generator, any_rotation: bool) -> tuple[Volume, Volume, np.ndarray, np.ndarray]:
     """Two circular views of one retina: a photograph, and its green channel in the contrast of an angiogram.
 
-    Views have ``side`` pixels and show a circle of ``radius``; they are turned by up to 25 degrees unless
-    ``any_rotation``. Returns both, the truth, and the points of the fixed image that both show.
+    They are turned by up to 25 degrees unless ``any_rotation``. Returns both, the truth, and the points of the fixed
+    image that both show.
     """
     from skimage import data
+
+    side, radius = 560, 270.0
 
     green = ndimage.zoom(data.retina()[..., 1].astype(np.float32), 0.75, order=1)
     photograph = Volume(green, np.eye(3))

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from monai_zsreg.benchmark import damage
-from monai_zsreg.benchmark.cases import Case, Row, Sample, shapes
+from monai_zsreg.benchmark.cases import Case, Row, Sample
 from monai_zsreg.benchmark.pairs import Pair
 from monai_zsreg.benchmark.perturb import draw, limits_of, padding
 from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume, transformed
@@ -163,7 +163,7 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
         shift[:-1, -1] = fixed.affine[:-1, :-1] @ (steps if axis is None else np.delete(steps, axis))
     known = pair.residual is not None or case.row.kind != "real"
     corrected = truth @ shift if known else None
-    return Sample(one, two, points, truth, corrected, info={**info, **shapes(one, two)})
+    return Sample(one, two, points, truth, corrected, info=info)
 
 
 def _source(pair: Pair, axis: int | None, where: int | None) -> tuple[Volume, Volume, np.ndarray, np.ndarray | None]:
@@ -221,4 +221,4 @@ def _between(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sam
     assert pair.labels is not None
     labels = read_volume(pair.labels[0]), read_volume(pair.labels[1])
     points = fixed.points(foreground(fixed.values))
-    return Sample(fixed, moving, points, None, info=shapes(fixed, moving), labels=labels)
+    return Sample(fixed, moving, points, None, labels=labels)

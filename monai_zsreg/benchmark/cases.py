@@ -16,7 +16,7 @@ import numpy as np
 
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["SUCCESS", "Case", "Row", "Sample", "shapes"]
+__all__ = ["SUCCESS", "Case", "Row", "Sample"]
 
 SUCCESS = 2.0  # mm, pixels in 2D
 
@@ -56,6 +56,14 @@ class Sample:
     labels: tuple[Volume, Volume] | None = None
     reference: str | None = None  # the case whose answer by the same method the truth is to be composed with
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``info``, and shapes and spacings of both images."""
+        facts = dict(self.info)
+        for role, image in (("fixed", self.fixed), ("moving", self.moving)):
+            facts |= {f"{role}_shape": list(image.shape), f"{role}_spacing": image.spacing.round(4).tolist()}
+        return facts
+
 
 @dataclass(frozen=True)
 class Case:
@@ -80,9 +88,3 @@ class Case:
     def build(self) -> Sample:
         """Make the images; the same in every run."""
         return self.make(self)
-
-
-def shapes(fixed: Volume, moving: Volume) -> dict[str, Any]:
-    """Shapes and spacings of both images, for the results file."""
-    info: dict[str, Any] = {"fixed_shape": list(fixed.shape), "moving_shape": list(moving.shape)}
-    return info | {"fixed_spacing": fixed.spacing.round(4).tolist(), "moving_spacing": moving.spacing.round(4).tolist()}

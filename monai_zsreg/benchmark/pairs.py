@@ -7,7 +7,6 @@ along the voxel axes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
@@ -135,17 +134,13 @@ def read_datalist(source: Path) -> list[Pair]:
     Raises:
         RegistrationError: the file is no such list, an image is missing, or the two images lie on different grids.
     """
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegistrationError("data", str(source), f"a folder, or a datalist in JSON ({error})") from error
-    if isinstance(content, dict):
-        content = [item for value in content.values() if isinstance(value, list) for item in value]
-    items = content if isinstance(content, list) else [None]
+    from monai_zsreg.app.datalist import rows_of
+
+    items = rows_of(source)
     if not all(isinstance(item, dict) and {"fixed", "moving"} <= item.keys() for item in items):
         raise RegistrationError("data", str(source), "a list of items with 'fixed' and 'moving'")
     pairs = []
-    for index, item in enumerate(content):
+    for index, item in enumerate(items):
         where = f"{source.name}[{index}]"
         files = {key: source.parent / item[key] for key in ("fixed", "moving", "mask", "tissue") if item.get(key)}
         missing = [str(path) for path in files.values() if not path.is_file()]

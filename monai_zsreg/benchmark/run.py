@@ -131,7 +131,7 @@ def score(
     """
     row, dims = case.row, case.row.dims
     result: Result = {"case": case.name, "row": row.name, "index": case.index, "subject": case.subject}
-    result |= {"kind": row.kind, "dims": dims, "seed": case.seed, "failure": "", **case.notes, **sample.info, **answer}
+    result |= {"kind": row.kind, "dims": dims, "seed": case.seed, "failure": "", **case.notes, **sample.facts, **answer}
     if not result["failure"] and (
         np.shape(answer["matrix"]) != (dims + 1,) * 2 or not np.isfinite(answer["matrix"]).all()
     ):

@@ -70,12 +70,12 @@ def percent(successes: int, n: int) -> tuple[float, float, float]:
     return 100 * successes / n, 100 * float(interval.low), 100 * float(interval.high)
 
 
-def _median_interval(values: pd.Series, subjects: pd.Series, resamples: int = 2000) -> list[float]:
+def _median_interval(values: pd.Series, subjects: pd.Series) -> list[float]:
     """95 % percentile bootstrap of the median, resampling subjects; NaN with one subject."""
     groups = [group.to_numpy() for _, group in values.groupby(subjects)]
     if len(groups) == 1:
         return [np.nan, np.nan]
-    draws = np.random.default_rng(0).integers(len(groups), size=(resamples, len(groups)))
+    draws = np.random.default_rng(0).integers(len(groups), size=(2000, len(groups)))
     medians = [np.median(np.concatenate([groups[i] for i in draw])) for draw in draws]
     # outward, so the interval is never too short
     return [np.percentile(medians, 2.5, method="lower"), np.percentile(medians, 97.5, method="higher")]

@@ -58,13 +58,10 @@ class PairMetric(CumulativeIterationMetric):
         return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
 
     def aggregate(self, reduction: MetricReduction | str | None = None) -> Tensor:
-        """Reduce over all pairs so far.
+        """Reduce over all pairs so far; a RegistrationError where there are none.
 
         Args:
             reduction: instead of the one given at construction.
-
-        Raises:
-            RegistrationError: no pair was measured yet.
         """
         data = self.get_buffer()
         if not isinstance(data, Tensor):
@@ -77,9 +74,7 @@ class SimilarityMetric(PairMetric):
 
     Args:
         measure: ``"dice"``, ``"ssim"``, ``"mi"``, ``"nmi"``, ``"mse"`` or ``"rmse"``.
-        region: see `similarity`.
-        scale: see `similarity`.
-        bins: see `similarity`.
+        region, scale, bins: see `similarity`.
         reduction: see `PairMetric`.
 
     Raises:

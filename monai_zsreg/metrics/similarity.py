@@ -108,7 +108,7 @@ def label_dice(fixed: Tensor, moved: Tensor) -> float:
     Raises:
         RegistrationError: no labels, or shapes that differ.
     """
-    one, two = (image.as_tensor() if hasattr(image, "as_tensor") else image for image in (fixed, moved))
+    one, two = fixed.as_subclass(Tensor), moved.as_subclass(Tensor)
     if one.shape != two.shape:
         raise RegistrationError("moved", tuple(two.shape), f"{tuple(one.shape)}, as fixed")
     labels = one.unique()
@@ -128,8 +128,7 @@ def mutual_information(
     they overestimate: a plain count has a bias of about (bins - 1)^2 / (2 voxels) nats.
 
     Args:
-        fixed: ``[C, *spatial]``.
-        moving: likewise; channel i is compared with channel i and the channels are averaged.
+        fixed, moving: ``[C, *spatial]``; channel i is compared with channel i and the channels are averaged.
         mask: ``[*spatial]`` bool, the voxels that count; all if None.
         bins: number of bins an image.
 
@@ -155,26 +154,24 @@ def mutual_information(
     return float(mean[0]), float(mean[1])
 
 
-def structural_similarity(fixed: Tensor, moving: Tensor, mask: Tensor | None = None, data_range: float = 1.0) -> float:
-    """SSIM with a Gaussian window of 11 voxels, sigma 1.5, k1 = 0.01, k2 = 0.03 (paper, equation 4).
+def structural_similarity(fixed: Tensor, moving: Tensor, mask: Tensor | None = None) -> float:
+    """SSIM of intensities in [0, 1]: Gaussian window of 11 voxels, sigma 1.5, k1 = 0.01, k2 = 0.03 (paper, equation 4).
 
     An axis shorter than the window gets the largest odd window that fits. Only windows that lie inside the image
     count, as in ``monai.metrics.compute_ssim_and_cs``, whose values this reproduces with one-dimensional passes: the
     full 11^3 convolution there takes much longer on a CPU.
 
     Args:
-        fixed: ``[C, *spatial]``.
-        moving: likewise.
+        fixed, moving: ``[C, *spatial]``.
         mask: ``[*spatial]`` bool: average over windows centered on these voxels. All windows if None, or if the mask
             holds no window's center.
-        data_range: width of the intensity range.
 
     Returns:
         The mean over windows and channels, in [-1, 1].
     """
     x, y = fixed.float(), moving.float()
     windows = [min(_SSIM_WINDOW, n - 1 + n % 2) for n in x.shape[1:]]
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     mean_x, mean_y = _window_mean(x, windows), _window_mean(y, windows)
     variances = _window_mean(x * x + y * y, windows) - mean_x**2 - mean_y**2
     covariance = _window_mean(x * y, windows) - mean_x * mean_y
@@ -218,8 +215,7 @@ def _dice(one: Tensor, two: Tensor) -> float:
 
 def _seen(image: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     """The image ``[C, *spatial]`` with its smallest value in place of what is not finite, and where it is finite."""
-    tensor = torch.as_tensor(image)
-    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach()
+    tensor = torch.as_tensor(image).as_subclass(Tensor).detach()
     seen = torch.isfinite(tensor)
     if not bool(seen.all()) and bool(seen.any()):
         tensor = torch.where(seen, tensor, tensor[seen].min())
@@ -227,8 +223,7 @@ def _seen(image: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(mask)
-    tensor = (tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().to(image.device)
+    tensor = torch.as_tensor(mask).as_subclass(Tensor).detach().to(image.device)
     if tensor.shape[1:] != image.shape[1:]:
         raise RegistrationError(name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
     return (tensor != 0).any(dim=0)

@@ -26,8 +26,7 @@ _MOST_POINTS = 20_000
 def _transform(value: Any, dims: int, name: str) -> Transform:
     if isinstance(value, Deformation) and value.dims == dims:
         return value
-    matrix = torch.as_tensor(value)
-    matrix = matrix.as_tensor() if hasattr(matrix, "as_tensor") else matrix
+    matrix = torch.as_tensor(value).as_subclass(Tensor)
     if matrix.shape != (dims + 1, dims + 1):
         raise RegistrationError(name, tuple(matrix.shape), f"a ({dims + 1}, {dims + 1}) matrix for {dims}D points")
     return matrix.detach().cpu().double()
@@ -85,9 +84,8 @@ def landmark_tre(
     """
     fixed, moving = _points(fixed_points, "fixed_points"), _points(moving_points, "moving_points")
     if fixed.shape != moving.shape:
-        raise RegistrationError(
-            "moving_points", tuple(moving.shape), f"the shape of fixed_points, {tuple(fixed.shape)}"
-        )
+        allowed = f"the shape of fixed_points, {tuple(fixed.shape)}"
+        raise RegistrationError("moving_points", tuple(moving.shape), allowed)
     return _distance(map_points(_transform(affine, fixed.shape[1], "affine"), fixed) - moving)
 
 
@@ -120,8 +118,7 @@ def foreground_tre(
         inside = foreground_mask(fixed)[0]
         inside = inside if bool(inside.any()) else torch.ones_like(inside)
     else:
-        given = torch.as_tensor(mask)
-        given = given.as_tensor() if hasattr(given, "as_tensor") else given
+        given = torch.as_tensor(mask).as_subclass(Tensor)
         if tuple(given.shape[1:]) != grid.shape:
             raise RegistrationError("mask", tuple(given.shape), f"channel-first, spatial shape {grid.shape}")
         inside = (given != 0).any(dim=0)

@@ -182,6 +182,11 @@ class Blocks:
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
 
+    def apart(self) -> Tensor:
+        """Distance of the blocks of each image along each axis, block widths, ``[2, B, B, D]`` float64 on the CPU."""
+        places = self._corner.cpu().double() / (self.size * self.step)
+        return (places[:, :, None] - places[:, None]).abs()
+
     def _chance(self) -> float:
         weight = self.weight.unflatten(1, (self.features.shape[1], -1))
         total = count = 0.0

@@ -18,7 +18,7 @@ from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_places, spread_at
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS, LocalScores
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -255,6 +255,7 @@ class Found:
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
             "overlap": self.pair.overlap(self.answer.transform),
+            "beyond": self.evidence.beyond * self.pair.unit,
         }
         if self.margin is not None:
             found["margin"] = self.margin
@@ -328,12 +329,13 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
     if agreement >= _CLOSE and settings.features == "mind":
         sharper = _sharpened(pair, answer.transform, settings, stages[-1])
         if sharper is not None:
-            answer, evidence = replace(answer, transform=sharper[0]), sharper[1]
+            answer, evidence.covariance = replace(answer, transform=sharper[0]), sharper[1]
+    evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
     return Found(pair, answer, going[1:] + beaten, costs, evidence, agreement, margin)
 
 
-def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Evidence] | None:
-    """The answer once more, by the intensities themselves, where the two images agree in them: these tell more."""
+def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Tensor] | None:
+    """The answer once more, and its covariance, by the intensities where the two images agree in them."""
     scores = LocalScores(pair.dims)
     blocks = Blocks(pair, scores, stage.step * pair.base, stage.size, stage.blocks, settings.seed, answer[None])
     if blocks.correlation(torch.stack([answer, torch.linalg.inv(answer)])) < _ONE_CONTRAST:
@@ -341,7 +343,7 @@ def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) ->
     found = refine(blocks, answer[None], settings.transform, 2 * stage.iterations).transform[0]
     if float(distance(found, answer)) > blocks.step:
         return None
-    return found, weigh(blocks, found, settings.transform)
+    return found, weigh(blocks, found, settings.transform).covariance
 
 
 @dataclass

@@ -53,7 +53,7 @@ def test_people_need_labels_of_anatomy(subjects: Path, tmp_path: Path) -> None:
 def test_datalist(subjects: Path) -> None:
     listed = subjects / "pairs.json"
     item = {"fixed": "a/t1.nii.gz", "moving": "a/t2.nii.gz", "subject": "x", "residual": [1, 0, 0]}
-    listed.write_text(json.dumps({"test": [item]}))
+    listed.write_text(json.dumps({"testing": [item]}))
     pair = pairs.read_datalist(listed)[0]
     assert pair.name == "x:fixed-moving" and pair.residual == (1.0, 0.0, 0.0)
     for wrong, name in (
