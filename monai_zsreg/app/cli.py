@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -375,7 +375,8 @@ def _report(args: argparse.Namespace) -> int:
         for folder in pairs:
             print(draw_anew(folder), flush=True)
         if pairs != [given]:
-            entries: list[Mapping[str, Any]] = [{"name": folder.name} for folder in pairs]
+            reports = [cohort.read_report(given, folder.name) or {} for folder in pairs]
+            entries = [report.get("input", {}) | {"name": report.get("name")} for report in reports]
             print(cohort.save_summary(cohort.summary_rows(entries, given), given, 0), flush=True)
     return 0
 

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +25,12 @@ import torch
 import monai_zsreg
 from monai_zsreg.app.evaluate import measure_deformation, measure_pair, read_known
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import background_value
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io import Image, load_image, output_folder, write_image, write_json, write_transform
 from monai_zsreg.io.files import remove_leftovers
 from monai_zsreg.registration import Prepared, RegistrationResult, register
 from monai_zsreg.registration.displacement import Deformation
+from monai_zsreg.resample import outside_value
 
 __all__ = [
     "DEMONSTRATION",
@@ -218,9 +219,8 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         ``deformation``, see `measure_deformation`.
     """
     fixed: Image = pair["fixed"]
-    background = background_value(pair["moving"].values[settings.channel("moving")])
-    one = len(pair["moving"].values) == 1
-    images: dict[str, Image] = {"moved": result.resampled(fill_value=background if one else None)}
+    background = outside_value(pair["moving"].values[settings.channel("moving")], "bilinear")
+    images: dict[str, Image] = {"moved": result.resampled()}
     if "labels" in pair:
         images["moved_labels"] = result.resampled(pair["labels"], mode="nearest", fill_value=0.0)
     report: dict[str, Any] = {
@@ -343,11 +343,16 @@ def write_pair(
         written["displacement"] = folder / _TRANSFORMS["displacement"]
         result.deformation.save(written["displacement"])
     sources = {"moved": pair["moving"], "moved_labels": pair.get("labels")}
-    for key, image in images.items():
-        written[key] = folder / _IMAGES[key]
-        write_image(written[key], image, like=sources.get(key), labels=key == "moved_labels")
-    if settings.page:
-        written |= draw_pair(folder, result, described, settings)
+    with ThreadPoolExecutor(1) as pool:  # compressing leaves Python's lock free
+        pending = []
+        for key, image in images.items():
+            written[key] = folder / _IMAGES[key]
+            labels = key == "moved_labels"
+            pending.append(pool.submit(write_image, written[key], image, like=sources.get(key), labels=labels))
+        if settings.page:
+            written |= draw_pair(folder, result, described, settings)
+        for writing in pending:
+            writing.result()
     report = report | {"output": {key: str(path) for key, path in written.items()}}
     write_json(folder / REPORT, report)
     return report

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -101,6 +102,7 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
+@cache
 def _template(name: str) -> Any:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
