@@ -46,8 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_length_and_order() -> None:
     assert len(TEXT.splitlines()) <= 150
     titles = re.findall(r"^## (.*)$", TEXT, re.M)
-    order = ("Install", "One pair", "PASS", "In a Compose", "Many pairs", "Other tools", "Accuracy", "MONAI Label", "Cite")
-    assert len(titles) == len(order) and all(title.startswith(start) for title, start in zip(titles, order, strict=True))
+    order = "Install, One pair, PASS, In a Compose, Many pairs, Other tools, Accuracy, MONAI Label, Cite".split(", ")
+    assert len(titles) == len(order) and all(map(str.startswith, titles, order))
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
