@@ -19,6 +19,7 @@ __all__ = ["main"]
 _PRESETS = ("robust", "keypoints", "paper")
 _TRANSFORMS = ("rigid", "similarity", "affine", "deformable")
 _WRONG_INPUT, _FAILED = 2, 3
+_NIIVUE = "node_modules/@niivue/niivue/dist/niivue.umd.js"
 
 _EXAMPLES = {
     "register": """examples:
@@ -184,6 +185,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="further argument of monai_zsreg.register")
     _add_fill_value(add)
     add("--uncertainty", action="store_true", help="the paper's uncertainty too, ten more estimates")
+    add("--interactive", action="store_true", help="a page to look through both images (npm install @niivue/niivue)")
     add("--no-page", action="store_true", help="no pictures, no page")
     add("--json", action="store_true", help="print the reports as JSON, and nothing else")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -273,6 +275,7 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
     options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
     names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
     given = {name: getattr(args, name) for name in names} | {name: _file(args, name) for name in _WEIGHTS}
+    given["niivue"] = _NIIVUE if args.interactive else None
     return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
 
 
@@ -305,6 +308,8 @@ def _check_files(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and not os.path.exists(path):
             _refuse(name.replace("_", "-"), path, "an existing file")
+    if args.interactive and not os.path.exists(_NIIVUE):
+        _refuse("interactive", _NIIVUE, "a folder with NiiVue in it: npm install @niivue/niivue")
 
 
 def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:

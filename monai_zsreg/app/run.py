@@ -67,7 +67,12 @@ _IMAGES = {
     "uncertainty_intensity": "uncertainty_intensity.nii.gz",
 }
 _TRANSFORMS = {"transform": "transform.tfm", "displacement": "displacement.nii.gz"}
-_PICTURES = {"overview": "overview.png", "uncertainty": "uncertainty.png", "page": "report.html"}
+_PICTURES = {
+    "overview": "overview.png",
+    "uncertainty": "uncertainty.png",
+    "interactive": "interactive.html",
+    "page": "report.html",
+}
 # nodes a side of the map of the expected error, which is the root of a quadratic form
 _MAP_SIDE = 24
 
@@ -87,6 +92,7 @@ class Settings:
         options: further arguments of `monai_zsreg.register`.
         uncertainty: whether to blacken pixels and estimate again (section 2.7 of the paper); costs ten estimates.
         page: whether to draw the pictures and the page.
+        niivue: file ``niivue.umd.js`` of NiiVue, for a page on which one looks through both images; None for none.
         exact: whether to measure how alike the images are on all voxels, not on some two million.
         fill_value: what stands outside of the moved image; None for its own background.
         demonstration_dims: 2 for a slice or 3 for a volume of the demonstration pair.
@@ -102,6 +108,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
     uncertainty: bool = False
     page: bool = True
+    niivue: str | os.PathLike | None = None
     exact: bool = False
     fill_value: float | None = None
     demonstration_dims: int = 3
@@ -362,7 +369,7 @@ def draw_pair(
     folder: Path, result: RegistrationResult, described: Mapping[str, Any], settings: Settings
 ) -> dict[str, Path]:
     """The pictures and the page of a pair, by name."""
-    from monai_zsreg.app.report import Views, save_html_report, save_overview, save_spread
+    from monai_zsreg.app.report import Views, save_html_report, save_interactive, save_overview, save_spread
 
     channels = settings.channel("fixed"), settings.channel("moving")
     views = Views(result.fixed_image, result.moving_image, result.pull, *channels)
@@ -370,11 +377,13 @@ def draw_pair(
     save_overview(views, paths["overview"])
     save_html_report(result, paths["page"], described["report"]["name"], described["report"], views)
     spread = described["images"].get("uncertainty_displacement")
-    if spread is None:
-        del paths["uncertainty"]
-    else:
+    if spread is not None:
         save_spread(result.fixed_image, spread.values, paths["uncertainty"], channels[0])
-    return paths
+    if settings.niivue is not None:
+        moved = described["images"].get("moved") or result.resampled()
+        save_interactive(result.fixed_image, moved, paths["interactive"], described["report"]["name"], settings.niivue)
+    made = {"uncertainty": spread, "interactive": settings.niivue}
+    return {key: path for key, path in paths.items() if made.get(key, path) is not None}
 
 
 def draw_anew(folder: str | os.PathLike) -> str:

@@ -160,6 +160,14 @@ class Blocks:
         blocks = lost.unflatten(2, (count, -1)).sum(3).transpose(0, 1).flatten(1)
         return blocks.cpu().double(), self.weight.unflatten(1, (count, -1)).sum(2).flatten().cpu().double()
 
+    def correlation(self, pull: Tensor) -> float:
+        """Of the descriptors with those of the other image, at ``pull [2, D+1, D+1]``, own frame to other frame."""
+        features, weight = self.compare(pull[:, None])
+        one, two = self.features, features.flatten(4)[:, 0]
+        weight = weight.view(2, one.shape[1], 1, -1)
+        common, *own = (float((a * b * weight).sum()) for a, b in ((one, two), (one, one), (two, two)))
+        return common / max((own[0] * own[1]) ** 0.5, 1e-20)
+
     def other_slopes(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals and slopes of the other images at the blocks.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,13 +18,15 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from monai_zsreg.app.report.pictures import Views, blend, checkerboard, colored, data_url, edges, filled, grid_lines
+from monai_zsreg.foreground import quantiles
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io import Image, atomic_path
+from monai_zsreg.io.images import as_nifti
 from monai_zsreg.registration import DEFAULT_PRESET, RegistrationResult
 from monai_zsreg.registration.confidence import LIMITS, Limits
 from monai_zsreg.resample import resample
 
-__all__ = ["save_html_report", "save_index"]
+__all__ = ["save_html_report", "save_index", "save_interactive"]
 
 _ORDER = {"FAIL": 0, "WARN": 1, "PASS": 2}
 _METRICS = {
@@ -100,6 +104,33 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
     )
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def save_interactive(fixed: Image, moved: Image, path: Any, title: str, library: Any) -> None:
+    """Write a page on which one looks through both images in three planes; it opens offline.
+
+    Args:
+        fixed: image.
+        moved: on the grid of ``fixed``.
+        path: HTML file.
+        title: of the page.
+        library: file ``niivue.umd.js`` of NiiVue, which becomes part of the page.
+    """
+    images = []
+    for name, image in (("fixed", fixed), ("moved", moved)):
+        values = torch.nan_to_num(image.values[:1].float())
+        low, high = quantiles(values[:, ::2, ::2])
+        gray = ((values - low) / (high - low).clamp(min=1e-20) * 255).clamp(0, 255).round().to(torch.uint8)
+        nifti = as_nifti(Image(gray, fixed.affine, {"place": fixed.meta["place"]} if "place" in fixed.meta else {}))
+        images.append((name, base64.b64encode(gzip.compress(nifti.to_bytes(), 1)).decode()))
+    # what ends a script in HTML must not stand in one
+    text = Path(library).read_text(encoding="utf-8").replace("</script", "<\\/script")
+    sides = fixed.length_unit == "mm" and not fixed.meta.get("notes")
+    page = _template("interactive.html").render(
+        title=title, library=text, images=images, sides=sides, volume=fixed.dims == 3
+    )
+    with atomic_path(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
 
 
 @cache
