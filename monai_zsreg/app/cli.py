@@ -215,7 +215,7 @@ def _register(args: argparse.Namespace) -> int:
     fixed, *moving = args.images or (None,)
     if len(moving) > 1 and (args.labels or args.name):
         _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -242,7 +242,7 @@ def _cohort(args: argparse.Namespace) -> int:
     if args.workers and find_spec("distributed") is None:
         print('--workers needs "monai-zsreg[cluster]": all pairs are registered in this process', file=sys.stderr)
         args.workers = 0
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -303,13 +303,15 @@ def _file(args: argparse.Namespace, name: str) -> str | None:
     return None if path is None else os.path.abspath(path)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _begin(args: argparse.Namespace) -> None:
     for name in (*_FILES, *_WEIGHTS):
         path = getattr(args, name)
         if path is not None and not os.path.exists(path):
             _refuse(name.replace("_", "-"), path, "an existing file")
     if args.interactive and not os.path.exists(_NIIVUE):
         _refuse("interactive", _NIIVUE, "a folder with NiiVue in it: npm install @niivue/niivue")
+    if sys.stderr.isatty() and not (args.quiet or args.json):  # loading torch takes a while
+        print("registering ...", file=sys.stderr, flush=True)
 
 
 def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:
