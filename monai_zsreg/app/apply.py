@@ -22,6 +22,7 @@ from monai_zsreg.io import (
     write_image,
     write_transform,
 )
+from monai_zsreg.io.displacement import bends
 from monai_zsreg.registration.displacement import Deformation, Transform, compose, map_points, move
 
 __all__ = ["apply_files", "compose_transforms", "move_points"]
@@ -38,8 +39,8 @@ def compose_transforms(
     """Read transform files and make one transform of them.
 
     Args:
-        paths: the files, matrices or displacement fields (``.nii``, ``.nii.gz``); the first acts first on points of
-            the fixed image.
+        paths: the files, matrices, displacement fields (``.nii``, ``.nii.gz``) or composites of both (``.h5``); the
+            first acts first on points of the fixed image.
         fixed: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
         moving: likewise.
         via: the images between the transforms, one fewer than ``paths``, where the formats depend on them.
@@ -60,7 +61,7 @@ def compose_transforms(
     images = [start, *(via or [None] * (len(paths) - 1)), end]
     total: Any = None
     for path, one, two in zip(paths, images, images[1:], strict=False):
-        if os.fspath(path).lower().endswith((".nii", ".nii.gz")):
+        if bends(path):
             found: Transform = Deformation.load(path)
         else:
             found = torch.as_tensor(read_transform(path, one, two, format))

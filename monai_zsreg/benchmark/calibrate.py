@@ -3,8 +3,7 @@
 
 Good runs are those of the benchmark's rows. Each has one random point of the foreground at which the error is compared
 with what was predicted. Failures are made of the same images: noise, another object, a mirrored image, ends that share
-nothing, and a search that is too narrow. Subjects are split in two: constants fitted on one half are scored on the
-other.
+nothing, and a search that is too narrow.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from monai_zsreg.benchmark.plots import COLORS, figure, save
 from monai_zsreg.benchmark.tables import machine, markdown, percent, write_lines
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-__all__ = ["FAILURES", "NARROW", "coverage", "fit", "spoiled_cases", "tabulate", "verdict_table", "write_report"]
+__all__ = ["FAILURES", "NARROW", "coverage", "fit", "kind_table", "spoiled_cases", "tabulate", "write_report"]
 
 NARROW = ("ours:robust,search=local", "ours:robust,search=none")
-_ENOUGH = 20  # runs in each half, to fit constants
+_ENOUGH = 20  # runs to fit constants to
 
 
 def _noise(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -143,42 +142,34 @@ def tabulate(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 _OPTIONAL = ("right", "score", "verdict", "error_at_point", "spread", "bounds")
 
 
-def verdict_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts on right runs and on each kind of failure, of `tabulate`'s runs of one kind of data."""
-    good = runs[~runs["wrong"]]
+_TRUTHS = {"real": "right, real pairs", "header": "right by the header"}
+
+
+def kind_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts, intervals and ROC areas of `tabulate`'s runs of one kind of data.
+
+    A line for right runs by each sort of truth, one for each kind of failure, and one for all of these. ``factor`` and
+    ``shape`` are `fit`'s: how far, and with what shape, the shipped constants would have to be changed for these runs.
+    """
+    good, bad = runs[~runs["wrong"]], runs[runs["wrong"]]
+    groups = [*good.groupby(good["kind"].map(_TRUTHS).fillna("right, exact truth")), *bad.groupby("what")]
+    groups += [("all failures", bad)] if bad["what"].nunique() > 1 else []
     lines = []
-    for name, group in [("right", good), *runs[runs["wrong"]].groupby("what")]:
-        if not len(group):
-            continue
+    for name, group in groups:
         counts = {verdict: int((group["verdict"] == verdict).sum()) for verdict in ("PASS", "WARN", "FAIL")}
         share, low, high = percent(counts["PASS"], len(group))
         line = {"runs": name, "n": len(group), **counts, "PASS, %": f"{share:.1f} [{low:.1f}, {high:.1f}]"}
-        if name != "right" and len(good):
+        if bool(group["wrong"].iloc[0]) and len(good):
             both = pd.concat([good, group])
             line["ROC area"] = f"{roc_auc_score(~both['wrong'].astype(bool), both['score']):.4f}"
-        lines.append(line | {"seconds": f"{group['seconds'].median():.2f}"})
-    return pd.DataFrame(lines)
-
-
-def _interval_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """How many errors the intervals hold, as shipped and fitted on the other half of the subjects."""
-    lines = []
-    truth = runs["kind"].eq("real").map({True: "real pairs", False: "exact truth"})
-    for kind, mine in runs[runs["judged"]].groupby(truth):
-        first = set(sorted(mine["subject"].unique())[::2])
-        halves = mine[mine["subject"].isin(first)], mine[~mine["subject"].isin(first)]
-        sets: list[tuple[str, pd.DataFrame, tuple[float, float] | None]] = [("as shipped", mine, None)]
-        if min(map(len, halves)) >= _ENOUGH:
-            sets.append(("fitted on one half, scored on the other", halves[1], fit(halves[0])))
-            sets.append(("the other way round", halves[0], fit(halves[1])))
-        for name, scored, constants in sets:
-            held = zip(LEVELS, coverage(scored, constants), strict=True)
-            line = {"intervals": f"{kind}, {name}", "n": len(scored)}
+        judged = group[group["judged"]]
+        if len(judged):
+            held = zip(LEVELS, coverage(judged), strict=True)
             line |= {f"{100 * level:.0f} % holds, %": f"{100 * part:.1f}" for level, part in held}
-            if constants is not None:
-                line |= {"factor": f"{constants[0]:.2f}", "shape": f"{constants[1]:.2f}"}
-            lines.append(line)
-    return pd.DataFrame(lines)
+        if len(judged) >= _ENOUGH:
+            line |= dict(zip(("factor", "shape"), (f"{number:.2f}" for number in fit(judged)), strict=True))
+        lines.append(line | {"seconds": f"{group['seconds'].median():.2f}"})
+    return pd.DataFrame(lines).fillna("")
 
 
 def _plot_reliability(table: pd.DataFrame, path: Path) -> None:
@@ -221,9 +212,7 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, threads: int, 
     _plot_roc(table, folder / "roc.png")
     text = ["# Calibration of the uncertainty and of the verdict", "", *machine(threads)]
     for kind, runs in table.groupby("group"):
-        intervals = _interval_table(runs)
-        text += ["", f"## {kind}", "", *markdown(verdict_table(runs)), ""]
-        text += markdown(intervals) if len(intervals) else ["No truth that is exact enough for intervals."]
+        text += ["", f"## {kind}", "", *markdown(kind_table(runs))]
     text += ["", "## Left out", "", *[f"- {note}" for note in notes]] if notes else []
     write_lines(folder / "calibration.md", text)
     return folder / "calibration.md"

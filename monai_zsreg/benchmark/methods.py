@@ -24,7 +24,7 @@ import numpy as np
 from monai_zsreg.benchmark.volumes import Volume, foreground
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["LEVELS", "Method", "Task", "easy_pair", "make_methods", "none", "ours", "prepare_function"]
+__all__ = ["LEVELS", "Method", "Task", "easy_pair", "make_methods", "none", "ours", "prepare_function", "timed"]
 
 LEVELS = (0.5, 0.9, 0.95)  # of the intervals that are checked
 _TOO_LONG = 900.0  # seconds
@@ -154,14 +154,14 @@ def _serve(pipe: Any, family: str) -> None:
                     with suppress(RuntimeError):
                         prepare(*easy_pair(fixed.dims), task)()
                     warm.add(fixed.dims)
-                answer = _timed(prepare(fixed, moving, task))
+                answer = timed(prepare(fixed, moving, task))
             except Exception as error:  # a failed registration is a result
                 text = f"{type(error).__name__}: {str(error).strip()}"
                 answer = {"failure": text[:300], "cannot_run": _cannot_run(error)}
             pipe.send(answer)
 
 
-def _timed(run: Callable[[], Any]) -> Answer:
+def timed(run: Callable[[], Any]) -> Answer:
     unit = 2**20 if sys.platform == "darwin" else 1024
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     found = run()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Displacement fields in NIfTI files as ITK and ANTs have them: vectors in a fifth axis, mm, LPS.
+"""Displacement fields as ITK and ANTs have them, mm, LPS: in NIfTI files, vectors in a fifth axis, or in composite
+transforms (``.h5``) with whatever matrices come before and behind.
 
 ITK interpolates between the points of the lattice linearly, and does nothing beyond its edge.
 """
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, checked_affine, flip_points
+from monai_zsreg.geometry import Grid, checked_affine, flip_points, itk_lattice, lps_to_ras, ras_to_lps
 from monai_zsreg.io.files import atomic_path, exists
+from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
-__all__ = ["read_displacement", "write_displacement"]
+__all__ = ["bends", "read_composite", "read_displacement", "write_composite", "write_displacement"]
 
 _VECTOR = 1007
 # how far from orthogonal the axes of a lattice may be, cosine; NIfTI readers round more
@@ -40,9 +42,7 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
     dims = grid.dims
     if not str(path).lower().endswith((".nii", ".nii.gz")):
         raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
-    axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
-    if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
-        raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
+    _check_square(grid)
     vectors = flip_points(np.moveaxis(displacement.detach().cpu().numpy(), 0, -1)).astype(np.float32)
     # the fourth axis is time; in 2D the third is missing
     values = vectors.reshape(*grid.shape, *[1] * (4 - dims), dims)
@@ -85,3 +85,81 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
         raise RegistrationError("path", str(path), "a displacement field without NaN or infinity")
     vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
     return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))
+
+
+def bends(path: str | os.PathLike) -> bool:
+    """True for the name of a field, and for an HDF5 file of ITK that holds one."""
+    name = os.fspath(path).lower()
+    found = (
+        name.endswith((".h5", ".hdf5")) and exists(path) and b"DisplacementFieldTransform" in Path(path).read_bytes()
+    )
+    return found or name.endswith((".nii", ".nii.gz"))
+
+
+def write_composite(path: str | os.PathLike, displacement: Tensor, grid: Grid, affine: Tensor) -> None:
+    """Write a displacement field and the matrix that follows it as a composite transform of ITK.
+
+    Args:
+        path: ends in ``.h5``.
+        displacement: ``[D, *lattice]``, mm, RAS.
+        grid: the lattice; its axes are orthogonal.
+        affine: ``(D+1, D+1)``, RAS.
+    """
+    import itk
+
+    _check_square(grid)
+    dims = grid.dims
+    vectors = flip_points(displacement.detach().cpu().numpy().transpose(*range(dims, 0, -1), 0))
+    # vectors of doubles cannot be made in Python
+    image = itk.image_from_array(
+        np.ascontiguousarray(vectors, dtype=np.float32), ttype=itk.Image[itk.Vector[itk.F, dims], dims]
+    )
+    spacing, origin, direction = itk_lattice(grid)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(origin.tolist())
+    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
+    field = itk.DisplacementFieldTransform[itk.F, dims].New()
+    field.SetDisplacementField(image)
+    with atomic_path(path) as partial:
+        write_hdf5(partial, ras_to_lps(affine.numpy()), None, field)
+
+
+def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]]:
+    """Read what a composite transform of ITK or ANTs (``Composite.h5``) holds.
+
+    Returns:
+        Matrices ``(D+1, D+1)`` and fields as of `read_displacement`, RAS; the first acts first on points of the fixed
+        image.
+
+    Raises:
+        RegistrationError: it holds something else.
+    """
+    import itk
+
+    parts: list[Tensor | tuple[Tensor, Grid]] = []
+    try:
+        for transform in read_hdf5(Path(path)):
+            dims = int(transform.GetInputSpaceDimension())
+            if not hasattr(transform, "GetDisplacementField"):
+                parts.append(torch.from_numpy(lps_to_ras(linear_matrix(transform))))
+                continue
+            shape, origin, spacing, direction = np.split(
+                np.array(list(transform.GetFixedParameters())), [dims, 2 * dims, 3 * dims]
+            )
+            affine = np.eye(dims + 1)
+            affine[:dims] = np.column_stack([direction.reshape(dims, dims) * spacing, origin])
+            affine[:2] *= -1
+            values = itk.array_from_vnl_vector(transform.GetParameters()).reshape(dims, *shape.astype(int), order="F")
+            grid = Grid(tuple(map(int, shape)), torch.tensor(affine))
+            vectors = torch.from_numpy(flip_points(np.moveaxis(values, 0, -1))).movedim(-1, 0)
+            parts.append((vectors.float().contiguous(), grid))
+    except ValueError as error:
+        raise RegistrationError("path", str(path), f"matrices and displacement fields of ITK ({error})") from error
+    return parts
+
+
+def _check_square(grid: Grid) -> None:
+    dims = grid.dims
+    axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
+    if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
+        raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")

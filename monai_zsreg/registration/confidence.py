@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ _TEXTS = {
     "overlap": "overlap of the foregrounds {percent:.0f} %",
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
-    "error": "expected error {value:.1f} voxels of the finest level",
+    "error": "expected error {value:.1f} voxels of the finest level, most of it {weakest}",
     "second": "a second position, {second_distance:.0f} {unit} away, fits as well (lead {value:.1f} standard errors)",
     "mirror": "the mirror image fits as well or better; left and right may be exchanged (lead {value:.1f})",
 }
@@ -135,7 +136,7 @@ def judge(
         features: descriptor that the measures were made with; None for methods that do not measure agreement.
         unit: of lengths, for the sentences.
     """
-    measures = estimate.measures | _shape(estimate, fixed, moving)
+    measures = _measured(estimate, fixed, moving)
     share = max(
         fraction_inside(fixed, moving, estimate.affine), fraction_inside(moving, fixed, estimate.affine.inverse())
     )
@@ -148,6 +149,9 @@ def judge(
     if limits is None:
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
+    words: dict[str, Any] = {"unit": unit, **measures}
+    if estimate.covariance is not None:
+        words["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
@@ -168,24 +172,23 @@ def judge(
         score = min(score, distance)
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
-            reasons = [
-                *reasons,
-                text.format(
-                    **{**measures, "unit": unit, "value": value, "percent": 100 * value, "extent": 100 * (value - 1)}
-                ),
-            ]
+            reasons = [*reasons, text.format(**words, value=value, percent=100 * value, extent=100 * (value - 1))]
+    if measures.get("beyond", 0.0) > measures.get("step", math.inf):
+        reasons = [*reasons, "the images differ by more than such a transform: {beyond:.2g} {unit}".format(**words)]
     return Judgement(verdict, reasons, measures, score)
 
 
-def _shape(estimate: Estimate, fixed: Grid, moving: Grid) -> dict[str, float]:
-    """How the transform deforms, and how far off it may be, in steps of the finest level."""
+def _measured(estimate: Estimate, fixed: Grid, moving: Grid) -> dict[str, float]:
+    """The measures, also how the transform deforms, and how far off it may be, in steps of the finest level."""
     dims = fixed.dims
     stretches = np.linalg.svd(estimate.affine[:dims, :dims].numpy(), compute_uv=False)
     size = math.exp(float(np.log(stretches).mean()))
-    measures = {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
+    measures = estimate.measures | {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
     if estimate.covariance is not None:
         spread = spread_at(estimate.covariance, common_places(fixed, moving, estimate.affine.numpy()))
-        measures["error"] = float(np.sqrt(np.square(spread).mean())) / estimate.measures["step"]
+        # what no matrix can follow is no fault of this one
+        square = max(float(np.square(spread).mean()) - measures.get("beyond", 0.0) ** 2, 0.0)
+        measures["error"] = math.sqrt(square) / measures["step"]
     return measures
 
 
@@ -203,18 +206,19 @@ def common_places(fixed: Grid, moving: Grid, affine: np.ndarray) -> np.ndarray:
     return (places + smaller.center.numpy()) @ back[:dims, :dims].T + back[:dims, dims]
 
 
-def honest_covariance(covariance: np.ndarray, step: float) -> np.ndarray:
+def honest_covariance(covariance: np.ndarray, step: float, beyond: float = 0.0) -> np.ndarray:
     """Covariance of a matrix's rows that predicts the error.
 
     Args:
         covariance: ``(D(D+1), D(D+1))``, as the blocks themselves show it.
         step: lattice step of the finest level, mm.
+        beyond: root mean square of what no such matrix can follow, mm.
     """
     dims = _dims(covariance)
     constants = CALIBRATION[dims]
     result = constants.inflation**2 * np.asarray(covariance)
     ends = [row * (dims + 1) + dims for row in range(dims)]
-    result[ends, ends] += (constants.floor * step) ** 2 / dims
+    result[ends, ends] += ((constants.floor * step) ** 2 + beyond**2) / dims
     return result
 
 
@@ -242,6 +246,8 @@ def weakest_direction(covariance: np.ndarray, affine: np.ndarray, fixed: Grid, u
         fixed: grid of the fixed image.
         unit: of lengths.
     """
+    if not np.isfinite(covariance).all():
+        return "unknown in every direction"
     dims = fixed.dims
     reach = 0.25 * float(np.mean([n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True)]))
     about = np.eye(dims + 1)

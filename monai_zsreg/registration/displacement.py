@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
-from monai_zsreg.io.displacement import read_displacement, write_displacement
+from monai_zsreg.io.displacement import read_composite, read_displacement, write_composite, write_displacement
 from monai_zsreg.resample import resample
 
 __all__ = ["Deformation", "Transform", "compose", "determinant", "least_determinant", "map_points", "move", "sampled"]
@@ -146,32 +146,44 @@ class Deformation:
         return resample(values, source, target, self.affine, mode, fill, dtype, shifts)
 
     def save(self, path: str | os.PathLike, grid: Grid | None = None) -> None:
-        """Write the whole map, ``affine`` included, as a displacement field of ITK, for ``antsApplyTransforms -t``.
+        """Write the whole map, ``affine`` included, for ITK and ``antsApplyTransforms -t``.
 
         Args:
-            path: ends in ``.nii`` or ``.nii.gz``.
+            path: ends in ``.nii`` or ``.nii.gz``, a displacement field; or in ``.h5``, a composite transform in which
+                the matrix is apart.
             grid: where to state it, in the world that the map starts from; None for its own lattice, which loses
                 nothing. An inverse has no lattice with orthogonal axes: give it the grid of the moving image.
 
         Raises:
             RegistrationError: another suffix, or a lattice that such a file cannot hold.
         """
+        if os.fspath(path).lower().endswith(".h5"):
+            bent = self if grid is None else sampled(self.apply, grid, self.affine)
+            write_composite(path, bent.displacement, bent.grid, bent.affine)
+            return
         grid = self.grid if grid is None else grid
         write_displacement(path, sampled(self.apply, grid).displacement, grid)
 
     @classmethod
     def load(cls, path: str | os.PathLike, affine: Any = None) -> Deformation:
-        """Read a displacement field of ITK or ANTs (``1Warp.nii.gz``).
+        """Read a displacement field (``1Warp.nii.gz``) or a composite transform (``Composite.h5``) of ITK or ANTs.
 
         Args:
-            path: a NIfTI file.
-            affine: ``(D+1, D+1)``, what is to be the affine part of the map in the file; None for the identity.
+            path: a NIfTI file, or one that ends in ``.h5`` or ``.hdf5``.
+            affine: ``(D+1, D+1)``, what is to be the affine part of the map in the file; None for the identity, or
+                what the composite has.
 
         Raises:
             RegistrationError: the file is missing, or holds no displacement field.
         """
-        displacement, grid = read_displacement(path)
-        whole = cls(torch.eye(grid.dims + 1, dtype=torch.float64), displacement, grid)
+        single = os.fspath(path).lower().endswith((".nii", ".nii.gz"))
+        whole: Any = None
+        for part in [read_displacement(path)] if single else read_composite(path):
+            known = cls(torch.eye(part[1].dims + 1, dtype=torch.float64), *part) if isinstance(part, tuple) else part
+            whole = known if whole is None else compose(whole, known)
+        if not isinstance(whole, cls):
+            raise RegistrationError("path", str(path), "a displacement field")
+        grid = whole.grid
         return whole if affine is None else sampled(whole.apply, grid, checked_matrix(affine, grid.dims, "affine"))
 
     def ddf(self, fixed: Grid, moving: Grid | None = None) -> Tensor:

@@ -254,7 +254,7 @@ def _estimate(
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine, reasons = found.affine(), []
+    affine, reasons, measures = found.affine(), [], {"step": base} | found.measures()
     if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
         affine = torch.eye(len(affine), dtype=torch.float64)
@@ -262,8 +262,8 @@ def _estimate(
         affine=affine.clone(),
         failed=bool(reasons),
         reasons=reasons,
-        covariance=honest_covariance(found.covariance().numpy(), base),
-        measures={"step": base} | found.measures(),
+        covariance=honest_covariance(found.covariance().numpy(), base, measures["beyond"]),
+        measures=measures,
         keypoints=keypoints,
     )
 

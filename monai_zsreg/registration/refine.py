@@ -11,10 +11,19 @@ from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "refine", "weigh"]
+__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "loose", "refine", "weigh"]
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
+# displacements of the object that each rigid motion is tried at, lattice steps
+_TRIED = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# what tells a displaced place from the answer: the part of its likeness that is lost, and standard errors of that
+_LOST, _ERRORS = 0.05, 2.0
+# distance of blocks that may move together, block widths; what they have in common of how far they move, as measured on
+# brains that were bent smoothly by 0.5 to 2 voxels
+_NEAR, _COMMON = 2.0, 0.6
+# standard deviation of a motion that is not told from none up to here, before calibration
+_PART = 0.25
 # what it costs to stretch more than at the start, beside the points' own equations, by number of dimensions: a slab
 # hardly tells how it is stretched across
 _STIFF = {2: 5e3, 3: 5e4}
@@ -67,11 +76,14 @@ class Evidence:
         covariance: ``[P, P]`` of the motion, by the sandwich of the blocks' equations.
         agreement: how alike the slopes of the two images' descriptors are: 1 for the same image, about a half for two
             contrasts of one brain, near 0 where nothing corresponds.
+        beyond: root mean square of how far neighboring blocks would move together from where the transform takes
+            them, frame units; 0 where they do not agree on it by more than chance.
         basis: ``[P, D+1, D+1]``, the motions.
     """
 
     covariance: Tensor
     agreement: float
+    beyond: float
     basis: Tensor
 
 
@@ -234,9 +246,76 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
     # as many equations as blocks: what the parameters use up makes residuals look small
     scatter = scatter * (used / max(used - len(basis), 1.0))
     if not bool(jacobian.isfinite().all() and scatter.isfinite().all()):
-        return Evidence(torch.full_like(jacobian, torch.inf), 0.0, basis)
+        return Evidence(torch.full_like(jacobian, torch.inf), 0.0, 0.0, basis)
     solved = torch.linalg.pinv(jacobian)
-    return Evidence(solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0, basis)
+    covariance, agreement = solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0
+    shift = (force * weight.view(2, count, 1, points)).sum(-1).cpu().double()
+    stiff = (tensor.diagonal(dim1=1, dim2=2).mean(-1) * weight).view(2, count, points).sum(-1).cpu().double()
+    return Evidence(covariance, agreement, _beyond(shift, stiff, blocks.apart()), basis)
+
+
+def _beyond(shift: Tensor, stiff: Tensor, apart: Tensor) -> float:
+    """See `Evidence`. What blocks have in common with their neighbors is no noise.
+
+    Args:
+        shift: ``[2, B, D]``, the sums of the slopes times the residuals.
+        stiff: ``[2, B]``, the slopes squared along one axis, which such a sum is the shift times of.
+        apart: ``[2, B, B, D]``, distance of the blocks, block widths.
+    """
+    near = (1 - apart / _NEAR).clamp(min=0).prod(-1)
+    near.diagonal(dim1=1, dim2=2).zero_()
+    squares = shift.square().sum(-1)
+    common, chance, scale = (
+        float((one.mT @ matrix @ one).diagonal(dim1=1, dim2=2).sum())
+        for one, matrix in ((shift, near), (squares[..., None], near.square()), (stiff[..., None], near))
+    )
+    sure = common > _ERRORS * (2 * chance / shift.shape[-1]) ** 0.5 and scale > 0
+    return (common / scale) ** 0.5 / _COMMON if sure else 0.0
+
+
+def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor) -> Tensor:
+    """Covariance ``[P, P]`` of the rigid motions that the images do not tell from none: of a disc, along a tube.
+
+    Slopes say how a cost begins to rise, and edges of single voxels or noise have slopes too. Here the object is
+    displaced, about and along its principal axes, farther and farther until the images are seen to differ more.
+
+    Args:
+        blocks: of both images.
+        final: ``(D+1, D+1)``, fixed frame to moving frame.
+        cost: of it.
+        basis: ``[P, D+1, D+1]``, motions of the fixed frame.
+    """
+    points, weight = blocks.coordinates[0].cpu().double(), blocks.weight[0].cpu().double()
+    share = weight / weight.sum().clamp(min=1e-9)
+    own = torch.eye(len(points), dtype=torch.float64)
+    own[:-1, -1] = points[:-1] @ share
+    centered = points[:-1] - own[:-1, -1:]
+    own[:-1, :-1] = torch.linalg.eigh((centered * share) @ centered.mT).eigenvectors
+    motions = own @ generators("rigid", blocks.dims) @ torch.linalg.inv(own)
+    size = ((motions[:, :-1] @ points).square().sum(1) @ share).sqrt()
+    motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
+    free = torch.zeros(len(motions), dtype=torch.float64)
+    least = _LOST * max(blocks.chance - cost, 0.0)
+    some = blocks.half()
+
+    def told(displaced: Tensor) -> Tensor:
+        """How clearly, 1 where just so."""
+        lost, errors = lead_of(some, torch.cat([final[None], final @ torch.linalg.matrix_exp(displaced)]))
+        return torch.minimum(lost[1:] / max(least, 1e-12), errors[1:] / _ERRORS)
+
+    going = torch.arange(len(motions))
+    for reach in _TRIED:
+        ahead = told(reach * motions[going])
+        # what is told twice as clearly as it must be on one side is told on the other
+        going = going[~(ahead >= 2.0)]
+        ahead = ahead[~(ahead >= 2.0)]
+        if len(going):
+            going = going[~(torch.minimum(ahead, told(-reach * motions[going])) >= 1.0)]
+        if not len(going):
+            break
+        free[going] = _PART * reach
+    parts = torch.linalg.lstsq(basis.flatten(1).mT, motions.flatten(1).mT).solution * free
+    return parts @ parts.mT
 
 
 def _strain(transforms: Tensor) -> Tensor:

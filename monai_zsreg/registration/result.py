@@ -241,8 +241,8 @@ class RegistrationResult:
 
         Args:
             path: the file to write.
-            format: see `monai_zsreg.io.write_transform`; None to go by the suffix. Transform ``"deformable"`` has one,
-                ITK's displacement field (``.nii.gz``); see `Deformation.save`.
+            format: see `monai_zsreg.io.write_transform`; None to go by the suffix. Transform ``"deformable"`` has
+                ITK's displacement field (``.nii.gz``) and composite (``.h5``); see `Deformation.save`.
         """
         if self.deformation is not None:
             if format not in (None, "itk"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from phantoms import diagonal, moved_by, turn
+from phantoms import diagonal, moved_by, simulated, tissue_shares, turn
+from scipy import ndimage
 
 from monai_zsreg import RegistrationError, RegistrationWarning, register
 from monai_zsreg.geometry import Grid, apply_affine
@@ -99,6 +100,65 @@ def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
 @pytest.mark.parametrize("name", ["agreement", "cost", "overlap", "error"])
 def test_what_is_no_number_fails(name: str) -> None:
     assert verdict_on(2, **{name: float("nan")}).verdict == FAIL
+
+
+def within(distance: np.ndarray, limit: float) -> np.ndarray:
+    return np.clip(limit - distance + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("shape, transform, weakest", [
+    ("disc", "rigid", "rotation: "),
+    ("disc", "affine", "rotation: "),
+    ("tube", "rigid", "shift along the y axis: "),
+    ("wall", "rigid", "shift along the y axis: "),
+    ("cylinder", "rigid", "rotation about the head-foot axis: "),
+    ("cylinder", "affine", "rotation about the head-foot axis: "),
+    ("plate", "affine", "shift along the front-back axis: "),
+])  # fmt: skip
+def test_what_the_images_do_not_tell_is_named(shape: str, transform: str, weakest: str) -> None:
+    size = (96, 96) if weakest.endswith(("rotation: ", "y axis: ")) else (40, 40, 40)
+    rng = np.random.default_rng(0)
+    texture = ndimage.gaussian_filter(rng.normal(size=(60, 60)), 2) * 9
+
+    def seen(shift: float) -> np.ndarray:
+        place = np.indices(size) - (np.array(size) - 1).reshape(-1, *[1] * len(size)) / 2 - shift
+        across, radius = place[0], np.hypot(place[0], place[1])
+        values = {
+            "disc": lambda: within(radius, 30) + 0.5 * within(radius, 20),
+            "tube": lambda: within(abs(across), 15) + 0.5 * within(abs(across - 3), 4),
+            "wall": lambda: within(across, 4),
+            "cylinder": lambda: (within(radius, 14) + 0.5 * within(radius, 8)) * within(abs(place[2]), 12),
+            "plate": lambda: ndimage.map_coordinates(texture, [across + 30, place[-1] + 30]),
+        }[shape]()
+        return (values + 0.03 * rng.normal(size=size)).astype(np.float32)
+
+    fixed, moving = seen(0.0), seen(0.3)
+    result = register(fixed, moving, transform=transform, search="none", warn=False)
+    assert result.weakest_direction.startswith(weakest) and result.measures["error"] > 0.5
+    if result.measures["error"] > 1:
+        assert any(result.weakest_direction in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize("bend", [0.0, 1.5])
+def test_what_no_matrix_follows_widens_the_bound_and_is_told(bend: float) -> None:
+    """A T2 bent smoothly by that root mean square, less its affine part."""
+    shares = tissue_shares()[0][..., 94]
+    inside = np.argwhere(shares.sum(0) > 0.5)
+    field = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(2, *shares.shape[1:])), (0, 20, 20))
+    places = np.column_stack([inside, np.ones(len(inside))])
+    grid = np.indices(shares.shape[1:])
+    at = tuple(inside.T)
+    affine = np.linalg.lstsq(places, field[:, at[0], at[1]].T, rcond=None)[0]
+    field -= np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None]
+    field *= bend / np.sqrt(np.square(field[:, at[0], at[1]]).sum(0).mean())
+    t1, t2 = simulated(shares, (0.2, 0.6, 0.9), 0.04, seed=1), simulated(shares, (1.0, 0.6, 0.35), 0.05, seed=2)
+    bent = ndimage.map_coordinates(t2, grid + field, order=1, mode="nearest")
+    result = register(t1.astype(np.float32), bent.astype(np.float32))
+    said = [reason for reason in result.reasons if "more than such a transform" in reason]
+    assert bool(said) == bool(bend) and result.measures["beyond"] == pytest.approx(bend, rel=0.35, abs=0.3)
+    # to first order the inverse of the bend
+    gap = inside @ result.affine[:2, :2].T + result.affine[:2, 2] - (inside - field[:, at[0], at[1]].T)
+    assert np.mean(np.linalg.norm(gap, axis=1) < result.uncertainty_at(inside, 0.95)) > 0.85
 
 
 def test_reasons_say_how_much() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from monai_zsreg.geometry import flip_points, lps_to_ras, ras_to_lps
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["KINDS", "centered_matrix", "read", "sniff", "write"]
+__all__ = ["KINDS", "centered_matrix", "linear_matrix", "read", "read_hdf5", "sniff", "write", "write_hdf5"]
 
 _TEXT = b"#Insight Transform File"
 _HDF5 = (".h5", ".hdf5")
@@ -41,7 +42,7 @@ def sniff(content: bytes) -> bool:
 
 def read(path: Path, images: Images) -> np.ndarray:
     if path.suffix.lower() in _HDF5:
-        return lps_to_ras(_read_hdf5(path))
+        return lps_to_ras(reduce(lambda total, one: one @ total, map(linear_matrix, read_hdf5(path))))
     content = path.read_bytes()
     stated = _parse_text(content.decode()) if content.startswith(_TEXT) else _parse_matlab(content)
     matrices = [
@@ -68,7 +69,7 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     parameters = [*linear.ravel(), *(lps[:dims, dims] + linear @ center - center)]
     kind = f"AffineTransform_double_{dims}_{dims}"
     if path.suffix.lower() in _HDF5:
-        _write_hdf5(path, linear, lps[:dims, dims], center)
+        write_hdf5(path, lps, center)
     elif path.suffix.lower() == ".mat":
         path.write_bytes(_matlab_array(kind, parameters) + _matlab_array("fixed", center))
     else:
@@ -239,7 +240,8 @@ def _matlab_array(name: str, values: Sequence[float] | np.ndarray) -> bytes:
     return struct.pack("<5i", 0, len(data), 1, 0, len(name) + 1) + name.encode() + b"\0" + data.tobytes()
 
 
-def _read_hdf5(path: Path) -> np.ndarray:
+def read_hdf5(path: Path) -> list[Any]:
+    """The transforms of a file, ITK's, as they act on points of the fixed image one after another."""
     import itk
 
     try:
@@ -250,7 +252,15 @@ def _read_hdf5(path: Path) -> np.ndarray:
         raise ValueError(f"ITK cannot read it: {reason}") from error
     if len(transforms) != 1:
         raise ValueError(f"{len(transforms)} transforms instead of one")
-    transform = transforms[0]
+    whole = transforms[0]
+    if not hasattr(whole, "GetNthTransform"):
+        return [whole]
+    # of a composite the last one acts first
+    return [itk.down_cast(whole.GetNthTransform(n)) for n in reversed(range(whole.GetNumberOfTransforms()))]
+
+
+def linear_matrix(transform: Any) -> np.ndarray:
+    """The matrix, LPS, of a linear transform of ITK."""
     dims = int(transform.GetInputSpaceDimension())
     if dims not in (2, 3) or not transform.IsLinear():
         raise ValueError(f"a linear 2D or 3D transform is needed, it holds {type(transform).__name__}")
@@ -263,11 +273,23 @@ def _read_hdf5(path: Path) -> np.ndarray:
     return matrix
 
 
-def _write_hdf5(path: Path, linear: np.ndarray, offset: np.ndarray, center: np.ndarray) -> None:
+def write_hdf5(path: Path, matrix: np.ndarray, center: np.ndarray | None = None, first: Any = None) -> None:
+    """A matrix, LPS; composed with what acts ``first``, a transform of ITK."""
     import itk
 
-    transform: Any = itk.AffineTransform[itk.D, len(offset)].New()
-    transform.SetCenter(center.tolist())
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(linear)))
-    transform.SetOffset(offset.tolist())
+    dims = len(matrix) - 1
+    kind = itk.D if first is None else itk.F
+    transform: Any = itk.AffineTransform[kind, dims].New()
+    transform.SetCenter([0.0] * dims if center is None else center.tolist())
+    transform.SetMatrix(
+        itk.Matrix[kind, dims, dims](
+            itk.GetVnlMatrixFromArray(np.ascontiguousarray(matrix[:dims, :dims], dtype="f8" if first is None else "f4"))
+        )
+    )
+    transform.SetOffset(matrix[:dims, dims].tolist())
+    if first is not None:
+        composite = itk.CompositeTransform[kind, dims].New()
+        composite.AddTransform(transform)
+        composite.AddTransform(first)
+        transform = composite
     itk.transformwrite(transform, str(path))
