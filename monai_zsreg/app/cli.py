@@ -90,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["benchmark"]:
-        from monai_zsreg.benchmark.__main__ import main as benchmark
-
+        try:
+            from monai_zsreg.benchmark.__main__ import main as benchmark
+        except ImportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:
