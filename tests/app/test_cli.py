@@ -155,6 +155,8 @@ def test_pages_are_drawn_anew(images: SimpleNamespace, tmp_path: Path) -> None:
         (["register", "T1", "T2", "--seed", "-1"], "seed"),
         (["register", "T1", "T2", "--set", "serach=local"], "options"),
         (["register", "T1", "T2", "--set", "spacing"], "set"),
+        (["register", "T1", "T2", "--set", "seed=3"], "set"),
+        (["register", "T1", "T2", "--interactive"], "interactive"),
         (["register", "T1", "T2", "--set", "spacing=1000"], "spacing"),
         (["cohort", "nowhere.csv"], "datalist"),
         (["cohort", "TEXT"], "datalist"),
