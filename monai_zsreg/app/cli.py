@@ -90,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["benchmark"]:
-        from monai_zsreg.benchmark.__main__ import main as benchmark
-
+        try:
+            from monai_zsreg.benchmark.__main__ import main as benchmark
+        except ImportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:
@@ -269,8 +272,9 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
 
     warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
     options = _options(args.set)
-    common = {name: options[name] for name in options if name not in _OF_IMAGES}
-    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
+    for name in options.keys() & vars(args).keys():
+        _refuse("set", name, f"--{name.replace('_', '-')} for it")
+    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **options)
     resolve_device(args.device)
     options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
     names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
@@ -280,8 +284,6 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
 
 
 _FILES, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
-# arguments of `monai_zsreg.register` that are checked with the images
-_OF_IMAGES = ("spacing", "fixed_channel", "moving_channel")
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
