@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -181,6 +182,14 @@ class Blocks:
         residual = self.features - features.view(self.features.shape)
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
+
+    def thinned(self, step: int) -> Blocks:
+        """Every so many of the blocks, for comparing and for `differences`."""
+        count, part = self.features.shape[1], copy(self)
+        part._corner, part.features = self._corner[:, ::step], self.features[:, ::step]
+        part.weight = self.weight.unflatten(1, (count, -1))[:, ::step].flatten(1)
+        part.coordinates = self.coordinates.unflatten(2, (count, -1))[:, :, ::step].flatten(2)
+        return part
 
     def apart(self) -> Tensor:
         """Distance of the blocks of each image along each axis, block widths, ``[2, B, B, D]`` float64 on the CPU."""
