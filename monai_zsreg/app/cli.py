@@ -90,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["benchmark"]:
-        from monai_zsreg.benchmark.__main__ import main as benchmark
-
+        try:
+            from monai_zsreg.benchmark.__main__ import main as benchmark
+        except ImportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:
@@ -215,7 +218,7 @@ def _register(args: argparse.Namespace) -> int:
     fixed, *moving = args.images or (None,)
     if len(moving) > 1 and (args.labels or args.name):
         _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -242,7 +245,7 @@ def _cohort(args: argparse.Namespace) -> int:
     if args.workers and find_spec("distributed") is None:
         print('--workers needs "monai-zsreg[cluster]": all pairs are registered in this process', file=sys.stderr)
         args.workers = 0
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -269,8 +272,9 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
 
     warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
     options = _options(args.set)
-    common = {name: options[name] for name in options if name not in _OF_IMAGES}
-    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
+    for name in options.keys() & vars(args).keys():
+        _refuse("set", name, f"--{name.replace('_', '-')} for it")
+    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **options)
     resolve_device(args.device)
     options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
     names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
@@ -280,8 +284,6 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
 
 
 _FILES, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
-# arguments of `monai_zsreg.register` that are checked with the images
-_OF_IMAGES = ("spacing", "fixed_channel", "moving_channel")
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
@@ -303,13 +305,15 @@ def _file(args: argparse.Namespace, name: str) -> str | None:
     return None if path is None else os.path.abspath(path)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _begin(args: argparse.Namespace) -> None:
     for name in (*_FILES, *_WEIGHTS):
         path = getattr(args, name)
         if path is not None and not os.path.exists(path):
             _refuse(name.replace("_", "-"), path, "an existing file")
     if args.interactive and not os.path.exists(_NIIVUE):
         _refuse("interactive", _NIIVUE, "a folder with NiiVue in it: npm install @niivue/niivue")
+    if sys.stderr.isatty() and not (args.quiet or args.json):  # loading torch takes a while
+        print("registering ...", file=sys.stderr, flush=True)
 
 
 def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:

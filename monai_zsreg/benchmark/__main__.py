@@ -272,8 +272,8 @@ def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
             if len(files) != 2:
                 raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
             families = [method.family for method in methods]
-            found, notes = cost.whole_processes(files, args.bundle, families, args.protocols)
-        text = [line for table in found for line in (*tables.markdown(table), "")]
+            found, notes = cost.whole_processes(files, args.bundle, families, args.protocols, _end(args))
+        text = [line for table in found if len(table) for line in (*tables.markdown(table), "")]
         path = args.output / "whole-process.md"
         title = "# One pair, whole processes from start to the moved image on disk"
         tables.write_lines(path, [title, *head, *text, *[f"- left out: {note}" for note in notes]])

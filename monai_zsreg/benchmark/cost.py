@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -161,7 +163,11 @@ def _make(case: Case, size: int) -> Sample:
 
 
 def whole_processes(
-    files: Sequence[Path], bundle: Path, methods: Iterable[str], parts: Sequence[str] | None = None
+    files: Sequence[Path],
+    bundle: Path,
+    methods: Iterable[str],
+    parts: Sequence[str] | None = None,
+    end: float = math.inf,
 ) -> tuple[list[pd.DataFrame], list[str]]:
     """What one pair costs, from start to the moved image on disk, beside what it is to be compared with.
 
@@ -170,12 +176,13 @@ def whole_processes(
         bundle: folder of the bundle.
         methods: families of peers; those that have a script are run.
         parts: ``"processes"``, ``"cohort"``, ``"chain"`` and ``"resampling"``, or some of these; None for all.
+        end: see `timed`.
 
     Returns:
         A table of ratios and one of whole processes, and notes on what was left out.
     """
     commands, notes = _commands(bundle, methods, parts or ("processes", "cohort", "chain", "resampling"))
-    found, more = timed(commands, files[0], files[1])
+    found, more = timed(commands, files[0], files[1], end=end)
     columns = ["process", "seconds", "CPU", "peak MB", "MB written"]
     told = [{"process": name, **row} for name, row in found.items() if "value" not in row]
     table = pd.DataFrame(told, columns=columns).sort_values("seconds", ignore_index=True)
@@ -210,19 +217,22 @@ def _ratios(found: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, ...
 
 
 def timed(
-    commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3
+    commands: Mapping[str, Sequence[str]], fixed: Path, moving: Path, repeats: int = 3, end: float = math.inf
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Medians of what commands take that register a pair.
 
-    They run in turn ``repeats`` times, and once before to warm up; once where that takes more than ten seconds.
+    They run in turn ``repeats`` times, and once before to warm up; once where that takes more than ten seconds. After
+    ``end``, by the monotonic clock, each runs once at most.
 
     ``FIXED``, ``MOVING``, ``FOLDER`` and ``OUTPUT`` (a file in it) stand for the places. A command that fails or
     writes no image where it should is left out, with a note.
     """
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     notes = []
-    for turn in range(repeats + 1):
-        for name in [name for name, seen in rows.items() if not (seen and seen[-1]["seconds"] > _LONG)]:
+    for name in [*commands] * (repeats + 1):
+        seen = rows.get(name)
+        late = time.monotonic() > end or bool(seen and len(seen) > 1 and seen[-1]["seconds"] > _LONG)
+        if seen is not None and not (seen and late):
             with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
                 places = {"FIXED": fixed, "MOVING": moving, "FOLDER": folder, "OUTPUT": Path(folder) / "moved.nii.gz"}
                 command = [str(places.get(part, part)) for part in commands[name]]
@@ -236,10 +246,10 @@ def timed(
                 if not fine or ({"FOLDER", "OUTPUT"} & {*commands[name]} and not images):
                     notes.append(f"{name}: status {status}, {said[:200]}")
                     del rows[name]
-                elif turn:
+                else:
                     row |= {"MB written": sum(path.stat().st_size for path in files) / 1e6, "moved MB": sum(images)}
-                    rows[name].append(row | (json.loads(said) if said.startswith("{") else {}))
-    return {name: dict(pd.DataFrame(seen).median()) for name, seen in rows.items()}, notes
+                    seen.append(row | (json.loads(said) if said.startswith("{") else {}))
+    return {name: dict(pd.DataFrame(seen[1:] or seen).median()) for name, seen in rows.items()}, notes
 
 
 def _commands(bundle: Path, methods: Iterable[str], parts: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -183,12 +183,12 @@ class Blocks:
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
 
-    def thinned(self, step: int) -> Blocks:
-        """Every so many of the blocks, for comparing and for `differences`."""
+    def half(self) -> Blocks:
+        """Every second block, for what compares but does not solve."""
         count, part = self.features.shape[1], copy(self)
-        part._corner, part.features = self._corner[:, ::step], self.features[:, ::step]
-        part.weight = self.weight.unflatten(1, (count, -1))[:, ::step].flatten(1)
-        part.coordinates = self.coordinates.unflatten(2, (count, -1))[:, :, ::step].flatten(2)
+        part._corner, part.features = self._corner[:, ::2], self.features[:, ::2]
+        part.weight = self.weight.unflatten(1, (count, -1))[:, ::2].flatten(1)
+        part.coordinates = self.coordinates.unflatten(2, (count, -1))[:, :, ::2].flatten(2)
         return part
 
     def apart(self) -> Tensor:

@@ -35,8 +35,8 @@ _METRICS = {
     "dice": "Dice",
     "ssim": "SSIM",
     "mse": "mean squared difference",
-    "tre": "error against the known transform, mm",
-    "landmark_tre": "error of the landmarks, mm",
+    "tre": "error against the known transform",
+    "landmark_tre": "error of the landmarks",
 }
 _AXES = ("left to right", "back to front", "feet to head")
 _WHEN = ("before", "after")
@@ -61,7 +61,12 @@ def save_html_report(
     told = report or {}
     views = views or _views(result)
     unit = result.fixed_image.length_unit
-    tables = [*_agreement(told.get("metrics", {})), *_expected(result, unit), *_bent(told, unit), *_judged(result)]
+    tables = [
+        *_agreement(told.get("metrics", {}), unit),
+        *_expected(result, unit),
+        *_bent(told, unit),
+        *_judged(result),
+    ]
     text = _template("pair.html").render(
         title=name or "registration",
         verdict=result.verdict,
@@ -253,14 +258,12 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], note:
     return {"title": title, "head": head, "rows": rows, "note": note}
 
 
-def _agreement(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _agreement(metrics: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
     if not metrics:
         return []
+    told = {"dice": f" of the {metrics['dice_of']}", "tre": f", {unit}", "landmark_tre": f", {unit}"}
     rows = [
-        (
-            f"{title} of the {metrics['dice_of']}" if key == "dice" else title,
-            *(metrics[when].get(key) for when in _WHEN),
-        )
+        (title + told.get(key, ""), *(metrics[when].get(key) for when in _WHEN))
         for key, title in _METRICS.items()
         if key in metrics["after"]
     ]
