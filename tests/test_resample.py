@@ -260,13 +260,6 @@ def test_memory_is_the_result_and_little_more(shape: tuple[int, ...]) -> None:
     assert extra < 100, f"{extra:.0f} MB"
 
 
-def test_imports_no_monai() -> None:
-    script = "import sys, monai_zsreg.resample, monai_zsreg.metrics; print('monai' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "False\n"
-    )
-
-
 def test_a_constant_part_of_an_image_is_as_the_rest() -> None:
     """Blocks with nothing in them are not interpolated; what lies where is not changed by it."""
     values = torch.zeros(1, 150, 150)

@@ -67,8 +67,7 @@ def check(request: Mapping[str, Any]) -> None:
     with wrong_input_exits():
         _refuse_unknown(sys.argv)
         made = settings(request)
-        options = {key: value for key, value in made.options.items() if key not in _OF_THE_PAIR}
-        check_options(made.preset, made.transform, made.seed, vgg19_weights=made.vgg19_weights, **options)
+        check_options(made.preset, made.transform, made.seed, vgg19_weights=made.vgg19_weights, **made.options)
         resolve_device(made.device)
         limit = request["success_mm"]
         if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < float(limit) < math.inf:
@@ -84,10 +83,6 @@ def check(request: Mapping[str, Any]) -> None:
     warnings.simplefilter("ignore", RegistrationWarning)
 
 
-# arguments of `monai_zsreg.register` that need the images to be checked
-_OF_THE_PAIR = ("spacing", "fixed_channel", "moving_channel", "fixed_mask", "moving_mask", "initial")
-
-
 def settings(request: Mapping[str, Any]) -> Settings:
     """The settings of a run.
 
@@ -98,6 +93,8 @@ def settings(request: Mapping[str, Any]) -> Settings:
     options = request["options"] or {}
     if not isinstance(options, Mapping):
         raise RegistrationError("options", options, 'a dictionary such as "{spacing: 3}"')
+    for name in options.keys() & request.keys():
+        raise RegistrationError("options", name, f"--{name} for it")
     weights, fill = request["regressor_weights"], request["fill_value"]
     if fill is not None and (isinstance(fill, bool) or not isinstance(fill, Real)):
         raise RegistrationError("fill_value", fill, "a number, or null for the background of the image")

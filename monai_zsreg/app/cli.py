@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ __all__ = ["main"]
 _PRESETS = ("robust", "keypoints", "paper")
 _TRANSFORMS = ("rigid", "similarity", "affine", "deformable")
 _WRONG_INPUT, _FAILED = 2, 3
+_NIIVUE = "node_modules/@niivue/niivue/dist/niivue.umd.js"
 
 _EXAMPLES = {
     "register": """examples:
@@ -89,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["benchmark"]:
-        from monai_zsreg.benchmark.__main__ import main as benchmark
-
+        try:
+            from monai_zsreg.benchmark.__main__ import main as benchmark
+        except ImportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:
@@ -184,6 +188,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="further argument of monai_zsreg.register")
     _add_fill_value(add)
     add("--uncertainty", action="store_true", help="the paper's uncertainty too, ten more estimates")
+    add("--interactive", action="store_true", help="a page to look through both images (npm install @niivue/niivue)")
     add("--no-page", action="store_true", help="no pictures, no page")
     add("--json", action="store_true", help="print the reports as JSON, and nothing else")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -213,7 +218,7 @@ def _register(args: argparse.Namespace) -> int:
     fixed, *moving = args.images or (None,)
     if len(moving) > 1 and (args.labels or args.name):
         _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -240,7 +245,7 @@ def _cohort(args: argparse.Namespace) -> int:
     if args.workers and find_spec("distributed") is None:
         print('--workers needs "monai-zsreg[cluster]": all pairs are registered in this process', file=sys.stderr)
         args.workers = 0
-    _check_files(args)
+    _begin(args)
 
     from monai_zsreg.app import cohort, datalist
 
@@ -267,18 +272,18 @@ def _settings(args: argparse.Namespace, **more: Any) -> Any:
 
     warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
     options = _options(args.set)
-    common = {name: options[name] for name in options if name not in _OF_IMAGES}
-    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **common)
+    for name in options.keys() & vars(args).keys():
+        _refuse("set", name, f"--{name.replace('_', '-')} for it")
+    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **options)
     resolve_device(args.device)
     options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
     names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
     given = {name: getattr(args, name) for name in names} | {name: _file(args, name) for name in _WEIGHTS}
+    given["niivue"] = _NIIVUE if args.interactive else None
     return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
 
 
 _FILES, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
-# arguments of `monai_zsreg.register` that are checked with the images
-_OF_IMAGES = ("spacing", "fixed_channel", "moving_channel")
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
@@ -300,11 +305,15 @@ def _file(args: argparse.Namespace, name: str) -> str | None:
     return None if path is None else os.path.abspath(path)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _begin(args: argparse.Namespace) -> None:
     for name in (*_FILES, *_WEIGHTS):
         path = getattr(args, name)
         if path is not None and not os.path.exists(path):
             _refuse(name.replace("_", "-"), path, "an existing file")
+    if args.interactive and not os.path.exists(_NIIVUE):
+        _refuse("interactive", _NIIVUE, "a folder with NiiVue in it: npm install @niivue/niivue")
+    if sys.stderr.isatty() and not (args.quiet or args.json):  # loading torch takes a while
+        print("registering ...", file=sys.stderr, flush=True)
 
 
 def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:
@@ -375,7 +384,8 @@ def _report(args: argparse.Namespace) -> int:
         for folder in pairs:
             print(draw_anew(folder), flush=True)
         if pairs != [given]:
-            entries: list[Mapping[str, Any]] = [{"name": folder.name} for folder in pairs]
+            reports = [cohort.read_report(given, folder.name) or {} for folder in pairs]
+            entries = [report.get("input", {}) | {"name": report.get("name")} for report in reports]
             print(cohort.save_summary(cohort.summary_rows(entries, given), given, 0), flush=True)
     return 0
 

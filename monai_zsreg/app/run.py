@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +25,12 @@ import torch
 import monai_zsreg
 from monai_zsreg.app.evaluate import measure_deformation, measure_pair, read_known
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.foreground import background_value
 from monai_zsreg.geometry import Grid
 from monai_zsreg.io import Image, load_image, output_folder, write_image, write_json, write_transform
 from monai_zsreg.io.files import remove_leftovers
 from monai_zsreg.registration import Prepared, RegistrationResult, register
 from monai_zsreg.registration.displacement import Deformation
+from monai_zsreg.resample import outside_value
 
 __all__ = [
     "DEMONSTRATION",
@@ -66,7 +67,12 @@ _IMAGES = {
     "uncertainty_intensity": "uncertainty_intensity.nii.gz",
 }
 _TRANSFORMS = {"transform": "transform.tfm", "displacement": "displacement.nii.gz"}
-_PICTURES = {"overview": "overview.png", "uncertainty": "uncertainty.png", "page": "report.html"}
+_PICTURES = {
+    "overview": "overview.png",
+    "uncertainty": "uncertainty.png",
+    "interactive": "interactive.html",
+    "page": "report.html",
+}
 # nodes a side of the map of the expected error, which is the root of a quadratic form
 _MAP_SIDE = 24
 
@@ -86,6 +92,7 @@ class Settings:
         options: further arguments of `monai_zsreg.register`.
         uncertainty: whether to blacken pixels and estimate again (section 2.7 of the paper); costs ten estimates.
         page: whether to draw the pictures and the page.
+        niivue: file ``niivue.umd.js`` of NiiVue, for a page on which one looks through both images; None for none.
         exact: whether to measure how alike the images are on all voxels, not on some two million.
         fill_value: what stands outside of the moved image; None for its own background.
         demonstration_dims: 2 for a slice or 3 for a volume of the demonstration pair.
@@ -101,6 +108,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
     uncertainty: bool = False
     page: bool = True
+    niivue: str | os.PathLike | None = None
     exact: bool = False
     fill_value: float | None = None
     demonstration_dims: int = 3
@@ -218,9 +226,8 @@ def describe_pair(pair: Mapping[str, Any], result: RegistrationResult, settings:
         ``deformation``, see `measure_deformation`.
     """
     fixed: Image = pair["fixed"]
-    background = background_value(pair["moving"].values[settings.channel("moving")])
-    one = len(pair["moving"].values) == 1
-    images: dict[str, Image] = {"moved": result.resampled(fill_value=background if one else None)}
+    background = outside_value(pair["moving"].values[settings.channel("moving")], "bilinear")
+    images: dict[str, Image] = {"moved": result.resampled()}
     if "labels" in pair:
         images["moved_labels"] = result.resampled(pair["labels"], mode="nearest", fill_value=0.0)
     report: dict[str, Any] = {
@@ -343,11 +350,16 @@ def write_pair(
         written["displacement"] = folder / _TRANSFORMS["displacement"]
         result.deformation.save(written["displacement"])
     sources = {"moved": pair["moving"], "moved_labels": pair.get("labels")}
-    for key, image in images.items():
-        written[key] = folder / _IMAGES[key]
-        write_image(written[key], image, like=sources.get(key), labels=key == "moved_labels")
-    if settings.page:
-        written |= draw_pair(folder, result, described, settings)
+    with ThreadPoolExecutor(1) as pool:  # compressing leaves Python's lock free
+        pending = []
+        for key, image in images.items():
+            written[key] = folder / _IMAGES[key]
+            labels = key == "moved_labels"
+            pending.append(pool.submit(write_image, written[key], image, like=sources.get(key), labels=labels))
+        if settings.page:
+            written |= draw_pair(folder, result, described, settings)
+        for writing in pending:
+            writing.result()
     report = report | {"output": {key: str(path) for key, path in written.items()}}
     write_json(folder / REPORT, report)
     return report
@@ -357,7 +369,7 @@ def draw_pair(
     folder: Path, result: RegistrationResult, described: Mapping[str, Any], settings: Settings
 ) -> dict[str, Path]:
     """The pictures and the page of a pair, by name."""
-    from monai_zsreg.app.report import Views, save_html_report, save_overview, save_spread
+    from monai_zsreg.app.report import Views, save_html_report, save_interactive, save_overview, save_spread
 
     channels = settings.channel("fixed"), settings.channel("moving")
     views = Views(result.fixed_image, result.moving_image, result.pull, *channels)
@@ -365,11 +377,13 @@ def draw_pair(
     save_overview(views, paths["overview"])
     save_html_report(result, paths["page"], described["report"]["name"], described["report"], views)
     spread = described["images"].get("uncertainty_displacement")
-    if spread is None:
-        del paths["uncertainty"]
-    else:
+    if spread is not None:
         save_spread(result.fixed_image, spread.values, paths["uncertainty"], channels[0])
-    return paths
+    if settings.niivue is not None:
+        moved = described["images"].get("moved") or result.resampled()
+        save_interactive(result.fixed_image, moved, paths["interactive"], described["report"]["name"], settings.niivue)
+    made = {"uncertainty": spread, "interactive": settings.niivue}
+    return {key: path for key, path in paths.items() if made.get(key, path) is not None}
 
 
 def draw_anew(folder: str | os.PathLike) -> str:

@@ -77,7 +77,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
     several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
-    several("--protocols", help="paper mild so3 stress natural between anatomies overlap, or a stress or row by name")
+    several(
+        "--protocols",
+        help="paper mild so3 stress natural between anatomies overlap, or a stress or row by name; "
+        "of --whole-process: processes cohort chain resampling",
+    )
     several("--dims", type=int, choices=(2, 3), default=[2, 3])
     several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
     several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
@@ -267,10 +271,12 @@ def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
             files = args.whole_process or cost.save_phantom(Path(folder))
             if len(files) != 2:
                 raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
-            table, notes = cost.whole_processes(files[0], files[1], args.bundle, [method.family for method in methods])
-        text = [*head, *tables.markdown(table), "", *[f"- left out: {note}" for note in notes]]
+            families = [method.family for method in methods]
+            found, notes = cost.whole_processes(files, args.bundle, families, args.protocols, _end(args))
+        text = [line for table in found if len(table) for line in (*tables.markdown(table), "")]
         path = args.output / "whole-process.md"
-        tables.write_lines(path, ["# Whole processes, from start to the moved image on disk", *text])
+        title = "# One pair, whole processes from start to the moved image on disk"
+        tables.write_lines(path, [title, *head, *text, *[f"- left out: {note}" for note in notes]])
         print(path)
         return
     notes = _usable(methods)

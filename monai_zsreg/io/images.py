@@ -201,6 +201,13 @@ def write_image(path: str | os.PathLike, image: Image, like: Image | None = None
     """
     if not str(path).lower().endswith((".nii", ".nii.gz")):
         raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
+    nifti = as_nifti(image, like, labels)
+    with atomic_path(path) as partial:
+        nib.save(nifti, partial)
+
+
+def as_nifti(image: Image, like: Image | None = None, labels: bool = False) -> nib.Nifti1Image:
+    """What `write_image` writes."""
     meta = (image if like is None else like).meta
     slope, intercept = meta.get("slope", 1.0), meta.get("intercept", 0.0)
     array: Any = image.values.detach().cpu().numpy()
@@ -228,8 +235,7 @@ def write_image(path: str | os.PathLike, image: Image, like: Image | None = None
     nifti.header.set_xyzt_units("mm")
     if dtype.kind in "iu":
         nifti.header.set_slope_inter(slope, intercept)
-    with atomic_path(path) as partial:
-        nib.save(nifti, partial)
+    return nifti
 
 
 def _stored_type(values: Tensor, meta: dict[str, Any], labels: bool) -> np.dtype:

@@ -20,7 +20,7 @@ __all__ = ["Landmarks", "pair_landmarks", "read_landmarks"]
 _FORMATS = "a readable .csv (header x,y,z, RAS mm), .fcsv or .mrk.json file with finite points"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Landmarks:
     """Points of one image.
 

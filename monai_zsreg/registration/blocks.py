@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -159,6 +160,14 @@ class Blocks:
         blocks = lost.unflatten(2, (count, -1)).sum(3).transpose(0, 1).flatten(1)
         return blocks.cpu().double(), self.weight.unflatten(1, (count, -1)).sum(2).flatten().cpu().double()
 
+    def correlation(self, pull: Tensor) -> float:
+        """Of the descriptors with those of the other image, at ``pull [2, D+1, D+1]``, own frame to other frame."""
+        features, weight = self.compare(pull[:, None])
+        one, two = self.features, features.flatten(4)[:, 0]
+        weight = weight.view(2, one.shape[1], 1, -1)
+        common, *own = (float((a * b * weight).sum()) for a, b in ((one, two), (one, one), (two, two)))
+        return common / max((own[0] * own[1]) ** 0.5, 1e-20)
+
     def other_slopes(self, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals and slopes of the other images at the blocks.
 
@@ -173,6 +182,14 @@ class Blocks:
         residual = self.features - features.view(self.features.shape)
         weight = self.trusted(weight, residual.square().mean(2).flatten(1)[:, None])[:, 0]
         return residual, torch.stack([slope.view(self.features.shape) for slope in slopes]), weight
+
+    def half(self) -> Blocks:
+        """Every second block, for what compares but does not solve."""
+        count, part = self.features.shape[1], copy(self)
+        part._corner, part.features = self._corner[:, ::2], self.features[:, ::2]
+        part.weight = self.weight.unflatten(1, (count, -1))[:, ::2].flatten(1)
+        part.coordinates = self.coordinates.unflatten(2, (count, -1))[:, :, ::2].flatten(2)
+        return part
 
     def apart(self) -> Tensor:
         """Distance of the blocks of each image along each axis, block widths, ``[2, B, B, D]`` float64 on the CPU."""

@@ -17,7 +17,7 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_places, spread_at
 from monai_zsreg.registration.correlate import correlate
-from monai_zsreg.registration.descriptors import DESCRIPTORS
+from monai_zsreg.registration.descriptors import DESCRIPTORS, LocalScores
 from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
@@ -45,6 +45,8 @@ _SIDE = 24
 _LIKE, _LIKELY, _AGREE = 0.085, 0.095, 0.3
 # agreement below which nothing corresponds
 _RELATED = 0.15
+# agreement beyond which two images may be of one contrast, and correlation of their local scores beyond which they are
+_CLOSE, _ONE_CONTRAST = 0.65, 0.5
 # how far the correlation's best score stands above all others where it is right; the lead in standard errors that a
 # better fit needs against it
 _MARGIN, _BETTER = 0.1, 3.0
@@ -283,6 +285,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
     1. Candidates come from one of `SOURCES`. Where the user or the headers put the images is one too.
     2. All are refined by Gauss-Newton on local descriptors (`refine`). What ends apart from the best, and the best
        reflection of it, are its rivals: they are followed as long as they are not clearly behind.
+    3. Where both images turn out to be of one contrast, their intensities have the last word.
 
     Args:
         pair: the two images.
@@ -322,8 +325,25 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             evidence = weigh(blocks, going[0].transform, settings.transform)
         if stage is shown:
             agreement = evidence.agreement
+    answer, margin = going[0], candidates.margin(going[0].transform)
+    if agreement >= _CLOSE and settings.features == "mind":
+        sharper = _sharpened(pair, answer.transform, settings, stages[-1])
+        if sharper is not None:
+            answer, evidence.covariance = replace(answer, transform=sharper[0]), sharper[1]
     evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
-    return Found(pair, going[0], going[1:] + beaten, costs, evidence, agreement, candidates.margin(going[0].transform))
+    return Found(pair, answer, going[1:] + beaten, costs, evidence, agreement, margin)
+
+
+def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Tensor] | None:
+    """The answer once more, and its covariance, by the intensities where the two images agree in them."""
+    scores = LocalScores(pair.dims)
+    blocks = Blocks(pair, scores, stage.step * pair.base, stage.size, stage.blocks, settings.seed, answer[None])
+    if blocks.correlation(torch.stack([answer, torch.linalg.inv(answer)])) < _ONE_CONTRAST:
+        return None
+    found = refine(blocks, answer[None], settings.transform, 2 * stage.iterations).transform[0]
+    if float(distance(found, answer)) > blocks.step:
+        return None
+    return found, weigh(blocks, found, settings.transform).covariance
 
 
 @dataclass

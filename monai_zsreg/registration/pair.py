@@ -38,6 +38,8 @@ DEFAULT_PRESET = "robust"
 _ELSEWHERE = {"paper": "monai_zsreg.paper", "keypoints": "monai_zsreg.paper"}
 PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 
+# arguments that mean nothing without the images
+_OF_THE_PAIR = ("regressor_weights", "fixed_channel", "moving_channel", "fixed_mask", "moving_mask", "initial")
 # voxels along the longest side that a working spacing may make
 _SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
 # difference of costs that tells nothing
@@ -271,7 +273,7 @@ def _estimate(
 def check_options(
     preset: Any, transform: Any = "affine", seed: Any = 0, spacing: float | None = None, **options: Any
 ) -> int:
-    """Check what does not depend on the images, before there are any.
+    """Check what does not depend on the images, before there are any; what does may be there too, and is left alone.
 
     Returns:
         ``seed`` as an int.
@@ -290,6 +292,7 @@ def check_options(
         raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
     if spacing is not None and not (_is_number(spacing) and spacing > 0):
         raise RegistrationError("spacing", spacing, "a voxel size in mm, or None")
+    options = {name: value for name, value in options.items() if name not in _OF_THE_PAIR}
     file = options.get("vgg19_weights")
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise RegistrationError("vgg19_weights", file, "a path, or None")

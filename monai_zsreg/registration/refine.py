@@ -295,12 +295,22 @@ def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor) -> Tensor:
     size = ((motions[:, :-1] @ points).square().sum(1) @ share).sqrt()
     motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
     free = torch.zeros(len(motions), dtype=torch.float64)
+    least = _LOST * max(blocks.chance - cost, 0.0)
+    some = blocks.half()
+
+    def told(displaced: Tensor) -> Tensor:
+        """How clearly, 1 where just so."""
+        lost, errors = lead_of(some, torch.cat([final[None], final @ torch.linalg.matrix_exp(displaced)]))
+        return torch.minimum(lost[1:] / max(least, 1e-12), errors[1:] / _ERRORS)
+
     going = torch.arange(len(motions))
     for reach in _TRIED:
-        displaced = torch.linalg.matrix_exp(torch.cat([motions[going], -motions[going]]) * reach)
-        lost, errors = lead_of(blocks, torch.cat([final[None], final @ displaced]))
-        told = (lost >= _LOST * max(blocks.chance - cost, 0.0)) & (errors >= _ERRORS)
-        going = going[~told[1:].view(2, -1).all(0)]
+        ahead = told(reach * motions[going])
+        # what is told twice as clearly as it must be on one side is told on the other
+        going = going[~(ahead >= 2.0)]
+        ahead = ahead[~(ahead >= 2.0)]
+        if len(going):
+            going = going[~(torch.minimum(ahead, told(-reach * motions[going])) >= 1.0)]
         if not len(going):
             break
         free[going] = _PART * reach

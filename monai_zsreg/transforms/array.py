@@ -53,9 +53,6 @@ VERDICT_KEY = "registration_verdict"
 REASONS_KEY = "registration_reasons"
 
 _ON_FAILURE = ("raise", "warn", "ignore")
-# of `register`, and not of the method
-_PAIR_OPTIONS = {"regressor_weights", "spacing", "fixed_channel", "moving_channel", "initial"}
-_PAIR_OPTIONS |= {"fixed_mask", "moving_mask"}
 
 # in a trace
 _NATIVE_META, _MAP = "native_meta", "map"
@@ -272,8 +269,7 @@ class RegisterAffine(ApplyAffineRegistration):
         if (transform == DEFORMABLE) != self.deforms:
             raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
         _check_device(device)
-        method = {name: value for name, value in options.items() if name not in _PAIR_OPTIONS}
-        check_options(preset, transform, seed, options.get("spacing"), vgg19_weights=vgg19_weights, **method)
+        check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **options)
         if vgg19_weights is not None and not os.path.isfile(vgg19_weights):
             raise RegistrationError("vgg19_weights", vgg19_weights, "an existing file, or None")
         self.on_failure = on_failure

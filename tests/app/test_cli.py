@@ -55,6 +55,16 @@ def test_help_and_mistakes_do_not_wait_for_torch(words: list[str], status: str) 
     assert imported(words, "torch", "monai", "numpy", "nibabel") == [status]
 
 
+def test_the_benchmark_without_its_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("monai_zsreg.benchmark")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert main(["benchmark", "--help"]) == 2
+    assert 'needs pandas: pip install "monai-zsreg[benchmark]"' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_registering_imports_no_monai(images: SimpleNamespace, tmp_path: Path) -> None:
     words = ["register", str(images.t1), str(images.t2), "-o", str(tmp_path), "-q"]
@@ -145,6 +155,8 @@ def test_pages_are_drawn_anew(images: SimpleNamespace, tmp_path: Path) -> None:
         (["register", "T1", "T2", "--seed", "-1"], "seed"),
         (["register", "T1", "T2", "--set", "serach=local"], "options"),
         (["register", "T1", "T2", "--set", "spacing"], "set"),
+        (["register", "T1", "T2", "--set", "seed=3"], "set"),
+        (["register", "T1", "T2", "--interactive"], "interactive"),
         (["register", "T1", "T2", "--set", "spacing=1000"], "spacing"),
         (["cohort", "nowhere.csv"], "datalist"),
         (["cohort", "TEXT"], "datalist"),

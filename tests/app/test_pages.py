@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from scipy import ndimage
 
 import monai_zsreg
-from monai_zsreg.app.report import save_html_report, save_index
+from monai_zsreg.app.report import save_html_report, save_index, save_interactive
 from monai_zsreg.errors import RegistrationWarning
 from monai_zsreg.io import Image
 from monai_zsreg.registration import RegistrationResult
@@ -151,3 +151,21 @@ def test_index_is_sorted_worst_first_and_escaped(tmp_path: Path) -> None:
     assert "i" not in page.tags and "a:b <i>" in page.text and "overlap <41 %>" in page.text
     assert "4 pairs: 1 FAIL, 2 WARN, 1 PASS" in page.text
     assert all(re.match(r"\./[\w./%]+$", link) for link in page.links) and len(page.links) == 3
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_interactive_page_holds_library_and_images(dims: int, tmp_path: Path) -> None:
+    fixed, moving = pair(dims, "pixel" if dims == 2 else "mm")
+    library = tmp_path / "niivue.umd.js"
+    library.write_text("const told='</script>';", encoding="utf-8")
+    save_interactive(fixed, moving, tmp_path / "i.html", "a & b", library)
+    text = (tmp_path / "i.html").read_text(encoding="utf-8")
+    assert Page(tmp_path / "i.html").text.count("a & b") == 2 and "const told='<\\/script>'" in text
+    assert f"isOrientationTextVisible:{'true' if dims == 3 else 'false'}" in text
+    for name, image in (("fixed", fixed), ("moved", moving)):
+        found = re.search(rf'\["{name}", "([^"]+)"\]', text)
+        assert found is not None
+        (tmp_path / "i.nii.gz").write_bytes(base64.b64decode(found[1]))
+        back = monai_zsreg.io.load_image(tmp_path / "i.nii.gz")
+        assert back.values.dtype == torch.uint8 and back.grid.same_as(fixed.grid) and int(back.values.max()) == 255
+        assert np.corrcoef(back.values.flatten(), image.values.flatten())[0, 1] > 0.98

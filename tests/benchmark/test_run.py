@@ -229,13 +229,23 @@ def test_cost_runs_in_processes_of_its_own(tmp_path: Path) -> None:
 
 
 def test_whole_processes_are_timed_and_what_fails_is_left_out(tmp_path: Path) -> None:
-    commands, _ = cost._commands(tmp_path, ["ours", "none"])
-    assert {"register, in Python", "bundle"} <= commands.keys()
     moving = tmp_path / "m.nii.gz"
     moving.write_bytes(b"not read" * 3000)
     copy = ["python", "-c", "import shutil, sys; shutil.copy(*sys.argv[1:])", "MOVING", "OUTPUT"]
     fail = ["python", "-c", "raise SystemExit('no such option')"]
-    table, notes = cost.timed({"copy": copy, "fail": fail}, moving, moving, repeats=2)
-    assert table["process"].tolist() == ["copy"] and 0 < table["seconds"][0] < 20
-    assert table["MB"].tolist() == [0.02]
-    assert notes == ["fail: status 1, no such option"]
+    lazy = ["python", "-c", "print('done')", "FOLDER"]
+    found, notes = cost.timed({"copy": copy, "fail": fail, "lazy": lazy}, moving, moving, repeats=2)
+    assert found.keys() == {"copy"} and 0 < found["copy"]["seconds"] < 20 and found["copy"]["peak MB"] > 1
+    assert found["copy"]["MB written"] == found["copy"]["moved MB"] == 0.024
+    assert notes == ["fail: status 1, no such option", "lazy: status 0, done"]
+
+
+def test_the_rows_of_the_table_of_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_SHAPES", ((40, 40, 30), (200, 200)))
+    commands, _ = cost._commands(tmp_path, ["ours", "none"], ["processes", "cohort", "chain", "resampling"])
+    names = ["zsreg --help", "a wrong argument", *[name for name in commands if name.endswith("]")]]
+    found, notes = cost.timed({name: commands[name] for name in names}, tmp_path, tmp_path, repeats=1)
+    assert [note for note in notes if "SimpleITK" not in note] == []
+    lines = [line[0] for line in cost._ratios(found)]
+    assert lines[:2] == names[:2] and {"register, in Python", "bundle"} <= commands.keys()
+    assert len(lines) == (2 if notes else 6) and found["ours [200, 200]"]["value"] > 0

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import itk
@@ -467,15 +465,3 @@ def test_write_refuses_other_names(tmp_path):
     with pytest.raises(RegistrationError, match="path: .*ends in .nii or .nii.gz"):
         write_image(tmp_path / "a.mha", load_image(array_of(6, 7, 8)))
     assert not list(tmp_path.iterdir())
-
-
-def test_reading_needs_no_monai(tmp_path):
-    nib.save(nib.Nifti1Image(array_of(6, 7, 8), OBLIQUE), tmp_path / "a.nii.gz")
-    Picture.fromarray(picture("gray")).save(tmp_path / "a.png")
-    code = (
-        "import sys; sys.modules['monai'] = sys.modules['itk'] = None\n"
-        "from monai_zsreg.io import load_image, write_image\n"
-        f"for name in ('a.nii.gz', 'a.png'): load_image({str(tmp_path)!r} + '/' + name)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

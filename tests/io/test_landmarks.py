@@ -129,3 +129,9 @@ def test_flipped_points_agree_with_the_flipped_matrix(dims: int) -> None:
     lps = ras_to_lps(matrix)
     other = flip_points(points) @ lps[:dims, :dims].T + lps[:dims, dims]
     np.testing.assert_allclose(flip_points(other), moved, atol=1e-12)
+
+
+def test_landmarks_can_be_compared(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z\n1,2,3\n4,5,6\n")
+    one, other = (read_landmarks(tmp_path / "a.csv") for _ in range(2))
+    assert one == one and one != other and one in [other, one]

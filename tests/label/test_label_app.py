@@ -113,7 +113,7 @@ def infer(url: str, image: str, output: str = "all", model: str = "register", **
 
     return requests.post(
         f"{url}/infer/{model}", params={"image": image, "output": output}, data={"params": json.dumps(parameters)},
-        timeout=120,
+        timeout=400,
     )  # fmt: skip
 
 

@@ -323,8 +323,8 @@ def test_constructor_names_the_argument(make, options):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_scale_to_unit_range_against_numpy(small):
-    image = small() - 100.0
+def test_scale_to_unit_range_against_numpy(load_slice):
+    image = load_slice().as_tensor()[None] - 100.0
     scaled = scale_to_unit_range(image)
     low, high = np.percentile(image.numpy(), [0.5, 99.5])
     expected = np.clip((image.numpy() - low) / (high - low), 0, 1)

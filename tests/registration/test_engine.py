@@ -13,6 +13,7 @@ from phantoms import error, moved_by, padded, pooled, turn
 
 from monai_zsreg import RegistrationError, register
 from monai_zsreg.geometry import Grid
+from monai_zsreg.registration import engine
 from monai_zsreg.registration.engine import Settings
 
 # two scans of one person are aligned to about half a pixel themselves
@@ -140,6 +141,22 @@ def test_other_spacing_and_thick_slices(load_volume) -> None:
     fine, thick = pooled(load_volume(), 3), pooled(load_volume(modality="t2"), 4, 2, 5)
     result = register(fine, thick)
     assert error(result.affine, np.eye(4), fine) < 0.7
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_images_of_one_contrast_are_compared_by_intensity_in_the_end(two: dict, dims: int, monkeypatch) -> None:
+    head, generator = two[dims].t1, torch.Generator().manual_seed(0)
+    truth = turn(head, 9.0, (4.0, -3.0, 5.0)[:dims], 1.02)
+    noise = 0.02 * float(head.as_tensor().max())
+    sides = [
+        MetaTensor(image.as_tensor() + noise * torch.randn(image.shape, generator=generator), affine=image.affine)
+        for image in (head, moved_by(head, truth))
+    ]
+    ends = [register(*sides)]
+    monkeypatch.setattr(engine, "_ONE_CONTRAST", 2.0)
+    ends.append(register(*sides))
+    errors = [error(end.affine, truth, head) for end in ends]
+    assert errors[0] < 0.9 * errors[1] and ends[0].verdict == ends[1].verdict == "PASS"
 
 
 @pytest.mark.parametrize("begin", [18, 26])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from monai_zsreg.app.report.page import save_html_report, save_index
+from monai_zsreg.app.report.page import save_html_report, save_index, save_interactive
 from monai_zsreg.app.report.pictures import Views, save_overview, save_spread
 
-__all__ = ["Views", "save_html_report", "save_index", "save_overview", "save_spread"]
+__all__ = ["Views", "save_html_report", "save_index", "save_interactive", "save_overview", "save_spread"]

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,13 +18,15 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from monai_zsreg.app.report.pictures import Views, blend, checkerboard, colored, data_url, edges, filled, grid_lines
+from monai_zsreg.foreground import quantiles
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io import Image, atomic_path
+from monai_zsreg.io.images import as_nifti
 from monai_zsreg.registration import DEFAULT_PRESET, RegistrationResult
 from monai_zsreg.registration.confidence import LIMITS, Limits
 from monai_zsreg.resample import resample
 
-__all__ = ["save_html_report", "save_index"]
+__all__ = ["save_html_report", "save_index", "save_interactive"]
 
 _ORDER = {"FAIL": 0, "WARN": 1, "PASS": 2}
 _METRICS = {
@@ -30,8 +35,8 @@ _METRICS = {
     "dice": "Dice",
     "ssim": "SSIM",
     "mse": "mean squared difference",
-    "tre": "error against the known transform, mm",
-    "landmark_tre": "error of the landmarks, mm",
+    "tre": "error against the known transform",
+    "landmark_tre": "error of the landmarks",
 }
 _AXES = ("left to right", "back to front", "feet to head")
 _WHEN = ("before", "after")
@@ -56,7 +61,12 @@ def save_html_report(
     told = report or {}
     views = views or _views(result)
     unit = result.fixed_image.length_unit
-    tables = [*_agreement(told.get("metrics", {})), *_expected(result, unit), *_bent(told, unit), *_judged(result)]
+    tables = [
+        *_agreement(told.get("metrics", {}), unit),
+        *_expected(result, unit),
+        *_bent(told, unit),
+        *_judged(result),
+    ]
     text = _template("pair.html").render(
         title=name or "registration",
         verdict=result.verdict,
@@ -101,6 +111,34 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
+def save_interactive(fixed: Image, moved: Image, path: Any, title: str, library: Any) -> None:
+    """Write a page on which one looks through both images in three planes; it opens offline.
+
+    Args:
+        fixed: image.
+        moved: on the grid of ``fixed``.
+        path: HTML file.
+        title: of the page.
+        library: file ``niivue.umd.js`` of NiiVue, which becomes part of the page.
+    """
+    images = []
+    for name, image in (("fixed", fixed), ("moved", moved)):
+        values = torch.nan_to_num(image.values[:1].float())
+        low, high = quantiles(values[:, ::2, ::2])
+        gray = ((values - low) / (high - low).clamp(min=1e-20) * 255).clamp(0, 255).round().to(torch.uint8)
+        nifti = as_nifti(Image(gray, fixed.affine, {"place": fixed.meta["place"]} if "place" in fixed.meta else {}))
+        images.append((name, base64.b64encode(gzip.compress(nifti.to_bytes(), 1)).decode()))
+    # what ends a script in HTML must not stand in one
+    text = Path(library).read_text(encoding="utf-8").replace("</script", "<\\/script")
+    sides = fixed.length_unit == "mm" and not fixed.meta.get("notes")
+    page = _template("interactive.html").render(
+        title=title, library=text, images=images, sides=sides, volume=fixed.dims == 3
+    )
+    with atomic_path(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+
+
+@cache
 def _template(name: str) -> Any:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -220,14 +258,12 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], note:
     return {"title": title, "head": head, "rows": rows, "note": note}
 
 
-def _agreement(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _agreement(metrics: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
     if not metrics:
         return []
+    told = {"dice": f" of the {metrics['dice_of']}", "tre": f", {unit}", "landmark_tre": f", {unit}"}
     rows = [
-        (
-            f"{title} of the {metrics['dice_of']}" if key == "dice" else title,
-            *(metrics[when].get(key) for when in _WHEN),
-        )
+        (title + told.get(key, ""), *(metrics[when].get(key) for when in _WHEN))
         for key, title in _METRICS.items()
         if key in metrics["after"]
     ]
@@ -272,7 +308,7 @@ def _bent(told: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
 
 def _judged(result: RegistrationResult) -> list[dict[str, Any]]:
     features = result.options.get("features", "mind") if result.preset == DEFAULT_PRESET else ""
-    limits = LIMITS.get((features, len(result.affine) - 1), Limits())
+    limits = LIMITS.get(features, Limits())
     rows = [
         (key.replace("_", " "), value, *getattr(limits, key, (None, None))) for key, value in result.measures.items()
     ]

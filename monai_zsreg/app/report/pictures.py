@@ -46,6 +46,8 @@ _LINES = 24
 # pixels a side above which a picture shows every second, third, ... one
 _LARGEST = 700
 _OPACITY = 0.45
+# voxels along an axis that tell how bright an image is
+_ENOUGH = 64
 _NAMES = {2: "axial", 1: "coronal", 0: "sagittal"}
 _LETTERS = "RAS", "LPI"
 
@@ -103,7 +105,7 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
     if grid.dims == 2:
         (normal,) = {0, 1, 2} - set(world)
         return [_plane(grid, lines, world, None, _NAMES[normal] if flat and known else "", known)]
-    step = [max(1, n // 64) for n in grid.shape]
+    step = [max(1, n // _ENOUGH) for n in grid.shape]
     coarse = torch.nan_to_num(image.values[channel, :: step[0], :: step[1], :: step[2]].float())
     low, high = quantiles(coarse)
     weights = ((coarse - low) / (high - low).clamp(min=1e-20)).clamp(0.0, 1.0) + 1e-6
@@ -172,21 +174,22 @@ class Views:
         self.planes = planes_of(fixed, fixed_channel)
         still = torch.eye(fixed.dims + 1, dtype=torch.float64)
         pull = transform if isinstance(transform, Deformation) else torch.as_tensor(transform, dtype=torch.float64)
-        self.fixed = self._cut(fixed, fixed_channel, still)
-        self.before = self._cut(moving, moving_channel, still)
-        self.after = self._cut(moving, moving_channel, pull)
+        (self.fixed,) = self._cuts(fixed, fixed_channel, still)
+        self.before, self.after = self._cuts(moving, moving_channel, still, pull)
 
-    def _cut(self, image: Image, channel: int, transform: Transform) -> list[np.ndarray]:
+    def _cuts(self, image: Image, channel: int, *transforms: Transform) -> list[list[np.ndarray]]:
+        """The planes through an image, for each transform."""
         values = image.values[channel][None]
-        coarse = values[0][tuple(slice(None, None, max(1, n // 100)) for n in values.shape[1:])].float()
+        coarse = values[0][tuple(slice(None, None, max(1, n // _ENOUGH)) for n in values.shape[1:])].float()
         low, high = (float(end) for end in quantiles(coarse[torch.isfinite(coarse)]))
         fill = background_value(coarse)
-        pictures = []
-        for plane in self.planes:
+
+        def cut(plane: Plane, transform: Transform) -> np.ndarray:
             gray = move(transform, values, image.grid, plane.grid, fill=fill, dtype=torch.float32)[0]
             scaled = (torch.nan_to_num(gray, nan=low) - low) / max(high - low, 1e-20)
-            pictures.append(plane.picture(scaled.clamp(0.0, 1.0)))
-        return pictures
+            return plane.picture(scaled.clamp(0.0, 1.0))
+
+        return [[cut(plane, transform) for plane in self.planes] for transform in transforms]
 
 
 # --------------------------------------------------------------------------------------------------------------------

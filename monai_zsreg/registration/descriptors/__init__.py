@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from monai_zsreg.registration.descriptors.mind import MINDSSC
+from monai_zsreg.registration.descriptors.scores import LocalScores
 from monai_zsreg.registration.descriptors.vgg19 import VGG19Patches
 
-__all__ = ["DESCRIPTORS", "MINDSSC", "Descriptor", "VGG19Patches"]
+__all__ = ["DESCRIPTORS", "MINDSSC", "Descriptor", "LocalScores", "VGG19Patches"]
 
 
 class Descriptor(Protocol):
