@@ -65,8 +65,8 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``.
 
     Attributes:
-        agreement: least agreement of the descriptors' slopes. It and the cost do not count where the correlation of the
-            coarse stage has one place that stands out from all others.
+        agreement: least agreement of the descriptors' slopes. It, the cost and a second position do not count where the
+            correlation of the coarse stage has one place that stands out from all others.
         cost: largest difference of the descriptors at the finest level.
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
@@ -81,13 +81,13 @@ class Limits:
     overlap: tuple[float, float] = (0.5, 0.2)
     scale: tuple[float, float] = (1.4, 2.0)
     stretch: tuple[float, float] = (1.35, 1.8)
-    error: tuple[float, float] = (1.0, 3.0)
+    error: tuple[float, float] = (1.0, 4.0)
     second: tuple[float, float] = (3.0, -3.0)
     mirror: tuple[float, float] = (3.0, -3.0)
 
 
-#: by descriptor and number of dimensions; warn, fail. Those of a descriptor that is not here are unknown.
-LIMITS = {("mind", 2): Limits(cost=(0.088, 0.099)), ("mind", 3): Limits(cost=(0.085, 0.1))}
+#: by descriptor; warn, fail. Those of a descriptor that is not here are unknown.
+LIMITS = {"mind": Limits(cost=(0.09, 0.1))}
 
 # what tells how alike the images look, and the margin that speaks for an answer where they do not
 _LIKENESS, _MARGIN = ("agreement", "cost"), 0.1
@@ -145,7 +145,7 @@ def judge(
     if estimate.failed or share < _LEAST_OVERLAP:
         return Judgement(FAIL, estimate.reasons + notes, measures, -math.inf)
     doubts = estimate.reasons + notes
-    limits = LIMITS.get((features or "", fixed.dims))
+    limits = LIMITS.get(features or "")
     if limits is None:
         told = "how well the images agree" if features is None else f"what its figures mean with features={features!r}"
         doubts = [*doubts, f"this method does not know {told}"]
@@ -160,7 +160,7 @@ def judge(
     # the mirror image is a rival that there always is
     leads = leads and "mirror" in measures and measures.get("error", math.inf) <= Limits().error[1]
     for name, text in _TEXTS.items():
-        if name not in measures or (vouched and name in _LIKENESS):
+        if name not in measures or (vouched and name in (*_LIKENESS, "second")):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two

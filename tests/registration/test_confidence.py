@@ -90,11 +90,16 @@ def verdict_on(dims: int, features: str | None = "mind", notes: tuple[str, ...] 
 def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
     good = verdict_on(dims)
     assert good.verdict == PASS and not good.reasons and good.score > 0
-    warn, fail = getattr(LIMITS["mind", dims], name)
+    warn, fail = getattr(LIMITS["mind"], name)
     middle = verdict_on(dims, **{name: (warn + fail) / 2})
     assert middle.verdict == WARN and middle.score < 0 and len(middle.reasons) == 1
     beyond = verdict_on(dims, **{name: fail + 0.1 * (fail - warn)})
     assert beyond.verdict == FAIL and beyond.score < middle.score < good.score and beyond.reasons
+
+
+@pytest.mark.parametrize("unlike", [{"agreement": 0.1}, {"cost": 0.14}, {"second": -5.0, "second_distance": 9.0}])
+def test_one_place_that_stands_out_is_right_however_little_the_contrasts_share(unlike: dict[str, float]) -> None:
+    assert verdict_on(3, **unlike).verdict == FAIL and verdict_on(3, **unlike, margin=0.2).verdict == PASS
 
 
 @pytest.mark.parametrize("name", ["agreement", "cost", "overlap", "error"])

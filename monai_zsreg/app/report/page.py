@@ -308,7 +308,7 @@ def _bent(told: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
 
 def _judged(result: RegistrationResult) -> list[dict[str, Any]]:
     features = result.options.get("features", "mind") if result.preset == DEFAULT_PRESET else ""
-    limits = LIMITS.get((features, len(result.affine) - 1), Limits())
+    limits = LIMITS.get(features, Limits())
     rows = [
         (key.replace("_", " "), value, *getattr(limits, key, (None, None))) for key, value in result.measures.items()
     ]
