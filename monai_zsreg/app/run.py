@@ -45,7 +45,6 @@ __all__ = [
     "folder_of",
     "read_pair",
     "register_pair",
-    "run_pair",
     "summary",
     "write_pair",
 ]
@@ -412,24 +411,6 @@ def draw_anew(folder: str | os.PathLike) -> str:
     )
     settings = Settings(place.parent, options=report["options"])
     return str(draw_pair(place, result, {"report": report, "images": {}}, settings)["page"])
-
-
-def run_pair(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """All steps for one pair.
-
-    Args:
-        entry: see `read_pair`.
-        settings: of the run.
-
-    Returns:
-        The report.
-
-    Raises:
-        RegistrationError: input that cannot be used.
-    """
-    pair = read_pair(entry, settings)
-    result = register_pair(pair, settings)
-    return write_pair(pair, result, describe_pair(pair, result, settings), settings)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -87,8 +87,8 @@ class Effort:
         keep: candidates that the search improves.
         trials: trials for each of them in a round.
         results: candidates that are refined.
-        followed: candidates that are followed to the end of the first level, whatever they cost at its begin.
-        patience: iterations at the first level, as a multiple of the usual ones.
+        followed: candidates that are followed at the first level, whatever they cost at its begin.
+        patience: iterations at the first level, as a multiple of the usual ones; further ones for half of those.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
     """
@@ -201,7 +201,8 @@ class Found:
         answer: the best hypothesis.
         rivals: the others that ended apart from it, each as of the last level where it was followed.
         costs: of the answer at each level, coarse to fine.
-        evidence: what the blocks of the finest level say of it.
+        blocks: of the finest level.
+        evidence: what they say of the answer.
         agreement: see `Evidence`, at the resolution of the coarser image.
         margin: how far the correlation's score of the answer stands above the best score apart from it; None where
             candidates came from elsewhere.
@@ -211,6 +212,7 @@ class Found:
     answer: Hypothesis
     rivals: list[Hypothesis]
     costs: list[float]
+    blocks: Blocks
     evidence: Evidence
     agreement: float
     margin: float | None = None
@@ -234,7 +236,10 @@ class Found:
         if not self.sound:
             return math.inf
         places = common_places(self.pair.fixed.grid, self.pair.moving.grid, self.affine().numpy())
-        return float(np.sqrt(np.square(spread_at(self.covariance().numpy(), places)).mean())) / self.pair.base
+        return (
+            float(np.sqrt(np.square(spread_at(self._in_world(self.evidence.covariance).numpy(), places)).mean()))
+            / self.pair.base
+        )
 
     @property
     def sound(self) -> bool:
@@ -271,12 +276,17 @@ class Found:
         return found
 
     def covariance(self) -> Tensor:
-        """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows from that of a motion of the fixed frame."""
+        """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows."""
+        free = loose(self.blocks, self.answer.transform, self.answer.cost, self.evidence.basis)
+        return self._in_world(self.evidence.covariance + free)
+
+    def _in_world(self, covariance: Tensor) -> Tensor:
+        """From that of a motion of the fixed frame."""
         pair, dims = self.pair, self.pair.dims
         to_fixed = torch.linalg.inv(pair.fixed_frame.to_world)
         change = (pair.moving_frame.to_world @ self.answer.transform) @ self.evidence.basis @ to_fixed
         change = change[:, :dims].flatten(-2)  # [P, D(D+1)]
-        return change.mT @ self.evidence.covariance @ change
+        return change.mT @ covariance @ change
 
 
 def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None) -> Found:
@@ -313,7 +323,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         seed, within = settings.seed + number % 64, torch.stack([h.transform for h in going]) if going else None
         blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, seed, within)
         if not going:
-            going = _begin(blocks, candidates, settings, effort, effort.patience * stage.iterations)
+            going = _begin(blocks, candidates, settings, effort, stage.iterations)
         else:
             going = _followed(blocks, going, settings.transform, stage.iterations)
         going, lost = _compared(blocks, going, candidates)
@@ -330,8 +340,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         sharper = _sharpened(pair, answer.transform, settings, stages[-1])
         if sharper is not None:
             answer, evidence.covariance = replace(answer, transform=sharper[0]), sharper[1]
-    evidence.covariance += loose(blocks, going[0].transform, going[0].cost, evidence.basis)
-    return Found(pair, answer, going[1:] + beaten, costs, evidence, agreement, margin)
+    return Found(pair, answer, going[1:] + beaten, costs, blocks, evidence, agreement, margin)
 
 
 def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Tensor] | None:
@@ -390,6 +399,10 @@ def _begin(
     starts = candidates.starts
     proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
     kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
+    if effort.patience > 1:
+        more = (effort.patience - 1) * iterations
+        proper = refine(blocks, proper.transform, settings.transform, more, results=effort.followed // 2)
+        kinds = [kinds[origin] for origin in proper.origin.tolist()]
     mirrored = refine(blocks, candidates.pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
     return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
 

@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 from monai.data import MetaTensor
 
-from monai_zsreg.app.run import Settings, run_pair
+from monai_zsreg.app.cohort import finish_pair
+from monai_zsreg.app.run import Settings, read_pair, register_pair
 
 FILES = ("uncertainty_displacement.nii.gz", "uncertainty_intensity.nii.gz", "uncertainty.png")
+
+
+def run_pair(entry: dict, settings: Settings) -> dict:
+    pair = read_pair(entry, settings)
+    return finish_pair(pair, register_pair(pair, settings), settings, isolate=False)
 
 
 def test_maps_picture_and_numbers(load_slice: Callable[..., MetaTensor], tmp_path: Path) -> None:

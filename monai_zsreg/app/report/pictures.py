@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.orientations import io_orientation
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
@@ -120,13 +121,9 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
 
 def _world_axes(lines: Tensor) -> list[int]:
     """For each array axis the world axis that it runs along, each of them once."""
-    size = (lines / lines.norm(dim=0)).abs()
-    found = [-1] * lines.shape[1]
-    for place in size.flatten().argsort(descending=True).tolist():
-        world, axis = divmod(place, lines.shape[1])
-        if found[axis] < 0 and world not in found:
-            found[axis] = world
-    return found
+    affine = np.pad(lines.numpy(), ((0, 1), (0, 1)))
+    affine[-1, -1] = 1
+    return [int(axis) for axis in io_orientation(affine)[:, 0]]
 
 
 def _plane(grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool) -> Plane:
