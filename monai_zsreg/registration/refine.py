@@ -22,6 +22,8 @@ _LOST, _ERRORS = 0.05, 2.0
 # distance of blocks that may move together, block widths; what they have in common of how far they move, as measured on
 # brains that were bent smoothly by 0.5 to 2 voxels
 _NEAR, _COMMON = 2.0, 0.6
+# how far interpolation alone moves neighboring blocks together, lattice steps, at most
+_SLIGHT = 0.15
 # standard deviation of a motion that is not told from none up to here, before calibration
 _PART = 0.25
 # what it costs to stretch more than at the start, beside the points' own equations, by number of dimensions: a slab
@@ -77,7 +79,7 @@ class Evidence:
         agreement: how alike the slopes of the two images' descriptors are: 1 for the same image, about a half for two
             contrasts of one brain, near 0 where nothing corresponds.
         beyond: root mean square of how far neighboring blocks would move together from where the transform takes
-            them, frame units; 0 where they do not agree on it by more than chance.
+            them, frame units; 0 where they do not agree on it by more than chance and interpolation.
         basis: ``[P, D+1, D+1]``, the motions.
     """
 
@@ -251,7 +253,8 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
     covariance, agreement = solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0
     shift = (force * weight.view(2, count, 1, points)).sum(-1).cpu().double()
     stiff = (tensor.diagonal(dim1=1, dim2=2).mean(-1) * weight).view(2, count, points).sum(-1).cpu().double()
-    return Evidence(covariance, agreement, _beyond(shift, stiff, blocks.apart()), basis)
+    beyond = _beyond(shift, stiff, blocks.apart())
+    return Evidence(covariance, agreement, beyond if beyond > _SLIGHT * blocks.step else 0.0, basis)
 
 
 def _beyond(shift: Tensor, stiff: Tensor, apart: Tensor) -> float:
