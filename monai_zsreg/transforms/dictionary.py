@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,6 @@ __all__ = [
     "SaveAffineDict",
     "SaveAffined",
 ]
-
-# volumes that are registered at the same time: each needs memory
-_MOST_AT_ONCE = 4
 
 
 class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
@@ -172,18 +168,14 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
                 needed = f"the key {self.followers[follower]!r} too, because {follower!r} follows it"
                 raise RegistrationError("data", list(d), needed)
         lazy = self.lazy if lazy is None else lazy
-        maps: dict[Hashable, Any] = {}
-        chosen = list(self.key_iterator(d, self.key_options))
-        fixed: Any = _fixed_image(d, self.fixed_key) if chosen else None
-        prepared = self.registrar.prepare(fixed) if chosen else None
-
-        def registered(number: int) -> MetaTensor:
-            key, options = chosen[number]
-            return self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
-
-        for (key, _), moved in zip(chosen, _side_by_side(registered, len(chosen), fixed), strict=True):
-            d[key] = moved
-            d[f"{self.affine_prefix}{key}"] = moved.meta[AFFINE_KEY].clone()
+        fixed: Any = None
+        maps = {}
+        for key, options in self.key_iterator(d, self.key_options):
+            if fixed is None:
+                fixed = _fixed_image(d, self.fixed_key)
+                prepared = self.registrar.prepare(fixed)
+            d[key] = self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
+            d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
             maps[key] = self._map(d, key)
         for follower in present:
             options = self.follower_options[follower]
@@ -366,19 +358,6 @@ class SaveAffined(MapTransform):
         for key in self.key_iterator(d):
             self.saver(d[key])
         return d
-
-
-def _side_by_side(function: Callable[[int], Any], count: int, fixed: MetaTensor | None) -> list[Any]:
-    """``function`` of 0 to ``count - 1``, in threads where that pays: one volume alone does not keep two cores busy."""
-    threads = torch.get_num_threads()
-    workers = min(count, threads, _MOST_AT_ONCE)
-    if fixed is None or workers < 2 or fixed.ndim < 4 or not fixed.is_cpu:
-        return [function(number) for number in range(count)]
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            return list(pool.map(function, range(count)))
-    finally:
-        torch.set_num_threads(threads)  # which threads to come start from
 
 
 def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:

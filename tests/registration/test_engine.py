@@ -147,7 +147,7 @@ def test_other_spacing_and_thick_slices(load_volume) -> None:
 def test_images_of_one_contrast_are_compared_by_intensity_in_the_end(two: dict, dims: int, monkeypatch) -> None:
     head, generator = two[dims].t1, torch.Generator().manual_seed(0)
     truth = turn(head, 9.0, (4.0, -3.0, 5.0)[:dims], 1.02)
-    noise = 0.02 * float(head.as_tensor().max())
+    noise = 0.01 * float(head.as_tensor().max())
     sides = [
         MetaTensor(image.as_tensor() + noise * torch.randn(image.shape, generator=generator), affine=image.affine)
         for image in (head, moved_by(head, truth))

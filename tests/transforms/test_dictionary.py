@@ -37,7 +37,6 @@ from monai.transforms import (
 from monai.utils import set_determinism
 
 from monai_zsreg import transforms
-from monai_zsreg.benchmark.cost import phantom_pair
 from monai_zsreg.errors import RegistrationError, RegistrationFailure, RegistrationWarning
 from monai_zsreg.geometry import AffineParameters, compose_parameters, moved_header
 from monai_zsreg.io import read_transform, write_transform
@@ -438,27 +437,6 @@ def test_same_result_twice_and_after_pickling(real_item: dict) -> None:
     second = pickle.loads(pickle.dumps(register))(real_item)["affine_moving"]
     set_determinism(None)
     assert torch.equal(first, second)
-
-
-def test_volumes_side_by_side_are_as_one_by_one() -> None:
-    """In threads of their own where there are cores, which the process then has back."""
-    one, two, _ = phantom_pair(3, 48)
-    item = {"fixed": MetaTensor(torch.as_tensor(one.values)[None], affine=one.affine)}
-    for number, key in enumerate("abc"):
-        affine = torch.as_tensor(two.affine).clone()
-        affine[0, 3] += 5 * number
-        item[key] = MetaTensor(torch.as_tensor(two.values)[None] + number, affine=affine)
-    threads = torch.get_num_threads()
-    moved = RegisterAffined(list("abc"), "fixed", on_failure="ignore")(item)
-    assert torch.get_num_threads() == threads
-    for key in "abc":
-        alone = RegisterAffined(key, "fixed", on_failure="ignore")(item)
-        torch.testing.assert_close(moved[f"affine_{key}"], alone[f"affine_{key}"], atol=1e-3, rtol=0)
-        assert moved[key].shape == item["fixed"].shape
-    bad = item | {"b": torch.zeros_like(item["b"]), "c": item["c"][..., 0]}
-    with pytest.raises(RegistrationError, match="moving"):
-        RegisterAffined(list("abc"), "fixed", on_failure="ignore")(bad)
-    assert torch.get_num_threads() == threads
 
 
 def test_lazy_registration_joins_the_interpolation(real_item: dict, itk_resample) -> None:
