@@ -85,7 +85,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     # the regressor's weights come from the bundle's folder
     weights = {f"monai_zsreg/pretrained_models/{name}" for name in ("model.pt", "model_3d.pt")}
     pages = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.html")}
-    assert pages and names == modules | {"monai_zsreg/py.typed"} | weights | pages
+    assert len(pages) == 4 and names == modules | {"monai_zsreg/py.typed"} | weights | pages
     assert len(licenses) == 1
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from difflib import get_close_matches
-from numbers import Real
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from monai_zsreg.app.evaluate import mean_metrics
 from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings, read_pair, register_pair
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.registration import RegistrationResult, check_options, resolve_device
+from monai_zsreg.registration.prepared import is_number
 
 __all__ = [
     "PairEvaluator",
@@ -70,7 +70,7 @@ def check(request: Mapping[str, Any]) -> None:
         check_options(made.preset, made.transform, made.seed, vgg19_weights=made.vgg19_weights, **made.options)
         resolve_device(made.device)
         limit = request["success_mm"]
-        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < float(limit) < math.inf:
+        if not is_number(limit) or not 0 < float(limit) < math.inf:
             raise RegistrationError("success_mm", limit, "a number above 0")
         found = _all_entries(request)
         files = {key: request[key] for key in ("vgg19_weights", "regressor_weights")}
@@ -96,7 +96,7 @@ def settings(request: Mapping[str, Any]) -> Settings:
     for name in options.keys() & request.keys():
         raise RegistrationError("options", name, f"--{name} for it")
     weights, fill = request["regressor_weights"], request["fill_value"]
-    if fill is not None and (isinstance(fill, bool) or not isinstance(fill, Real)):
+    if fill is not None and not is_number(fill):
         raise RegistrationError("fill_value", fill, "a number, or null for the background of the image")
     return Settings(
         output_dir=datalist.text(request["output_dir"], "output_dir"),

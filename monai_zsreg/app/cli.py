@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from monai_zsreg.benchmark.__main__ import main as benchmark
         except ImportError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _WRONG_INPUT
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:

@@ -41,7 +41,7 @@ from monai_zsreg.benchmark.methods import timed
 from monai_zsreg.benchmark.perturb import about, turn
 from monai_zsreg.benchmark.run import read_results
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
-from monai_zsreg.geometry import Grid
+from monai_zsreg.geometry import Grid, flip_points
 from monai_zsreg.io.displacement import read_displacement
 from monai_zsreg.metrics import label_dice
 from monai_zsreg.registration.displacement import determinant, map_points, sampled
@@ -74,9 +74,7 @@ def _grid(image: Volume) -> Grid:
 
 def _lps(vectors: np.ndarray) -> np.ndarray:
     """ITK's vectors ``[*reversed, D]`` as a field."""
-    found = np.moveaxis(vectors, -1, 0).transpose(0, *range(vectors.ndim - 1, 0, -1)).astype(np.float32)
-    found[:2] *= -1
-    return found
+    return flip_points(vectors).transpose(*range(vectors.ndim - 1, -1, -1)).astype(np.float32)
 
 
 def _none(trial: Trial, threads: int) -> Run:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, checked_affine, flip_points, itk_lattice, lps_to_ras, ras_to_lps
+from monai_zsreg.geometry import Grid, checked_affine, flip_points, itk_lattice, lps_to_ras, ras_to_lps, world_from_itk
 from monai_zsreg.io.files import atomic_path, exists
 from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
@@ -146,9 +146,7 @@ def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]
             shape, origin, spacing, direction = np.split(
                 np.array(list(transform.GetFixedParameters())), [dims, 2 * dims, 3 * dims]
             )
-            affine = np.eye(dims + 1)
-            affine[:dims] = np.column_stack([direction.reshape(dims, dims) * spacing, origin])
-            affine[:2] *= -1
+            affine = world_from_itk(spacing, origin, direction.reshape(dims, dims))
             values = itk.array_from_vnl_vector(transform.GetParameters()).reshape(dims, *shape.astype(int), order="F")
             grid = Grid(tuple(map(int, shape)), torch.tensor(affine))
             vectors = torch.from_numpy(flip_points(np.moveaxis(values, 0, -1))).movedim(-1, 0)

@@ -26,7 +26,7 @@ __all__ = [
     "Calibration",
     "Judgement",
     "Limits",
-    "common_places",
+    "common_spread",
     "error_quantile",
     "honest_covariance",
     "judge",
@@ -185,15 +185,15 @@ def _measured(estimate: Estimate, fixed: Grid, moving: Grid) -> dict[str, float]
     size = math.exp(float(np.log(stretches).mean()))
     measures = estimate.measures | {"scale": max(size, 1 / size), "stretch": float(stretches[0] / stretches[-1])}
     if estimate.covariance is not None:
-        spread = spread_at(estimate.covariance, common_places(fixed, moving, estimate.affine.numpy()))
+        spread = common_spread(estimate.covariance, fixed, moving, estimate.affine.numpy())
         # what no matrix can follow is no fault of this one
-        square = max(float(np.square(spread).mean()) - measures.get("beyond", 0.0) ** 2, 0.0)
+        square = max(spread**2 - measures.get("beyond", 0.0) ** 2, 0.0)
         measures["error"] = math.sqrt(square) / measures["step"]
     return measures
 
 
-def common_places(fixed: Grid, moving: Grid, affine: np.ndarray) -> np.ndarray:
-    """The center of the smaller field of view and half way to its ends, ``[1 + 2 D, D]`` in the fixed world.
+def common_spread(covariance: np.ndarray, fixed: Grid, moving: Grid, affine: np.ndarray) -> float:
+    """Root mean square of `spread_at` the center of the smaller field of view and half way to its ends, mm.
 
     Beyond what both images show nothing is known of a transform between them.
     """
@@ -203,7 +203,8 @@ def common_places(fixed: Grid, moving: Grid, affine: np.ndarray) -> np.ndarray:
         smaller, back = moving, np.linalg.inv(affine)
     ends = 0.25 * np.eye(dims) * np.asarray(smaller.shape)
     places = np.vstack([np.zeros(dims), ends, -ends]) @ smaller.affine[:dims, :dims].numpy().T
-    return (places + smaller.center.numpy()) @ back[:dims, :dims].T + back[:dims, dims]
+    places = (places + smaller.center.numpy()) @ back[:dims, :dims].T + back[:dims, dims]
+    return float(np.sqrt(np.square(spread_at(covariance, places)).mean()))
 
 
 def honest_covariance(covariance: np.ndarray, step: float, beyond: float = 0.0) -> np.ndarray:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from numbers import Real
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from monai_zsreg.foreground import appearance
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
-from monai_zsreg.registration.prepared import Prepared, resolve_device
+from monai_zsreg.registration.prepared import Prepared, is_number, resolve_device
 from monai_zsreg.registration.side import finest_step
 
 __all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
@@ -150,8 +149,7 @@ def check_stiffness(stiffness: Any) -> None:
     Raises:
         RegistrationError: it is neither None nor a length.
     """
-    real = isinstance(stiffness, Real) and not isinstance(stiffness, bool)
-    if stiffness is not None and not (real and 0 < float(stiffness) < math.inf):
+    if stiffness is not None and not (is_number(stiffness) and 0 < float(stiffness) < math.inf):
         raise RegistrationError("stiffness", stiffness, "a length above 0, mm, or None")
 
 
@@ -426,9 +424,8 @@ def _trusted(scene: _Scene, likeness: _Likeness, fixed: Tensor, moving: Tensor, 
     weight = torch.minimum(scene.weight(whole), scene.weight(-whole))
     gaps = []
     for way in (whole, -whole):
-        gap = (fixed[channels] - _pulled(moving[channels].to(shift.dtype), way)).square_().mean(
-            0, keepdim=True
-        ) * weight
+        moved = _pulled(moving[channels].to(shift.dtype), way)
+        gap = (fixed[channels] - moved).square_().mean(0, keepdim=True) * weight
         gaps.append(_blurred(_resized(gap, shift.shape[1:]), [_REGION] * dims) + 1e-3 * gap.mean() + 1e-20)
     explained = (gaps[1] - gaps[0]) / (3 * gaps[0] + gaps[1])
     keep = (explained / likeness.chance[dims] - 1).clamp_(0, 1)

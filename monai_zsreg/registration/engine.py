@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.registration.blocks import Blocks
-from monai_zsreg.registration.confidence import common_places, spread_at
+from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS, LocalScores
 from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
@@ -236,11 +235,8 @@ class Found:
         """How far off the blocks say that the answer is where both images show something, steps of the finest level."""
         if not self.sound:
             return math.inf
-        places = common_places(self.pair.fixed.grid, self.pair.moving.grid, self.affine().numpy())
-        return (
-            float(np.sqrt(np.square(spread_at(self._in_world(self.evidence.covariance).numpy(), places)).mean()))
-            / self.pair.base
-        )
+        covariance, affine = self._in_world(self.evidence.covariance).numpy(), self.affine().numpy()
+        return common_spread(covariance, self.pair.fixed.grid, self.pair.moving.grid, affine) / self.pair.base
 
     @property
     def sound(self) -> bool:

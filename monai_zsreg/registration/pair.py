@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from inspect import signature
-from numbers import Real
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.registration.engine import EFFORTS, TRANSFORMS, Found, Settings, find
 from monai_zsreg.registration.estimate import Estimate
 from monai_zsreg.registration.precision import full_precision
-from monai_zsreg.registration.prepared import Prepared, resolve_device, whole_number
+from monai_zsreg.registration.prepared import Prepared, is_number, resolve_device, whole_number
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.side import Pair, finest_step, longest_extent
 
@@ -290,7 +289,7 @@ def check_options(
     number = whole_number(seed)
     if number is None or not 0 <= number < 2**63:
         raise RegistrationError("seed", seed, "a whole number from 0 to 2**63 - 1")
-    if spacing is not None and not (_is_number(spacing) and spacing > 0):
+    if spacing is not None and not (is_number(spacing) and spacing > 0):
         raise RegistrationError("spacing", spacing, "a voxel size in mm, or None")
     options = {name: value for name, value in options.items() if name not in _OF_THE_PAIR}
     file = options.get("vgg19_weights")
@@ -340,13 +339,9 @@ def _check_spacing(wanted: Any, fixed: Grid, moving: Grid) -> None:
     if wanted is None:
         return
     extent, (least, most) = longest_extent(fixed, moving), _SPACING_LIMITS[fixed.dims]
-    if not _is_number(wanted) or not extent / most <= wanted <= extent / least:
+    if not is_number(wanted) or not extent / most <= wanted <= extent / least:
         allowed = f"a voxel size from {extent / most:.3g} to {extent / least:.3g} mm for these images"
         raise RegistrationError("spacing", wanted, allowed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _matrix(initial: Any, fixed: Image, moving: Image) -> Tensor:

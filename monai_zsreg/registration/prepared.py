@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 import os
+from numbers import Real
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def resolve_device(device: str | torch.device | None, default: torch.device | st
             "device", str(device), f'"cpu", or a device of this machine such as "cuda" ({error})'
         ) from error
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of any type but bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def whole_number(value: Any) -> int | None:

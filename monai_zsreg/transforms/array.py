@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from monai_zsreg.io.transforms import FORMATS
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
 from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.registration.displacement import Deformation
+from monai_zsreg.registration.prepared import is_number
 from monai_zsreg.resample import MODES, outside_value, resample
 
 __all__ = [
@@ -553,7 +553,7 @@ def _check_padding_mode(padding_mode: str) -> str:
 
 
 def _check_fill(fill_value: Any) -> float | None:
-    if fill_value is not None and (isinstance(fill_value, bool) or not isinstance(fill_value, Real)):
+    if fill_value is not None and not is_number(fill_value):
         raise RegistrationError("fill_value", fill_value, "a number, or None for the image's background")
     return None if fill_value is None else float(fill_value)
 
