@@ -18,6 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import takewhile
+from pathlib import Path
+from textwrap import fill, indent
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ __all__ = [
     "check",
     "entries",
     "local_device",
+    "print_options",
     "run",
     "settings",
 ]
@@ -167,7 +171,7 @@ def _refuse_unknown(argv: Sequence[str]) -> None:
         if top not in known:
             near = get_close_matches(top, known, 1)
             hint = f"; did you mean --{near[0]}?" if near else ""
-            raise RegistrationError(f"--{name}", value, f"an option of the configuration{hint}")
+            raise RegistrationError(f"--{name}", value, f"an option of the configuration{hint} (`run help` lists them)")
 
 
 @contextmanager
@@ -178,6 +182,15 @@ def wrong_input_exits() -> Iterator[None]:
     except RegistrationError as error:
         print(f"wrong input: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from error
+
+
+def print_options(bundle_root: str | os.PathLike) -> None:
+    """``python -m monai.bundle run help``: the table of options in the bundle's documentation."""
+    lines = (Path(bundle_root) / "docs" / "README.md").read_text(encoding="utf-8").splitlines()
+    first = lines.index("| option | default | meaning |")
+    for line in takewhile(lambda line: line.startswith("| "), lines[first + 2 :]):
+        option, default, meaning = (cell.strip().replace("`", "") for cell in line.strip("|").split(" | "))
+        print(option, indent(fill(f"{meaning} (default: {default})", 96), "    "), sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -282,15 +282,17 @@ def _client(workers: int, scheduler: str | None, device: Any) -> Iterator[Any]:
             if torch.device(device or "cpu").type == "cuda":
                 workers = min(workers, torch.cuda.device_count())
             threads = os.environ.get("OMP_NUM_THREADS") or max(1, dask.system.CPU_COUNT // workers)
-            # a worker has one pair, and no others that would die with it; without room it would pause for good
-            rules = {"scheduler.worker-saturation": 1.0, "scheduler.allowed-failures": 1, "worker.memory.pause": False}
+            rules = {
+                # a worker has one pair, and no others that would die with it; without room it would pause for good
+                "scheduler.worker-saturation": 1.0,
+                "scheduler.allowed-failures": 1,
+                "worker.memory.pause": False,
+                # without Dask's MALLOC_TRIM_THRESHOLD_, with which half of a worker's time goes into asking for memory
+                "nanny.pre-spawn-environ": {"OMP_NUM_THREADS": str(threads)},
+            }
             stack.enter_context(dask.config.set({f"distributed.{name}": value for name, value in rules.items()}))
             cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                dashboard_address=None,
-                silence_logs=logging.CRITICAL,
-                env={"OMP_NUM_THREADS": str(threads)},
+                n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
             )
             client = stack.enter_context(Client(stack.enter_context(cluster)))
         try:

@@ -162,13 +162,15 @@ def machine(threads: int) -> list[str]:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script such as zsreg
+    started = ["zsreg"] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return [
         f"- date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC; load average at the end: {load}",
         f"- processor: {names[0]}, {os.cpu_count()} cores; threads of each method: {threads}",
         f"- system: {platform.system()} {platform.machine()}, Python {platform.python_version()}",
         f"- versions: {', '.join(versions)}",
-        f"- command: `{shlex.join(['python', '-m', 'monai_zsreg.benchmark', *sys.argv[1:]])}`",
+        f"- command: `{shlex.join([*started, *sys.argv[1:]])}`",
     ]
 
 

@@ -142,8 +142,8 @@ def mutual_information(
         raise RegistrationError("bins", bins, "2 or more")
     results = []
     for a, b in zip(fixed, moving, strict=True):
-        index = _bin_index(a, bins) * bins + _bin_index(b, bins)
-        counts = torch.bincount(index.flatten() if mask is None else index[mask], minlength=bins * bins)
+        index = _bin_index(a, mask, bins) * bins + _bin_index(b, mask, bins)
+        counts = torch.bincount(index, minlength=bins * bins)
         # the 4096 probabilities are summed on the CPU in double precision: not every device has it, and AMP stays out
         joint = (counts.cpu().double() / max(1, int(counts.sum()))).reshape(bins, bins)
         entropies = _entropy(joint.sum(1)) + _entropy(joint.sum(0))
@@ -173,10 +173,13 @@ def structural_similarity(fixed: Tensor, moving: Tensor, mask: Tensor | None = N
     windows = [min(_SSIM_WINDOW, n - 1 + n % 2) for n in x.shape[1:]]
     c1, c2 = 0.01**2, 0.03**2
     mean_x, mean_y = _window_mean(x, windows), _window_mean(y, windows)
-    variances = _window_mean(x * x + y * y, windows) - mean_x**2 - mean_y**2
-    covariance = _window_mean(x * y, windows) - mean_x * mean_y
-    ssim = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    ssim /= (mean_x**2 + mean_y**2 + c1) * (variances + c2)
+    squares, product = mean_x**2 + mean_y**2, mean_x.mul_(mean_y)
+    del mean_x, mean_y
+    covariance = _window_mean(x * y, windows).sub_(product)
+    ssim = product.mul_(2).add_(c1) * covariance.mul_(2).add_(c2)
+    del product, covariance
+    variances = _window_mean(x * x + y * y, windows).sub_(squares)
+    ssim /= squares.add_(c1) * variances.add_(c2)
     if mask is not None:
         for axis, window in enumerate(windows):
             mask = mask.narrow(axis, window // 2, mask.shape[axis] - window + 1)
@@ -197,10 +200,12 @@ def _window_mean(image: Tensor, windows: Sequence[int]) -> Tensor:
     return image
 
 
-def _bin_index(image: Tensor, bins: int) -> Tensor:
-    low, high = image.min(), image.max()
+def _bin_index(image: Tensor, mask: Tensor | None, bins: int) -> Tensor:
+    """The bin of every voxel that counts, between the extremes of all."""
+    low, high = image.aminmax()
     width = torch.where(high > low, high - low, torch.ones_like(low))
-    return ((image - low) / width * bins).long().clamp_(0, bins - 1)
+    values = image.flatten() if mask is None else image[mask]
+    return ((values - low) / width * bins).int().clamp_(0, bins - 1)
 
 
 def _entropy(probability: Tensor) -> float:

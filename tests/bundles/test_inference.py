@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
-from monai_zsreg.app.bundle import ReadAhead, ReadPair
+from monai_zsreg.app.bundle import ReadAhead, ReadPair, print_options
 from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import AffineParameters, compose_parameters
@@ -110,6 +111,15 @@ def test_command_refuses_a_mistyped_option_with_the_nearest(pair: SimpleNamespac
     assert "--ouput_dir" in done.stderr and "did you mean --output_dir?" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_tells_every_option_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    print_options(BUNDLE)
+    told = capsys.readouterr().out
+    config = json.loads(Path(INFERENCE).read_text())
+    assert set(re.findall(r"--(\w+)", told)) == {*config["request"], "num_workers"} - {"evaluation"}
+    assert "(default: 3)" in told.partition("--demonstration_dims")[2].partition("--")[0]
+    assert config["help"] == "$app.print_options(@bundle_root)"
 
 
 def test_demonstration_says_once_that_it_is_simulated_and_how_far_off_it_is(
