@@ -9,6 +9,13 @@ names data which are not there is an error, so that nothing is skipped unnoticed
 from __future__ import annotations
 
 import os
+
+# one thread a process, and as many processes as there are cores: the suite is many small problems, and waiting threads
+# cost more than they save. Before the libraries that read it, and for the commands that tests start
+for _library in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{_library}_NUM_THREADS"] = "1"
+os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
+
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +32,7 @@ _DATA = ("ZSREG_TEST_DATA", _ROOT.parent / "shared" / "realdata")
 _VGG19 = ("ZSREG_TEST_VGG19", _ROOT.parent / "shared" / "weights" / "vgg19_first_two_conv.pt")
 _REAL_SUBJECT = "open_ms_mni/patient07"
 
-# the suite is many small problems; more threads than this cost more than they save
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 def named_path(variable: str, fallback: Path) -> Path | None:

@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import psutil
@@ -82,9 +84,9 @@ def whole_files(output: Path) -> int:
 
 
 def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
-    process = start(pairs, output)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
+    """The same command once more, in this process."""
+    options: dict[str, Any] = {"output_dir": str(output), "datalist": str(pairs.datalist), "page": False}
+    monai.bundle.run(config_file=str(INFERENCE), device="cpu", logging_file=False, **options)
     with open(output / "summary.csv", newline="") as file:
         assert [row["verdict"] for row in csv.DictReader(file)] == ["PASS"] * PAIRS
     assert whole_files(output) > 4 * PAIRS

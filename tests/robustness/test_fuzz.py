@@ -24,8 +24,8 @@ def fuzz() -> ModuleType:
 
 @pytest.mark.slow
 def test_wrong_input_ends_in_an_error_that_names_it(fuzz: ModuleType) -> None:
-    count = 90
-    rows = fuzz.run(count, seed=11)
+    count = 60
+    rows = fuzz.run(count, seed=11, workers=1)
     assert not fuzz.bad(rows), fuzz.summary(rows)
     outcomes = {row["number"]: row["outcome"] for row in rows}
     assert len(outcomes) == count

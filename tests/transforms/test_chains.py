@@ -7,6 +7,7 @@ registration error says whether images are aligned, ITK where voxels have to go.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -445,10 +446,10 @@ def taken_apart(loader: DataLoader) -> list[dict]:
     return [item for batch in loader for item in decollate_batch(batch)]
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers(subjects: list[dict], itk_resample, start: str) -> None:
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
+def test_workers(subjects: list[dict], itk_resample, start: str, workers: int) -> None:
     chain = register_t2()
-    loader = DataLoader(Dataset(subjects, chain), batch_size=2, num_workers=2, multiprocessing_context=start)
+    loader = DataLoader(Dataset(subjects, chain), batch_size=2, num_workers=workers, multiprocessing_context=start)
     assert_all_registered(taken_apart(loader), chain, subjects, itk_resample)
 
 
@@ -497,29 +498,16 @@ def test_persistent_cache(subjects: list[dict], itk_resample, tmp_path: Path) ->
     script = (
         "import json, sys, torch; from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1]); import test_chains\n"
-        "data = test_chains.persistent(json.loads(sys.argv[2]), Path(sys.argv[3]))\n"
-        "torch.save([data[i]['affine_t2'] for i in range(2)], sys.argv[4])"
+        "folders = [Path(sys.argv[3]), Path(sys.argv[4])]\n"
+        "data = [test_chains.persistent(json.loads(sys.argv[2]), folder) for folder in folders]\n"
+        "torch.save([[one[i]['affine_t2'] for i in range(2)] for one in data], sys.argv[5])"
     )
-
-    def elsewhere(folder: Path, seed: str) -> list[torch.Tensor]:
-        import json
-
-        out = tmp_path.parent / f"{tmp_path.name}_{seed}.pt"
-        command = [
-            sys.executable,
-            "-c",
-            script,
-            str(Path(__file__).parent),
-            json.dumps(subjects),
-            str(folder),
-            str(out),
-        ]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
-        return torch.load(out)
-
-    read = elsewhere(tmp_path, "1")
+    beside = tmp_path.parent / f"{tmp_path.name}_fresh"
+    arguments = [str(Path(__file__).parent), json.dumps(subjects), str(tmp_path), str(beside), f"{beside}.pt"]
+    hashes = {"PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=os.environ | hashes)
+    read, fresh = torch.load(f"{beside}.pt")
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
-    fresh = elsewhere(tmp_path.parent / f"{tmp_path.name}_fresh", "2")
     for one, two, three in zip(first, read, fresh, strict=True):
         assert torch.equal(one["affine_t2"], two)
         torch.testing.assert_close(one["affine_t2"], three, atol=1e-4, rtol=0)
