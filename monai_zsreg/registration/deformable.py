@@ -9,15 +9,17 @@ map. The images are compared point by point:
   stage. One channel, and the one that tells most where the contrast is the same;
 - else by local descriptors (MIND-SSC), of which each iteration looks at a quarter in turn.
 
-All smoothing and resizing is separable: a matrix along each axis. The map has half the resolution of the images, is
-checked for folds after each level, and smoothed where there is one. In the end it is dropped, place by place, where it
-makes the images no more alike than noise and another contrast do in scans of one person.
+All smoothing and resizing is separable: a matrix along each axis. The map has half the resolution of the images at the
+finest level; of these, each iteration then looks at every second point along each axis, at others in turn, and only
+where there is something. The map is checked for folds after each level, and smoothed where there is one. In the end it
+is dropped, place by place, where it makes the images no more alike than noise and another contrast do in scans of one
+person.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -55,6 +57,10 @@ _GROWTH = 1.6
 _LEAST = 0.05
 # width of the surroundings in which it is measured what the map explains, points of the map
 _REGION = 8.0
+# looks at the images for that
+_LOOKS = 2
+# parts that looking up is divided into, for the cores
+_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class _Likeness:
         stiffness: default of the smoothing length, finest steps.
         fluid: smoothing of the equations, steps of the level.
         ridge: what is added to the diagonal of the equations, parts of its mean: points that show little move little.
-        turns: iterations that it takes to look at all channels.
+        turns: looks that it takes to see all channels.
+        looks: at the images in each iteration, where the map has half their resolution.
+        halved: the coarsest level, finest steps, at which it has.
         tolerance: difference of a channel at which a point counts half.
         chance: part of the difference of the images, by number of dimensions, that a map explains by chance; at twice
             that it is kept whole. Measured at scans of one person with noise or of two contrasts: up to 0.10 by
@@ -76,12 +84,14 @@ class _Likeness:
     fluid: float
     ridge: float
     turns: int
+    looks: int
+    halved: int
     tolerance: float
     chance: dict[int, float]
 
 
-_INTENSITY = _Likeness(0.8, 1.5, 0.5, 1, 1.0, {2: 0.1, 3: 0.1})
-_DESCRIPTORS = _Likeness(2.0, 2.0, 0.3, 4, 1.0, {2: 0.08, 3: 0.04})
+_INTENSITY = _Likeness(0.8, 1.5, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1})
+_DESCRIPTORS = _Likeness(2.0, 2.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04})
 # how intensities are freed of their surroundings: see `_local`
 _AROUND = (2.4, 0.1)
 
@@ -177,7 +187,7 @@ def deform(
     for scale, iterations in _LEVELS:
         if min(scene.shape) < _SMALLEST * scale and scale > 1:
             continue
-        shape = [-(-n // max(scale, 2)) for n in scene.shape]
+        shape = [-(-n // (2 * scale if scale <= likeness.halved else scale)) for n in scene.shape]
         shift = fixed[0].new_zeros(scene.dims, *shape) if shift is None else _resized(shift, shape)
         smooth = length * max(1.0, scale / _GROWTH)
         shift = _without_folds(_level(scene, likeness, scale, iterations, shift, smooth))
@@ -278,15 +288,6 @@ class _Scene:
         common, *own = ((a * b * weight).double().sum() for a, b in ((one, two), (one, one), (two, two)))
         return float(common / (own[0] * own[1]).clamp(min=1e-20).sqrt())
 
-    def weight(self, shift: Tensor) -> Tensor:
-        """How much each point counts under a map, ``[1, *n]`` for ``[D, *n]``."""
-        weight = _resized(self.shown, shift.shape[1:])
-        for number, count in enumerate(self.counts):
-            if count is not None:
-                count = _resized(count, shift.shape[1:])
-                weight = weight * (_pulled(count, shift) if number else count)
-        return weight
-
     def deformation(self, shift: Tensor, affine: Tensor) -> Deformation:
         """The map on a lattice over the whole field of view; beyond the box it goes on as it is at its edge."""
         # whole steps of the map in front of the box and behind it
@@ -376,58 +377,147 @@ def _level(scene: _Scene, likeness: _Likeness, scale: int, iterations: int, shif
         shift: the map, ``[D, *lattice]`` in coordinates of ``grid_sample``, axes in array order.
         smooth: length by which the map is smoothed after each step, mm.
     """
-    dims, shape = scene.dims, [-(-n // scale) for n in scene.shape]
-    lattice = shift.shape[1:]
-    fixed, moving = (_described(_resized(image, shape), likeness) for image in scene.images)
-    weight = scene.weight(_resized(shift, shape))
-    voxel = [s * a / b for s, a, b in zip(scene.steps, scene.shape, shape, strict=True)]
-    fluid = [likeness.fluid * min(voxel) / v for v in voxel]
-    elastic = [smooth * m / (s * n) for s, n, m in zip(scene.steps, scene.shape, lattice, strict=True)]
-    half = _column([0.5 * n for n in shape], shift)
+    dims, lattice = scene.dims, shift.shape[1:]
+    pair = _Pair(scene, likeness, scale, lattice)
+    steps = [s * n / m for s, n, m in zip(scene.steps, scene.shape, lattice, strict=True)]
+    fluid = [likeness.fluid * pair.step / s for s in steps]
+    elastic = [smooth / s for s in steps]
+    half = _column([0.5 * n for n in pair.shape], shift)
     pairs = [(i, j) for i in range(dims) for j in range(i, dims)]
-    equations = shift.new_empty(len(pairs) + dims, *shape)
+    looks = likeness.looks if tuple(lattice) != tuple(pair.shape) else 1
+    equations = shift.new_empty(len(pairs) + dims, *lattice)
     for number in range(iterations):
         equations.zero_()
-        channels = slice(number % likeness.turns, None, likeness.turns)
-        moved = _pulled(moving[channels].to(shift.dtype), _resized(shift, shape))
-        for one, two in zip(fixed[channels].to(shift.dtype), moved, strict=True):
-            gap, slopes = (one - two) * weight[0], _slopes(one + two)
-            # what differs much has no counterpart there
-            share = 1 / (1 + (gap / likeness.tolerance).square_())
-            shared = [slope * share for slope in slopes]
-            for equation, (i, j) in zip(equations, pairs, strict=False):
-                equation.addcmul_(shared[i], slopes[j])
-            for equation, slope in zip(equations[len(pairs) :], shared, strict=True):
-                equation.addcmul_(slope, gap)
-        smoothed = _resized(equations, lattice, fluid)
+        rows = equations.flatten(1)
+        for look in range(number * looks, (number + 1) * looks):
+            for at, weight, one, two, slopes in pair.looks(shift, look):
+                gap = (one - two) * weight
+                # what differs much has no counterpart there
+                share = 1 / (1 + (gap / likeness.tolerance).square_())
+                shared = [slope * share for slope in slopes]
+                found = [shared[i] * slopes[j] for i, j in pairs] + [slope * gap for slope in shared]
+                for row, numbers in zip(rows, found, strict=True):
+                    row.index_add_(0, at, numbers)
+        smoothed = _blurred(equations, fluid)
         step = _solved(smoothed[: len(pairs)], smoothed[len(pairs) :], pairs, likeness.ridge)
-        step = step / step.norm(dim=0, keepdim=True).clamp(min=1.0) / half
+        length = torch.stack([part.square() for part in step]).sum(0, keepdim=True).sqrt_()
+        step = step / length.clamp_(min=1.0) / half
         shift = _blurred(step + _pulled(shift, step), elastic)
-    return shift if scale > 1 else _trusted(scene, likeness, fixed, moving, shift, _resized(shift, shape))
+    return shift if scale > 1 else _trusted(pair, likeness, shift)
 
 
-def _trusted(scene: _Scene, likeness: _Likeness, fixed: Tensor, moving: Tensor, shift: Tensor, whole: Tensor) -> Tensor:
+class _Pair:
+    """Both images at one resolution, looked at where a map has its points.
+
+    Args:
+        scene: the images.
+        likeness: how they are compared.
+        scale: resolution, finest steps.
+        lattice: of the map. Where it has half the points of the images, each look is at other ones of theirs.
+
+    Attributes:
+        shape: number of points of the images along each axis.
+        step: the smallest distance between them, mm.
+    """
+
+    def __init__(self, scene: _Scene, likeness: _Likeness, scale: int, lattice: Sequence[int]) -> None:
+        self.shape = [-(-n // scale) for n in scene.shape]
+        self.step = min(s * n / m for s, n, m in zip(scene.steps, scene.shape, self.shape, strict=True))
+        self._lattice, self._turns = tuple(lattice), likeness.turns
+        fixed, self._moving = (_described(_resized(image, self.shape), likeness) for image in scene.images)
+        self._fixed = fixed.flatten(1)
+        shown, counted, self._seen = (
+            None if part is None else _resized(part, self.shape) for part in (scene.shown, *scene.counts)
+        )
+        # a channel of the moving image and twice its derivatives, 0 at the edge
+        self._bent = self._moving.new_zeros(1 + len(self.shape), *self.shape, dtype=torch.float32)
+        assert shown is not None
+        self._weight = (shown if counted is None else shown * counted).flatten()
+
+    def looks(self, shift: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
+        """What there is to compare.
+
+        Args:
+            shift: the map.
+            number: of the look.
+
+        Yields:
+            for each channel: numbers of the points of the map that count, how much they do, the fixed and the moving
+            image there ``[N]``, and along each axis twice the derivative of their sum, per point of the images.
+        """
+        dims = len(self.shape)
+        # opposite corners of a cell of the map follow one another
+        corner = (0, 7, 3, 4, 5, 2, 6, 1)[number % 8]
+        axes = [
+            (
+                (torch.arange(m, device=shift.device) * 2 + (corner >> axis & 1)).clamp_(max=n - 1)
+                if n > m
+                else torch.arange(n, device=shift.device)
+            )
+            for axis, (n, m) in enumerate(zip(self.shape, self._lattice, strict=True))
+        ]
+        strides = [torch.Size(self.shape[axis + 1 :]).numel() for axis in range(dims)]
+        flat = _outer([ticks * stride for ticks, stride in zip(axes, strides, strict=True)])
+        at = (self._weight.index_select(0, flat) > 0.01).nonzero().flatten()
+        flat = flat.index_select(0, at)
+        weight = self._weight.index_select(0, flat)
+        rows = [_kernel(m, n, 0.0) for n, m in zip(self.shape, self._lattice, strict=True)]
+        here = _along(shift, [None if k is None else k[t.cpu()] for k, t in zip(rows, axes, strict=True)]).flatten(1)
+        index = [ticks.index_select(0, at) for ticks in _each(axes)]
+        parts = [(2 * i + 1) / n - 1 + h.index_select(0, at) for i, n, h in zip(index, self.shape, here, strict=True)]
+        where = torch.stack(parts[::-1], -1)
+        if self._seen is not None:
+            weight = weight * _looked_up(self._seen, where)[0]
+        # how the map turns and stretches what it shows
+        bend = [
+            [
+                torch.gradient(part, dim=j)[0].flatten().index_select(0, at) * (0.5 * n * m / p) + float(i == j)
+                for j, (p, m) in enumerate(zip(self.shape, self._lattice, strict=True))
+            ]
+            for i, (part, n) in enumerate(zip(shift, self.shape, strict=True))
+        ]
+        beside = [
+            (flat + (i < n - 1) * stride, flat - (i > 0) * stride)
+            for i, n, stride in zip(index, self.shape, strides, strict=True)
+        ]
+        for channel in range(number % self._turns, len(self._fixed), self._turns):
+            one, moving = self._fixed[channel].to(shift), self._bent[0].copy_(self._moving[channel])
+            for axis, n in enumerate(self.shape):
+                if n > 2:
+                    ahead, behind = moving.narrow(axis, 2, n - 2), moving.narrow(axis, 0, n - 2)
+                    torch.sub(ahead, behind, out=self._bent[1 + axis].narrow(axis, 1, n - 2))
+            two, *found = _looked_up(self._bent, where)
+            slopes = [sum(bend[i][j] * found[i] for i in range(dims)) for j in range(dims)]
+            for slope, (a, b) in zip(slopes, beside, strict=True):
+                slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
+            yield at, weight, one.index_select(0, flat), two, slopes
+
+
+def _trusted(pair: _Pair, likeness: _Likeness, shift: Tensor) -> Tensor:
     """The map, left out where it explains no more of the difference of the images than it would by chance.
 
     Interpolation smooths, and alone makes images more alike. So the map is compared with its opposite: to second order,
     the difference is what it explains four times.
 
     Args:
-        scene: the images.
+        pair: the images.
         likeness: how they are compared.
-        fixed: what is compared, ``[C, *n]``.
-        moving: likewise.
         shift: the map, ``[D, *lattice]``.
-        whole: the map, ``[D, *n]``.
     """
-    dims, channels = scene.dims, slice(None, None, likeness.turns)
-    weight = torch.minimum(scene.weight(whole), scene.weight(-whole))
+    dims = len(shift)
     gaps = []
-    for way in (whole, -whole):
-        moved = _pulled(moving[channels].to(shift.dtype), way)
-        gap = (fixed[channels] - moved).square_().mean(0, keepdim=True) * weight
-        gaps.append(_blurred(_resized(gap, shift.shape[1:]), [_REGION] * dims) + 1e-3 * gap.mean() + 1e-20)
-    explained = (gaps[1] - gaps[0]) / (3 * gaps[0] + gaps[1])
+    for way in (shift, -shift):
+        gap, counted = torch.zeros_like(shift[:1]), torch.zeros_like(shift[:1])
+        for look in range(_LOOKS):
+            for at, weight, one, two, _ in pair.looks(way, look):
+                gap.view(-1).index_add_(0, at, (one - two).square_())
+                counted.view(-1).index_add_(0, at, weight)
+        gaps.append((gap, counted))
+    weight = torch.minimum(gaps[0][1], gaps[1][1])
+    ours, opposite = (
+        _blurred(gap * weight, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps
+    )
+    explained = (opposite - ours) / (3 * ours + opposite)
     keep = (explained / likeness.chance[dims] - 1).clamp_(0, 1)
     return shift * _blurred(keep, [_REGION / 2] * dims)
 
@@ -455,22 +545,35 @@ def _mind(image: Tensor) -> Tensor:
 
     Four consecutive channels of the twelve in 3D have one of every pair of axes each, so that every fourth has all.
     """
-    dims = image.ndim - 1
-    padded = F.pad(image[None], (1,) * (2 * dims), mode="replicate")[0, 0]
+    dims, shape = image.ndim - 1, image.shape[1:]
+    padded = F.pad(image[None], (3,) * (2 * dims), mode="replicate")[0, 0]
 
-    def beside(axis: int, side: int) -> Tensor:
-        found = padded
-        for other, n in enumerate(image.shape[1:]):
-            found = found.narrow(other, 1 + (side if other == axis else 0), n)
-        return found
+    def part(values: Tensor, rim: int, place: Sequence[int]) -> Tensor:
+        for axis, step in enumerate(place):
+            rest = (values.shape[axis] - shape[axis]) // 2
+            values = values.narrow(axis, rest - rim + step, shape[axis] + 2 * rim)
+        return values
 
-    channels = [
-        _blurred((beside(a, s) - beside(b, t)).square_()[None], [0.8] * dims)
-        for a, b in combinations(range(dims), 2)
-        for s in (-1, 1)
-        for t in (-1, 1)
-    ]
-    least = channels[0].clone()
+    def unit(axis: int, side: int) -> list[int]:
+        return [side if other == axis else 0 for other in range(dims)]
+
+    channels = []
+    for a, b in combinations(range(dims), 2):
+        # two pairs of neighbors have the same difference, at another place
+        same = {}
+        for t in (-1, 1):
+            apart = [y - x for x, y in zip(unit(a, 1), unit(b, t), strict=True)]
+            gap = (part(padded, 2, [0] * dims) - part(padded, 2, apart)).square_()
+            for axis in range(dims):
+                n = gap.shape[axis] - 2
+                gap = (
+                    (gap.narrow(axis, 0, n) + gap.narrow(axis, 2, n))
+                    .mul_(0.32)
+                    .add_(gap.narrow(axis, 1, n), alpha=0.36)
+                )
+            same[1, t], same[-1, -t] = part(gap, 0, unit(a, 1)), part(gap, 0, unit(b, -t))
+        channels += [same[s, t] for s in (-1, 1) for t in (-1, 1)]
+    least = channels[0].clone(memory_format=torch.contiguous_format)
     mean = torch.zeros_like(least)
     for channel in channels:
         torch.minimum(least, channel, out=least)
@@ -479,19 +582,7 @@ def _mind(image: Tensor) -> Tensor:
     usual = mean.mean()
     mean.clamp_(usual * 1e-3, usual * 1e3).clamp_(min=1e-20)
     half = torch.float16 if image.dtype == torch.float32 else image.dtype
-    return torch.cat([channel.sub_(least).div_(mean).neg_().exp_().to(half) for channel in channels])
-
-
-def _slopes(image: Tensor) -> list[Tensor]:
-    """Twice the derivative of ``[*n]`` along each axis, per point, by central differences; 0 at the edge."""
-    slopes = []
-    for axis, n in enumerate(image.shape):
-        slope = torch.zeros_like(image)
-        if n > 2:
-            inner = slope.narrow(axis, 1, n - 2)
-            torch.sub(image.narrow(axis, 2, n - 2), image.narrow(axis, 0, n - 2), out=inner)
-        slopes.append(slope)
-    return slopes
+    return torch.stack([(channel - least).div_(mean).neg_().exp_().to(half) for channel in channels])
 
 
 def _solved(normal: Tensor, right: Tensor, pairs: list[tuple[int, int]], part: float) -> Tensor:
@@ -568,16 +659,9 @@ def _blurred(values: Tensor, widths: Sequence[float]) -> Tensor:
     return _along(values, [_kernel(n, n, round(w, 4)) for n, w in zip(values.shape[1:], widths, strict=True)])
 
 
-def _resized(values: Tensor, shape: Sequence[int], widths: Sequence[float] | None = None) -> Tensor:
-    """``[C, *n]`` on as many points over the same extent: averaged where there are fewer, interpolated where more.
-
-    Args:
-        values: what to resize.
-        shape: number of points.
-        widths: of a Gaussian that smooths it, in points of ``values``; None for none.
-    """
-    widths = [0.0] * len(shape) if widths is None else widths
-    return _along(values, [_kernel(n, m, round(w, 4)) for n, m, w in zip(values.shape[1:], shape, widths, strict=True)])
+def _resized(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """``[C, *n]`` on as many points over the same extent: averaged where there are fewer, interpolated where more."""
+    return _along(values, [_kernel(n, m, 0.0) for n, m in zip(values.shape[1:], shape, strict=True)])
 
 
 @lru_cache(maxsize=256)
@@ -599,13 +683,35 @@ def _kernel(n: int, m: int, width: float) -> Tensor | None:
     return (kernel / kernel.sum(1, keepdim=True)).float()
 
 
+def _each(axes: Sequence[Tensor]) -> list[Tensor]:
+    """The coordinates of every point of a lattice, from those along its axes, flat."""
+    return [part.flatten() for part in torch.meshgrid(*axes, indexing="ij")]
+
+
+def _outer(axes: Sequence[Tensor]) -> Tensor:
+    """Sums of one number of each axis, for every point of a lattice, flat."""
+    total = axes[0]
+    for numbers in axes[1:]:
+        total = total.unsqueeze(-1) + numbers
+    return total.flatten()
+
+
 @lru_cache(maxsize=8)
 def _identity(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     axes = [(2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).to(device, dtype)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1]).to(device, dtype)
 
 
 def _pulled(values: Tensor, shift: Tensor) -> Tensor:
     """``[C, *n]`` looked up at every point of the lattice of ``shift``, plus ``shift``, ``[C, *lattice]``."""
-    where = _identity(tuple(shift.shape[1:]), shift.dtype, shift.device) + shift.flip(0).movedim(0, -1)
-    return F.grid_sample(values[None], where[None], padding_mode="border", align_corners=False)[0]
+    where = _identity(tuple(shift.shape[1:]), shift.dtype, shift.device) + shift.flip(0)
+    return _looked_up(values, where.flatten(1).mT).view(len(values), *shift.shape[1:])
+
+
+def _looked_up(values: Tensor, where: Tensor) -> Tensor:
+    """``[C, *n]`` at places ``[N, D]``, coordinates of ``grid_sample``, ``[C, N]``."""
+    dims, count = where.shape[1], len(where)
+    # in three dimensions torch uses one core for each image of a batch
+    where = F.pad(where, (0, 0, 0, -count % _PARTS)).view(_PARTS, *[1] * (dims - 1), -1, dims)
+    found = F.grid_sample(values.expand(_PARTS, *values.shape), where, padding_mode="border", align_corners=False)
+    return found.movedim(0, 1).reshape(len(values), -1)[:, :count]

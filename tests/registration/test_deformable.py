@@ -19,6 +19,7 @@ import monai_zsreg
 from monai_zsreg.app.apply import compose_transforms
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.registration import deformable
 from monai_zsreg.registration.deformable import deform, register_deformable
 from monai_zsreg.registration.displacement import Deformation, determinant, least_determinant
 
@@ -96,6 +97,51 @@ def test_a_head_that_only_moved_is_not_deformed(volumes, contrast: str) -> None:
         found.apply(foreground.numpy()) - apply_affine(torch.as_tensor(truth), foreground).numpy(), axis=1
     )
     assert np.quantile(added, 0.95) < 0.1
+
+
+def test_descriptors_are_those_of_their_definition() -> None:
+    image = torch.randn(1, 7, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    rim = torch.nn.functional.pad(image, (3,) * 6, mode="replicate")[0].numpy()
+    units = np.eye(3, dtype=int)
+    raw = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        for s in (-1, 1):
+            for t in (-1, 1):
+                gap = (np.roll(rim, -s * units[a], (0, 1, 2)) - np.roll(rim, -t * units[b], (0, 1, 2))) ** 2
+                for axis in range(3):
+                    gap = ndimage.convolve1d(gap, [0.32, 0.36, 0.32], axis)
+                raw.append(gap[3:-3, 3:-3, 3:-3])
+    above = np.stack(raw) - np.min(raw, axis=0)
+    usual = above.mean(0)
+    expected = np.exp(-above / usual.clip(1e-3 * usual.mean(), 1e3 * usual.mean()))
+    np.testing.assert_allclose(deformable._mind(image).numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_look_gives_derivatives_of_what_the_map_shows(scale: int) -> None:
+    wave = torch.from_numpy(waves((40, 36, 32), 5.0, 5.0)[:1]).float()
+    image = MetaTensor(wave - wave.min(), affine=torch.eye(4))
+    scene = deformable._Scene(side(image), side(image), torch.eye(4, dtype=torch.float64), None)
+    pair = deformable._Pair(scene, deformable._INTENSITY, scale, [-(-n // 2) for n in scene.shape])
+    shift = deformable._blurred(torch.from_numpy(waves((20, 18, 16), 0.1, 3.0)).float(), [1.0] * 3)
+    shift = deformable._resized(shift, pair._lattice)
+    shape = pair.shape
+    whole = deformable._resized(shift, shape)
+    total = pair._fixed.view(shape) + deformable._pulled(pair._moving, whole)[0]
+    for number in range(3):
+        corner = (0, 7, 3)[number]
+        for at, _, one, two, slopes in pair.looks(shift, number):
+            places = torch.unravel_index(at, pair._lattice)
+            ticks = [
+                ((2 * k + (corner >> axis & 1)).clamp(max=n - 1) if n > m else k)
+                for axis, (k, n, m) in enumerate(zip(places, shape, pair._lattice, strict=True))
+            ]
+            inside = torch.stack([(t > 1) & (t < n - 2) for t, n in zip(ticks, shape, strict=True)]).all(0)
+            torch.testing.assert_close(one + two, total[tuple(ticks)], rtol=0, atol=1e-4)
+            for axis, slope in enumerate(slopes):
+                beside = [[t + side * (a == axis) for a, t in enumerate(ticks)] for side in (-1, 1)]
+                behind, ahead = (total[tuple(t[inside] for t in side)] for side in beside)
+                assert (slope[inside] - (ahead - behind)).abs().mean() < 0.1 * (ahead - behind).abs().mean()
 
 
 def test_nothing_folds_however_rough_the_map_is() -> None:
