@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import all_finite, background_value
 from monai_zsreg.geometry import Grid, checked_affine, plane_of_slice
-from monai_zsreg.io.dicom import read_dicom_folder
+from monai_zsreg.io.dicom import is_dicom, read_dicom_file, read_dicom_folder
 from monai_zsreg.io.files import atomic_path, exists
-from monai_zsreg.io.readers import Stored, from_nibabel, read_file
+from monai_zsreg.io.readers import Stored, from_nibabel, read_itk, read_picture
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -268,7 +269,7 @@ def _from_file(path: Path, name: str) -> Image:
     folder, _, choice = str(path).rpartition("#")
     try:
         if exists(path):
-            stored = read_dicom_folder(path, None) if path.is_dir() else read_file(path)
+            stored = read_dicom_folder(path, None) if path.is_dir() else _read_file(path)
         elif folder and exists(folder):
             stored = read_dicom_folder(Path(folder), choice)
         else:
@@ -281,6 +282,17 @@ def _from_file(path: Path, name: str) -> Image:
         raise RegistrationError(name, str(path), allowed) from error
     stored.meta["path"] = str(path)
     return _from_stored(stored, name)
+
+
+def _read_file(path: Path) -> Stored:
+    try:
+        return from_nibabel(nib.load(path))
+    except ImageFileError:
+        pass  # not one of nibabel's formats
+    if is_dicom(path):
+        return read_dicom_file(path)
+    stored = read_picture(path) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else None
+    return stored or read_itk(path)
 
 
 def _from_tensor(tensor: Tensor, affine: Any, name: str) -> Image:

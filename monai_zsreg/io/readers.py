@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files to arrays: nibabel for its formats, Pillow for PNG and JPEG, ITK for all others.
 
-Every reader gives a `Stored` image. ITK takes seconds to import, so it is the last resort.
+Every reader gives a `Stored` image. ITK takes seconds to import, so it is the last resort of `monai_zsreg.io.images`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.analyze import AnalyzeImage
-from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.spatialimages import SpatialImage
 
 from monai_zsreg.geometry import world_from_itk
 
-__all__ = ["Stored", "from_nibabel", "read_file"]
+__all__ = ["Stored", "from_nibabel", "read_itk", "read_picture"]
 
 
 @dataclass
@@ -37,24 +36,6 @@ class Stored:
     channels: np.ndarray
     affine: np.ndarray
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-def read_file(path: Path) -> Stored:
-    """Read an image file of any kind.
-
-    Raises:
-        Exception: whatever the library of the format raises for a file that it cannot read.
-    """
-    from monai_zsreg.io.dicom import is_dicom, read_dicom_file
-
-    try:
-        return from_nibabel(nib.load(path))
-    except ImageFileError:
-        pass  # not one of nibabel's formats
-    if is_dicom(path):
-        return read_dicom_file(path)
-    stored = _read_picture(path) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else None
-    return stored or read_itk(path)
 
 
 def from_nibabel(file: Any) -> Stored:
@@ -93,7 +74,7 @@ def _doubts(file: Any) -> list[str]:
     return [f"{name} does not state its orientation"] if unknown else []
 
 
-def _read_picture(path: Path) -> Stored | None:
+def read_picture(path: Path) -> Stored | None:
     """PNG or JPEG; None for what Pillow reads with fewer bits than it has."""
     from PIL import Image
 

@@ -136,16 +136,9 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
             vgg19_weights=vgg19_weights,
             seed=seed,
             on_failure=on_failure,
-            lazy=lazy,
             **options,
         )
-        self.applier = ApplyAffineRegistration(lazy=lazy)
-
-    @LazyTransform.lazy.setter  # type: ignore[attr-defined]
-    def lazy(self, val: bool) -> None:
-        self._lazy = val
-        self.registrar.lazy = val
-        self.applier.lazy = val
+        self.applier = ApplyAffineRegistration()
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """
@@ -286,12 +279,7 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
             self.affine_keys = _one_each("affine_keys", affine_keys, len(self.keys))
         self.affine = None if affine is None else _any_matrix(affine)
         self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
-        self.applier = ApplyAffineRegistration(lazy=lazy)
-
-    @LazyTransform.lazy.setter  # type: ignore[attr-defined]
-    def lazy(self, val: bool) -> None:
-        self._lazy = val
-        self.applier.lazy = val
+        self.applier = ApplyAffineRegistration()
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """

@@ -19,6 +19,7 @@ import torch
 from nibabel.orientations import io_orientation
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
+from scipy.ndimage import convolve1d
 from torch import Tensor
 
 from monai_zsreg.foreground import background_value, foreground_mask, quantiles
@@ -208,10 +209,7 @@ def edges(shape: np.ndarray, below: np.ndarray) -> np.ndarray:
     """The edges of one picture in orange over another."""
     smooth = shape
     for axis in (0, 1):
-        padded = np.pad(smooth, [(2, 2) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        weights = (1, 4, 6, 4, 1)
-        parts = (w * np.take(padded, range(i, i + shape.shape[axis]), axis) for i, w in enumerate(weights))
-        smooth = np.sum(list(parts), axis=0) / 16
+        smooth = convolve1d(smooth, np.array([1, 4, 6, 4, 1]) / 16, axis, mode="nearest")
     slope_y, slope_x = np.gradient(smooth)
     size = np.pad(np.hypot(slope_x, slope_y), 1)
     # an edge is where the slope is steeper than on both sides of it, across the edge

@@ -72,7 +72,7 @@ FORMATS = {
     "greedy": Format((".mat",), text.sniff_greedy, text.read, text.write),
     "niftyreg": Format((), text.sniff, text.read, text.write, dims=(3,)),
     "mrtrix": Format((), text.sniff, text.read, text.write, dims=(3,)),
-    "afni": Format((".aff12.1d", ".1d"), afni.sniff, afni.read, afni.write, dims=(3,)),
+    "afni": Format((".aff12.1d", ".1d"), text.sniff, afni.read, afni.write, dims=(3,)),
     "minc": Format((".xfm",), minc.sniff, minc.read, minc.write, dims=(3,)),
     "elastix": Format((".txt",), elastix.sniff, elastix.read, elastix.write),
     "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write, dims=(3,)),

@@ -13,13 +13,9 @@ import numpy as np
 
 from monai_zsreg.geometry import lps_to_ras, ras_to_lps, without_obliquity
 from monai_zsreg.io.transforms.images import Images, Volume
-from monai_zsreg.io.transforms.text import matrix_rows, numbers
+from monai_zsreg.io.transforms.text import matrix_rows
 
-__all__ = ["read", "sniff", "write"]
-
-
-def sniff(content: bytes) -> bool:
-    return numbers(content) is not None
+__all__ = ["read", "write"]
 
 
 def read(path: Path, images: Images) -> np.ndarray:
