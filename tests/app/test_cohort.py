@@ -24,10 +24,11 @@ import pytest
 
 from monai_zsreg.app import cohort
 from monai_zsreg.app.cli import main
-from monai_zsreg.app.cohort import fingerprint
+from monai_zsreg.app.cohort import fingerprint, summary_rows
 from monai_zsreg.app.datalist import bids_pairs, one_pair, read_datalist
-from monai_zsreg.app.run import SUMMARY, Settings
+from monai_zsreg.app.run import REPORT, SUMMARY, Settings
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,14 @@ def test_bad_pairs_are_rows_and_a_rerun_does_only_what_is_missing(
     told = capsys.readouterr()
     assert told.out == "" and json.loads((out / "good1" / "report.json").read_text())["transform"] == "rigid"
     assert all(time > after[name] for name, time in times(out).items())
+
+
+def test_summary_is_sorted_worst_first(tmp_path: Path) -> None:
+    found = {"fine": ("PASS", 0.4), "doubtful": ("WARN", -0.1), "worse": ("WARN", -0.9), "failed": ("FAIL", None)}
+    for name, (verdict, score) in found.items():
+        write_json(tmp_path / name / REPORT, {"verdict": verdict, "reasons": [], "score": score})
+    names = [row["name"] for row in summary_rows([{"name": name} for name in [*found, "no result"]], tmp_path)]
+    assert names == ["no result", "failed", "worse", "doubtful", "fine"]
 
 
 def test_what_a_result_depends_on(images: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

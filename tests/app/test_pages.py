@@ -137,12 +137,12 @@ def test_keypoints_are_drawn_where_the_preset_has_them(result: RegistrationResul
     assert page.tags.count("circle") == 6 * 2 * (3 if dims == 3 else 1)
 
 
-def test_index_is_sorted_worst_first_and_escaped(tmp_path: Path) -> None:
+def test_index_keeps_the_order_and_is_escaped(tmp_path: Path) -> None:
     rows = [
-        {"name": "fine", "verdict": "PASS", "reasons": "", "score": 0.4, "link": "fine/report.html"},
         {"name": "a:b <i>", "verdict": "FAIL", "reasons": "overlap <41 %>", "score": None, "link": 'x:"y/r.html'},
         {"name": "worse", "verdict": "WARN", "reasons": "", "score": -0.9},
         {"name": "doubtful", "verdict": "WARN", "reasons": "", "score": -0.1, "thumbnail": "d/overview.png"},
+        {"name": "fine", "verdict": "PASS", "reasons": "", "score": 0.4, "link": "fine/report.html"},
     ]
     save_index(rows, tmp_path / "index.html", "A & B")
     page = Page(tmp_path / "index.html")

@@ -84,28 +84,22 @@ def save_html_report(
 
 
 def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "Registrations") -> None:
-    """Write an index of many registrations with a sortable table, worst first.
+    """Write an index of many registrations with a sortable table.
 
     Args:
-        rows: ``name``, ``verdict``, ``reasons`` (text), ``score`` (None for unknown); further columns are shown as they
-            are. ``link`` and ``thumbnail``, paths relative to the index, are used where a row has them.
+        rows: in the order to show, with ``verdict``; their columns are shown as they are. ``link`` and ``thumbnail``,
+            paths relative to the index, are used where a row has them.
         path: HTML file.
         title: its heading.
     """
-
-    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        score = row.get("score")
-        return _ORDER.get(str(row["verdict"]), -1), -math.inf if score is None else score, row["name"]
-
-    ordered = sorted(rows, key=key)
-    columns = list(dict.fromkeys(name for row in ordered for name in row if name not in ("link", "thumbnail")))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("link", "thumbnail")))
     text = _template("index.html").render(
         title=title,
-        rows=ordered,
+        rows=rows,
         columns=columns,
         counts=", ".join(f"{sum(row['verdict'] == verdict for row in rows)} {verdict}" for verdict in _ORDER),
         order=_ORDER,
-        pictures=any(row.get("thumbnail") for row in ordered),
+        pictures=any(row.get("thumbnail") for row in rows),
     )
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
