@@ -9,6 +9,9 @@ map. The images are compared point by point:
   stage. One channel, and the one that tells most where the contrast is the same;
 - else by local descriptors (MIND-SSC), of which each iteration looks at a quarter in turn.
 
+Where they differ by far more than elsewhere after the coarsest level, as in a cavity, they are not compared: the map is
+carried by its surroundings, as where a mask says so.
+
 All smoothing and resizing is separable: a matrix along each axis. The map has half the resolution of the images at the
 finest level; of these, each iteration then looks at every second point along each axis, at others in turn, and only
 where there is something. The map is checked for folds after each level, and smoothed where there is one. In the end it
@@ -57,6 +60,9 @@ _GROWTH = 1.6
 _LEAST = 0.05
 # width of the surroundings in which it is measured what the map explains, points of the map
 _REGION = 8.0
+# squared difference, of the usual one at the coarsest level, from which on a region has no counterpart: a cavity 30 to
+# 350, in other pairs up to 20 but for a thousandth of the points
+_STRANGE = 25.0
 # looks at the images for that
 _LOOKS = 2
 # parts that looking up is divided into, for the cores
@@ -183,14 +189,18 @@ def deform(
     scene = _Scene(fixed, moving, affine, spacing)
     likeness = _INTENSITY if scene.agreement() > _ALIKE else _DESCRIPTORS
     length = likeness.stiffness * scene.step if stiffness is None else float(stiffness)
+    levels = [(scale, n) for scale, n in _LEVELS if scale == 1 or min(scene.shape) >= _SMALLEST * scale]
     shift = None
-    for scale, iterations in _LEVELS:
-        if min(scene.shape) < _SMALLEST * scale and scale > 1:
-            continue
+    for number, (scale, iterations) in enumerate(levels):
         shape = [-(-n // (2 * scale if scale <= likeness.halved else scale)) for n in scene.shape]
-        shift = fixed[0].new_zeros(scene.dims, *shape) if shift is None else _resized(shift, shape)
+        before = fixed[0].new_zeros(scene.dims, *shape) if shift is None else _resized(shift, shape)
         smooth = length * max(1.0, scale / _GROWTH)
-        shift = _without_folds(_level(scene, likeness, scale, iterations, shift, smooth))
+        pair = _Pair(scene, likeness, scale, shape)
+        shift = _level(pair, likeness, iterations, before, smooth)
+        if number == 0 and len(levels) > 1 and scene.leave_out(pair.strange(shift)):
+            pair = _Pair(scene, likeness, scale, shape)
+            shift = _level(pair, likeness, iterations, before, smooth)
+        shift = _without_folds(_trusted(pair, likeness, shift) if scale == 1 else shift)
     assert shift is not None
     return scene.deformation(shift, affine)
 
@@ -288,6 +298,15 @@ class _Scene:
         common, *own = ((a * b * weight).double().sum() for a, b in ((one, two), (one, one), (two, two)))
         return float(common / (own[0] * own[1]).clamp(min=1e-20).sqrt())
 
+    def leave_out(self, where: Tensor) -> bool:
+        """Let the places ``[1, *n]`` bool of the fixed image count no more; whether there were any."""
+        if not bool(where.any()):
+            return False
+        rest = 1 - _resized(where.to(self.shown), self.shape)
+        self.counts = (rest if self.counts[0] is None else rest * self.counts[0], self.counts[1])
+        self.images = (_filled(self.images[0], self.counts[0]), self.images[1])
+        return True
+
     def deformation(self, shift: Tensor, affine: Tensor) -> Deformation:
         """The map on a lattice over the whole field of view; beyond the box it goes on as it is at its edge."""
         # whole steps of the map in front of the box and behind it
@@ -366,21 +385,19 @@ def _box(images: Sequence[Tensor], step: float) -> tuple[list[int], list[int], T
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _level(scene: _Scene, likeness: _Likeness, scale: int, iterations: int, shift: Tensor, smooth: float) -> Tensor:
+def _level(pair: _Pair, likeness: _Likeness, iterations: int, shift: Tensor, smooth: float) -> Tensor:
     """Improve the map at one resolution.
 
     Args:
-        scene: the images.
+        pair: the images.
         likeness: how they are compared.
-        scale: resolution, finest steps.
         iterations: how often.
         shift: the map, ``[D, *lattice]`` in coordinates of ``grid_sample``, axes in array order.
         smooth: length by which the map is smoothed after each step, mm.
     """
-    dims, lattice = scene.dims, shift.shape[1:]
-    pair = _Pair(scene, likeness, scale, lattice)
-    steps = [s * n / m for s, n, m in zip(scene.steps, scene.shape, lattice, strict=True)]
-    fluid = [likeness.fluid * pair.step / s for s in steps]
+    dims, lattice = len(shift), shift.shape[1:]
+    steps = [s * n / m for s, n, m in zip(pair.steps, pair.shape, lattice, strict=True)]
+    fluid = [likeness.fluid * min(pair.steps) / s for s in steps]
     elastic = [smooth / s for s in steps]
     half = _column([0.5 * n for n in pair.shape], shift)
     pairs = [(i, j) for i in range(dims) for j in range(i, dims)]
@@ -403,7 +420,7 @@ def _level(scene: _Scene, likeness: _Likeness, scale: int, iterations: int, shif
         length = torch.stack([part.square() for part in step]).sum(0, keepdim=True).sqrt_()
         step = step / length.clamp_(min=1.0) / half
         shift = _blurred(step + _pulled(shift, step), elastic)
-    return shift if scale > 1 else _trusted(pair, likeness, shift)
+    return shift
 
 
 class _Pair:
@@ -417,12 +434,12 @@ class _Pair:
 
     Attributes:
         shape: number of points of the images along each axis.
-        step: the smallest distance between them, mm.
+        steps: distance between them along each axis, mm.
     """
 
     def __init__(self, scene: _Scene, likeness: _Likeness, scale: int, lattice: Sequence[int]) -> None:
         self.shape = [-(-n // scale) for n in scene.shape]
-        self.step = min(s * n / m for s, n, m in zip(scene.steps, scene.shape, self.shape, strict=True))
+        self.steps = [s * n / m for s, n, m in zip(scene.steps, scene.shape, self.shape, strict=True)]
         self._lattice, self._turns = tuple(lattice), likeness.turns
         fixed, self._moving = (_described(_resized(image, self.shape), likeness) for image in scene.images)
         self._fixed = fixed.flatten(1)
@@ -492,6 +509,24 @@ class _Pair:
                 slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
             yield at, weight, one.index_select(0, flat), two, slopes
 
+    def difference(self, shift: Tensor, looks: int) -> tuple[Tensor, Tensor]:
+        """Squared difference of the images under a map, and how much it counts, ``[1, *lattice]`` each."""
+        gap, counted = torch.zeros_like(shift[:1]), torch.zeros_like(shift[:1])
+        for look in range(looks):
+            for at, weight, one, two, _ in self.looks(shift, look):
+                gap.view(-1).index_add_(0, at, (one - two).square_())
+                counted.view(-1).index_add_(0, at, weight)
+        return gap, counted
+
+    def strange(self, shift: Tensor) -> Tensor:
+        """Where the images differ by far more than elsewhere, ``[1, *lattice]`` bool: a resected region."""
+        gap, counted = self.difference(shift, self._turns)
+        around = [0.75] * len(shift)
+        usual = _blurred(counted.square(), around)
+        known = usual > 0.25 * usual.max()
+        gap = _blurred(gap * counted, around) / usual.clamp(min=1e-6)
+        return known & (gap > _STRANGE * gap[known].median()) if bool(known.any()) else known
+
 
 def _trusted(pair: _Pair, likeness: _Likeness, shift: Tensor) -> Tensor:
     """The map, left out where it explains no more of the difference of the images than it would by chance.
@@ -505,14 +540,7 @@ def _trusted(pair: _Pair, likeness: _Likeness, shift: Tensor) -> Tensor:
         shift: the map, ``[D, *lattice]``.
     """
     dims = len(shift)
-    gaps = []
-    for way in (shift, -shift):
-        gap, counted = torch.zeros_like(shift[:1]), torch.zeros_like(shift[:1])
-        for look in range(_LOOKS):
-            for at, weight, one, two, _ in pair.looks(way, look):
-                gap.view(-1).index_add_(0, at, (one - two).square_())
-                counted.view(-1).index_add_(0, at, weight)
-        gaps.append((gap, counted))
+    gaps = [pair.difference(way, _LOOKS) for way in (shift, -shift)]
     weight = torch.minimum(gaps[0][1], gaps[1][1])
     ours, opposite = (
         _blurred(gap * weight, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps

@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
-from phantoms import turn
+from phantoms import pooled, turn
 from scipy import ndimage
 
 import monai_zsreg
@@ -177,6 +177,25 @@ def test_a_hole_is_carried_by_its_surroundings(slices) -> None:
     after, before = errors(masked, inside, field)
     assert np.median(after) < 0.4 * np.median(before)
     assert np.median(after) < 0.25 * np.median(errors(naive, inside, field)[0])
+
+
+def test_a_cavity_that_no_mask_tells_of_is_left_out(load_volume) -> None:
+    image = pooled(load_volume(modality="t1"), 2)
+    fixed = bent(image, waves(tuple(image.shape[1:]), 1.5, 8.0))
+    center = np.argwhere(fixed.as_tensor()[0].numpy() > 100).mean(0)
+    away = torch.from_numpy(np.linalg.norm(np.indices(fixed.shape[1:]).T - center, axis=-1).T.copy())
+    for radius in (0, 11):
+        fixed.as_tensor()[0][away < radius] = 0.0
+        scene = deformable._Scene(side(fixed), side(image), identity(image), None)
+        shape = [-(-n // 8) for n in scene.shape]
+        pair = deformable._Pair(scene, deformable._INTENSITY, 8, shape)
+        found = scene.leave_out(pair.strange(torch.zeros(3, *shape)))
+        assert found == (radius > 0)
+    counts = scene.counts[0]
+    assert counts is not None
+    inside = tuple(slice(b, b + n) for b, n in zip(scene._begin, scene.shape, strict=True))
+    assert counts[0][away[inside] < 6].max() < 0.5
+    assert counts[0][away[inside] > 30].min() > 0.9
 
 
 def test_stiffness_is_smoothness_and_a_length(slices) -> None:
