@@ -65,42 +65,38 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``.
 
     Attributes:
-        agreement: least agreement of the descriptors' slopes. It, the cost and a second position do not count where the
-            correlation of the coarse stage has one place that stands out from all others.
-        cost: largest difference of the descriptors at the finest level.
+        lead: least lead over places at random, standard errors, of an answer at which the images do not look alike. It
+            and a second position do not count where the correlation of the coarse stage has one place that stands out
+            from all others.
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
         stretch: largest ratio of the scales along different directions.
-        error: largest expected error in the foreground, steps of the finest level.
+        error: largest expected error in the foreground, shortest sides of the coarser image's voxels.
         second: least lead over another transform that is no reflection, standard errors of the difference.
         mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
     """
 
-    agreement: tuple[float, float] = (0.25, 0.15)
-    cost: tuple[float, float] = (math.inf, math.inf)
+    lead: tuple[float, float] = (6.0, 1.5)
     overlap: tuple[float, float] = (0.5, 0.2)
     scale: tuple[float, float] = (1.4, 2.0)
     stretch: tuple[float, float] = (1.35, 1.8)
-    error: tuple[float, float] = (1.0, 4.0)
+    error: tuple[float, float] = (1.0, 16.0)
     second: tuple[float, float] = (3.0, -3.0)
     mirror: tuple[float, float] = (3.0, -3.0)
 
 
 #: by descriptor; warn, fail. Those of a descriptor that is not here are unknown.
-LIMITS = {"mind": Limits(cost=(0.09, 0.1))}
+LIMITS = {"mind": Limits()}
 
-# what tells how alike the images look, and the margin that speaks for an answer where they do not
-_LIKENESS, _MARGIN = ("agreement", "cost"), 0.1
-# least lead over all rivals, standard errors, of an answer that is not called wrong for not looking alike
-_LEAD = 5.0
+# margin of the correlation that speaks for an answer at which the images do not look alike
+_MARGIN = 0.1
 
 _TEXTS = {
-    "agreement": "the local structures of the two images agree by {percent:.0f} % only",
-    "cost": "the descriptors of the two images differ by {value:.3f}, as those of unrelated images do",
+    "lead": "the images agree little: fits better than places at random by {value:.1f} standard errors only",
     "overlap": "overlap of the foregrounds {percent:.0f} %",
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
-    "error": "expected error {value:.1f} voxels of the finest level, most of it {weakest}",
+    "error": "expected error {value:.1f} voxels, most of it {weakest}",
     "second": "a second position, {second_distance:.0f} {unit} away, fits as well (lead {value:.1f} standard errors)",
     "mirror": "the mirror image fits as well or better; left and right may be exchanged (lead {value:.1f})",
 }
@@ -155,20 +151,14 @@ def judge(
     verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
-    # one that is sure of itself and ahead of all rivals is not called wrong for contrasts that share little
-    leads = min(measures.get(name, math.inf) for name in ("second", "mirror")) >= _LEAD
-    # the mirror image is a rival that there always is
-    leads = leads and "mirror" in measures and measures.get("error", math.inf) <= Limits().error[1]
     for name, text in _TEXTS.items():
-        if name not in measures or (vouched and name in (*_LIKENESS, "second")):
+        if name not in measures or (vouched and name in ("lead", "second")):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two
         distance = (warn - value) / (fail - warn) if math.isfinite(warn) else math.inf
         if math.isnan(distance):
             distance = -math.inf
-        if leads and name in _LIKENESS:
-            distance = max(distance, -1.0)
         score = min(score, distance)
         if distance < 0:
             verdict = FAIL if distance < -1 or verdict == FAIL else WARN
@@ -179,7 +169,7 @@ def judge(
 
 
 def _measured(estimate: Estimate, fixed: Grid, moving: Grid) -> dict[str, float]:
-    """The measures, also how the transform deforms, and how far off it may be, in steps of the finest level."""
+    """The measures, also how the transform deforms, and how far off it may be, in voxels of the coarser."""
     dims = fixed.dims
     stretches = np.linalg.svd(estimate.affine[:dims, :dims].numpy(), compute_uv=False)
     size = math.exp(float(np.log(stretches).mean()))

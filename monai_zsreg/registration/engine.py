@@ -17,7 +17,7 @@ from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS, LocalScores
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, weigh
+from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, standing, weigh
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -227,6 +227,11 @@ class Found:
         return (alike and leads or self.stands_out) and self.spread() <= _SURE
 
     @property
+    def alike(self) -> bool:
+        """Whether the images' structures agree, so that nothing else needs to speak for the answer."""
+        return self.convincing and self.agreement >= _AGREE
+
+    @property
     def stands_out(self) -> bool:
         """Whether the correlation has one best place, and the answer is there."""
         return self.margin is not None and self.margin >= _MARGIN
@@ -253,6 +258,7 @@ class Found:
     def measures(self) -> dict[str, float]:
         """What the verdict rests on; see `monai_zsreg.registration.confidence.Limits`."""
         found = {
+            "step": max(self.pair.base, *(min(side.grid.spacing) for side in (self.pair.fixed, self.pair.moving))),
             "agreement": self.agreement,
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
@@ -261,6 +267,12 @@ class Found:
         }
         if self.margin is not None:
             found["margin"] = self.margin
+        if self.sound and not self.alike:
+            pair, stage = self.pair, _STAGES[self.pair.dims][0]
+            step = min(stage.step * pair.base, 2 * pair.extent / _SIDE)
+            within = self.answer.transform[None]
+            blocks = Blocks(pair, self.blocks.describe, step, stage.size, 2 * stage.blocks, within=within)
+            found["lead"] = standing(blocks, self.answer.transform)
         mirrored = [rival.errors for rival in self.rivals if rival.kind == "mirror"]
         if mirrored:
             found["mirror"] = mirrored[0]

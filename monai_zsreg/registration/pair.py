@@ -255,7 +255,7 @@ def _estimate(
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
     assert found is not None
-    affine, reasons, measures = found.affine(), [], {"step": base} | found.measures()
+    affine, reasons, measures = found.affine(), [], found.measures()
     if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
         affine = torch.eye(len(affine), dtype=torch.float64)

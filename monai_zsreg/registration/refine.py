@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "loose", "refine", "weigh"]
+__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "loose", "refine", "standing", "weigh"]
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
@@ -26,6 +26,9 @@ _NEAR, _COMMON = 2.0, 0.6
 _SLIGHT = 0.15
 # standard deviation of a motion that is not told from none up to here, before calibration
 _PART = 0.25
+# places at random that an answer is held against: their number, standard deviations of rotation (radians) and shift
+# (object radii), and the part of them that may fit as well
+_PLACES, _TURNED, _SHIFTED, _SHARE = 24, 0.4, 0.25, 0.1
 # what it costs to stretch more than at the start, beside the points' own equations, by number of dimensions: a slab
 # hardly tells how it is stretched across
 _STIFF = {2: 5e3, 3: 5e4}
@@ -204,6 +207,21 @@ def lead_of(blocks: Blocks, transforms: Tensor) -> tuple[Tensor, Tensor]:
     used = (weight > 0).sum().clamp(min=2)
     scatter = (gap - mean[:, None] * weight).square().sum(1) * used / (used - 1)
     return mean, mean / (scatter.sqrt() / total).clamp(min=1e-12)
+
+
+def standing(blocks: Blocks, final: Tensor) -> float:
+    """How clearly a transform ``(D+1, D+1)`` fits better than nine of ten places at random around it, standard errors.
+
+    Two contrasts may have little in common, but what they have they have at one place alone.
+    """
+    basis = generators("rigid", blocks.dims)
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(_PLACES, len(basis), generator=generator, dtype=torch.float64)
+    motion = torch.einsum("kp,pij->kij", draw, basis)
+    motion[:, :-1, :-1] *= _TURNED
+    motion[:, :-1, -1] *= _SHIFTED
+    ahead = lead_of(blocks, torch.cat([final[None], final @ torch.linalg.matrix_exp(motion)]))[1]
+    return float(ahead[1:].quantile(_SHARE))
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from phantoms import error, moved_by, turn
 
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.blocks import Blocks
+from monai_zsreg.registration.confidence import LIMITS
 from monai_zsreg.registration.descriptors import MINDSSC
-from monai_zsreg.registration.refine import generators, refine, weigh
+from monai_zsreg.registration.refine import generators, refine, standing, weigh
 from monai_zsreg.registration.side import Pair, Side, finest_step
 
 KINDS = {"rigid": (3, 6), "similarity": (4, 7), "affine": (6, 12)}
@@ -158,6 +159,20 @@ def test_evidence(case: SimpleNamespace) -> None:
     torch.testing.assert_close(contrasts.covariance, contrasts.covariance.mT)
     assert float(torch.linalg.eigvalsh(contrasts.covariance).min()) > 0
     assert float(torch.trace(nothing.covariance)) > float(torch.trace(contrasts.covariance))
+
+
+def test_an_answer_stands_out_from_places_at_random_where_two_contrasts_share_something(case: SimpleNamespace) -> None:
+    """Also where they look little alike: an image in much noise."""
+    generator = torch.Generator().manual_seed(0)
+    values = case.t2.as_tensor().double()
+    noise = 2 * (case.dims - 1) * torch.randn(values.shape, generator=generator).double() * values.std()
+    noisy = blocks_of(case.t1, MetaTensor(values + noise, affine=case.t1.affine), 2.0, count=60)
+    nothing = blocks_of(case.t1, MetaTensor(noise, affine=case.t1.affine), 2.0, count=60)
+    shared, away = noisy.pair.start, noisy.pair.start.clone()
+    away[0, -1] += 0.5
+    assert weigh(noisy, shared).agreement < 0.25
+    assert standing(noisy, shared) > 5.0
+    assert standing(noisy, away) < LIMITS["mind"].lead[1] and standing(nothing, shared) < LIMITS["mind"].lead[1]
 
 
 def test_the_covariance_is_that_of_repeated_noise(slices: SimpleNamespace) -> None:
