@@ -62,7 +62,7 @@ CALIBRATION = {2: Calibration(2.2, 0.01, 1.7), 3: Calibration(1.6, 0.01, 1.9)}
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the verdict; ``warn`` is passed before ``fail``.
+    """Of the verdict; ``warn`` is passed before ``fail``. How far they are passed adds up.
 
     Attributes:
         lead: least lead over places at random, standard errors, of an answer at which the images do not look alike. It
@@ -76,11 +76,11 @@ class Limits:
         mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
     """
 
-    lead: tuple[float, float] = (6.0, 1.5)
+    lead: tuple[float, float] = (6.0, 0.0)
     overlap: tuple[float, float] = (0.5, 0.2)
     scale: tuple[float, float] = (1.4, 2.0)
     stretch: tuple[float, float] = (1.35, 1.8)
-    error: tuple[float, float] = (1.0, 16.0)
+    error: tuple[float, float] = (1.0, 32.0)
     second: tuple[float, float] = (3.0, -3.0)
     mirror: tuple[float, float] = (3.0, -3.0)
 
@@ -148,7 +148,7 @@ def judge(
     words: dict[str, Any] = {"unit": unit, **measures}
     if estimate.covariance is not None:
         words["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
-    verdict, reasons, score = (WARN, doubts, -0.5) if doubts else (PASS, [], math.inf)
+    reasons, score, doubt = doubts, -0.5 if doubts else math.inf, 0.0
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
@@ -156,13 +156,15 @@ def judge(
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two
-        distance = (warn - value) / (fail - warn) if math.isfinite(warn) else math.inf
+        distance = (warn - value) / (fail - warn)
         if math.isnan(distance):
             distance = -math.inf
         score = min(score, distance)
         if distance < 0:
-            verdict = FAIL if distance < -1 or verdict == FAIL else WARN
+            doubt -= distance
             reasons = [*reasons, text.format(**words, value=value, percent=100 * value, extent=100 * (value - 1))]
+    verdict = FAIL if doubt > 1 else WARN if doubt > 0 or doubts else PASS
+    score = min(score, -doubt) if doubt > 0 else score
     if measures.get("beyond", 0.0) > measures.get("step", math.inf):
         reasons = [*reasons, "the images differ by more than such a transform: {beyond:.2g} {unit}".format(**words)]
     return Judgement(verdict, reasons, measures, score)

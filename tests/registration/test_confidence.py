@@ -97,9 +97,17 @@ def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
     assert beyond.verdict == FAIL and beyond.score < middle.score < good.score and beyond.reasons
 
 
-@pytest.mark.parametrize("unlike", [{"lead": 1.0}, {"second": -5.0, "second_distance": 9.0}])
+@pytest.mark.parametrize("unlike", [{"lead": -1.0}, {"second": -5.0, "second_distance": 9.0}])
 def test_one_place_that_stands_out_is_right_however_little_the_contrasts_share(unlike: dict[str, float]) -> None:
     assert verdict_on(3, **unlike).verdict == FAIL and verdict_on(3, **unlike, margin=0.2).verdict == PASS
+
+
+def test_doubts_that_each_warn_together_fail() -> None:
+    weak = {"lead": 2.0, "error": 12.0, "mirror": 1.0}
+    each = [verdict_on(2, **{name: value}) for name, value in weak.items()]
+    both = verdict_on(2, **weak)
+    assert all(one.verdict == WARN and one.score > both.score for one in each) and both.verdict == FAIL
+    assert both.reasons == [reason for one in each for reason in one.reasons]
 
 
 @pytest.mark.parametrize("name", ["lead", "overlap", "error"])
