@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from functools import lru_cache
 
@@ -242,10 +243,11 @@ class Blocks:
     def _corners(self, own: Level, frame: Frame, weight: Level, shown: Tensor | None, count: int, seed: int) -> Tensor:
         """First inner points of the blocks, ``[B, D]`` in the own frame.
 
-        The blocks stand side by side over the field of view, shifted by a random part of a step, so that their points
-        fall between the voxels as those of the other image do. Where there are more than needed, a random choice of
-        those that show foreground and that the other image shows at one of the places ``shown [K, D+1, D+1]``, own
-        frame to the other's grid.
+        The blocks stand side by side over the field of view, each shifted by a random part of a step, so that their
+        points fall between the voxels as those of the other image do, and not everywhere alike where the grids lie
+        alike: what interpolation does then pulls at all of them in one direction. Where there are more than needed, a
+        random choice of those that show foreground and that the other image shows at one of the places ``shown [K, D+1,
+        D+1]``, own frame to the other's grid.
         """
         dims, device = self.dims, own.values.device
         generator = torch.Generator().manual_seed(seed)
@@ -254,7 +256,7 @@ class Blocks:
         cells = [max(1, int(-(-side // width))) for side in sides]
         axes = [(torch.arange(c) - c / 2) * width for c in cells]
         middle = apply_affine(torch.linalg.inv(frame.to_world), own.grid.center[None])
-        jitter = torch.rand(dims, generator=generator)
+        jitter = torch.rand(math.prod(cells), dims, generator=generator)
         corners = torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * self.step
         corners = (corners + middle.to(own.values.dtype)).to(device)
         # how much of the block is foreground, from a few points of it

@@ -17,7 +17,17 @@ from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
 from monai_zsreg.registration.descriptors import DESCRIPTORS, LocalScores
-from monai_zsreg.registration.refine import Evidence, Refinement, distance, lead_of, loose, refine, standing, weigh
+from monai_zsreg.registration.refine import (
+    Evidence,
+    Refinement,
+    distance,
+    lead_of,
+    loose,
+    refine,
+    settled,
+    standing,
+    weigh,
+)
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
@@ -322,11 +332,12 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         if stage is stages[-1] or stage.step * pair.base <= pair.extent / _SIDE
     ]
     # the level where the coarser image still shows something
-    shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))[1]
+    shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))
     candidates = _candidates(pair, settings, effort, earlier)
     going: list[Hypothesis] = []
     beaten: list[Hypothesis] = []
     costs: list[float] = []
+    lattices: list[Blocks] = []
     for number, stage in levels:
         # no negative seeds
         seed, within = settings.seed + number % 64, torch.stack([h.transform for h in going]) if going else None
@@ -340,11 +351,13 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         if number >= 0:
             # a level that was left out shows the next one's
             costs += [going[0].cost] * (number + 1 - len(costs))
-        if stage is shown or stage is stages[-1]:
-            evidence = weigh(blocks, going[0].transform, settings.transform)
-        if stage is shown:
-            agreement = evidence.agreement
+        lattices.append(blocks)
     answer, margin = going[0], candidates.margin(going[0].transform)
+    every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices[levels.index(shown) :]]
+    evidence, agreement = every[-1], every[0].agreement
+    together = settled(answer.transform, every) if len(every) > 1 else answer.transform
+    if float(distance(together, answer.transform)) <= shown[1].step * pair.base / pair.unit:
+        answer = replace(answer, transform=together)
     if agreement >= _CLOSE and settings.features == "mind":
         sharper = _sharpened(pair, answer.transform, settings, stages[-1])
         if sharper is not None:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = ["Evidence", "Refinement", "distance", "generators", "lead_of", "loose", "refine", "standing", "weigh"]
+__all__ = [
+    "Evidence",
+    "Refinement",
+    "distance",
+    "generators",
+    "lead_of",
+    "loose",
+    "refine",
+    "settled",
+    "standing",
+    "weigh",
+]
 
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
@@ -84,12 +95,14 @@ class Evidence:
         beyond: root mean square of how far neighboring blocks would move together from where the transform takes
             them, frame units; 0 where they do not agree on it by more than chance and interpolation.
         basis: ``[P, D+1, D+1]``, the motions.
+        update: ``[P]``, the motion that would solve the blocks' equations.
     """
 
     covariance: Tensor
     agreement: float
     beyond: float
     basis: Tensor
+    update: Tensor
 
 
 class _Memory:
@@ -266,13 +279,25 @@ def weigh(blocks: Blocks, final: Tensor, transform: str = "affine") -> Evidence:
     # as many equations as blocks: what the parameters use up makes residuals look small
     scatter = scatter * (used / max(used - len(basis), 1.0))
     if not bool(jacobian.isfinite().all() and scatter.isfinite().all()):
-        return Evidence(torch.full_like(jacobian, torch.inf), 0.0, 0.0, basis)
+        return Evidence(torch.full_like(jacobian, torch.inf), 0.0, 0.0, basis, torch.zeros_like(scatter[0]))
     solved = torch.linalg.pinv(jacobian)
     covariance, agreement = solved @ scatter @ solved.mT, agreement if agreement == agreement else 0.0
     shift = (force * weight.view(2, count, 1, points)).sum(-1).cpu().double()
     stiff = (tensor.diagonal(dim1=1, dim2=2).mean(-1) * weight).view(2, count, points).sum(-1).cpu().double()
     beyond = _beyond(shift, stiff, blocks.apart())
-    return Evidence(covariance, agreement, beyond if beyond > _SLIGHT * blocks.step else 0.0, basis)
+    beyond = beyond if beyond > _SLIGHT * blocks.step else 0.0
+    return Evidence(covariance, agreement, beyond, basis, solved @ each.sum((0, 1)))
+
+
+def settled(transform: Tensor, evidence: list[Evidence]) -> Tensor:
+    """What several levels say together of one transform ``(D+1, D+1)``, each weighed by its covariance.
+
+    Which lattice shows most is known afterwards only: voxels may be finer than what an image shows.
+    """
+    known = [torch.linalg.pinv(one.covariance.nan_to_num(posinf=0.0)) for one in evidence]
+    right = torch.stack([matrix @ one.update for matrix, one in zip(known, evidence, strict=True)])
+    update = torch.linalg.pinv(torch.stack(known).sum(0)) @ right.sum(0)
+    return transform @ torch.linalg.matrix_exp(torch.tensordot(update, evidence[0].basis, 1))
 
 
 def _beyond(shift: Tensor, stiff: Tensor, apart: Tensor) -> float:

@@ -14,7 +14,7 @@ from phantoms import error, moved_by, turn
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.descriptors import MINDSSC
-from monai_zsreg.registration.refine import generators, refine, standing, weigh
+from monai_zsreg.registration.refine import distance, generators, refine, settled, standing, weigh
 from monai_zsreg.registration.side import Pair, Side, finest_step
 
 KINDS = {"rigid": (3, 6), "similarity": (4, 7), "affine": (6, 12)}
@@ -62,6 +62,13 @@ def test_blocks_lie_on_the_foreground(case: SimpleNamespace) -> None:
     # the same places for the same seed, others for another
     again, other = blocks_of(case.t1, case.t1, count=40), blocks_of(case.t1, case.t1, count=40, seed=1)
     assert torch.equal(again.coordinates, blocks.coordinates) and not torch.equal(other.coordinates, blocks.coordinates)
+
+
+def test_blocks_meet_the_voxels_each_in_its_own_way(case: SimpleNamespace) -> None:
+    parts = case.same._corner[0].double() / case.same.step
+    parts = (parts - parts[0]) - (parts - parts[0]).round()
+    # evenly spread: their standard deviation is that of numbers between -1/2 and 1/2
+    assert (parts.std(0) - 12**-0.5).abs().max() < 0.1
 
 
 def test_an_image_agrees_with_itself_where_it_is_seen(case: SimpleNamespace) -> None:
@@ -115,8 +122,8 @@ def test_a_step_and_a_half_is_found_back(case: SimpleNamespace, kind: str) -> No
     truth = turn(case.t1, 1.0, (1.5 * case.t1.affine[0, 0].item(),) * case.dims, 1.0, 0.0)
     blocks = blocks_of(case.t1, moved_by(case.t2, truth), count=80)
     found = refine(blocks, blocks.pair.start[None], kind, iterations=12)
-    # at 4 mm the rim of the head looks wider in the one contrast than in the other
-    limit = (0.1 if case.dims == 2 else 0.25) * float(case.t1.affine[0, 0])
+    # at 4 mm the rim of the head looks wider in the one contrast than in the other: 0.23 to 0.26, by the draw of blocks
+    limit = (0.1 if case.dims == 2 else 0.28) * float(case.t1.affine[0, 0])
     assert error(blocks.pair.to_world(found.transform[0]).numpy(), truth, case.t1) < limit
     assert 0 < float(found.cost[0]) < 0.1
     start = torch.linalg.inv(blocks.pair.start) @ found.transform[0]
@@ -172,6 +179,21 @@ def test_an_answer_stands_out_from_places_at_random_where_two_contrasts_share_so
     assert weigh(noisy, shared).agreement < 0.25
     assert standing(noisy, shared) > 5.0
     assert standing(noisy, away) < 1.5 and standing(nothing, shared) < 1.5
+
+
+def test_levels_settle_on_what_the_surer_one_says(case: SimpleNamespace) -> None:
+    blocks = [blocks_of(case.t1, case.t1, factor=factor, count=40) for factor in (2.0, 1.0)]
+    basis = generators("rigid", case.dims)
+    motion = torch.zeros(len(basis), dtype=torch.float64)
+    motion[-1] = 0.3 * blocks[1].step
+    off = torch.linalg.matrix_exp(torch.tensordot(motion, basis, 1))
+    evidence = [weigh(level, off, "rigid") for level in blocks]
+    left = distance(settled(off, evidence), case.eye)
+    assert left < 0.3 * distance(off, case.eye)
+    # a level that knows nothing changes nothing
+    evidence[0].covariance = torch.full_like(evidence[0].covariance, torch.inf)
+    torch.testing.assert_close(settled(off, evidence), settled(off, evidence[1:]))
+    assert torch.equal(settled(off, evidence[:1]), off)
 
 
 def test_the_covariance_is_that_of_repeated_noise(slices: SimpleNamespace) -> None:
