@@ -65,9 +65,11 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``. How far they are passed adds up.
 
     Attributes:
-        lead: least lead over places at random, standard errors, of an answer at which the images do not look alike. It
-            and a second position do not count where the correlation of the coarse stage has one place that stands out
-            from all others.
+        agreement: least agreement of the descriptors' slopes. It, the cost, the lead and a second position do not count
+            where the correlation of the coarse stage has one place that stands out from all others.
+        cost: largest difference of the descriptors at the finest level. Neither this nor the agreement makes a FAIL.
+        lead: least lead over places at random, standard errors, of an answer at which the images do not look alike.
+            Noise within the same outline leads too.
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
         stretch: largest ratio of the scales along different directions.
@@ -76,6 +78,8 @@ class Limits:
         mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
     """
 
+    agreement: tuple[float, float] = (0.25, -3.0)
+    cost: tuple[float, float] = (0.09, 0.5)
     lead: tuple[float, float] = (6.0, 0.0)
     overlap: tuple[float, float] = (0.5, 0.2)
     scale: tuple[float, float] = (1.4, 2.0)
@@ -92,7 +96,9 @@ LIMITS = {"mind": Limits()}
 _MARGIN = 0.1
 
 _TEXTS = {
-    "lead": "the images agree little: fits better than places at random by {value:.1f} standard errors only",
+    "agreement": "the local structures of the two images agree by {percent:.0f} % only",
+    "cost": "the descriptors of the two images differ by {value:.3f}, as those of unrelated images do",
+    "lead": "fits better than places at random by {value:.1f} standard errors only",
     "overlap": "overlap of the foregrounds {percent:.0f} %",
     "scale": "sizes differ by {extent:.0f} %: more than two scans of one person show",
     "stretch": "scales along different directions differ by {extent:.0f} %: more than two scans of one person show",
@@ -152,7 +158,7 @@ def judge(
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
-        if name not in measures or (vouched and name in ("lead", "second")):
+        if name not in measures or (vouched and name in ("agreement", "cost", "lead", "second")):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
         # distance to the first limit, in widths between the two

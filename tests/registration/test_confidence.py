@@ -86,7 +86,7 @@ def verdict_on(dims: int, features: str | None = "mind", notes: tuple[str, ...] 
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", ["lead", "overlap", "scale", "stretch", "error"])
+@pytest.mark.parametrize("name", ["agreement", "cost", "lead", "overlap", "scale", "stretch", "error"])
 def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
     good = verdict_on(dims)
     assert good.verdict == PASS and not good.reasons and good.score > 0
@@ -97,7 +97,7 @@ def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
     assert beyond.verdict == FAIL and beyond.score < middle.score < good.score and beyond.reasons
 
 
-@pytest.mark.parametrize("unlike", [{"lead": -1.0}, {"second": -5.0, "second_distance": 9.0}])
+@pytest.mark.parametrize("unlike", [{"agreement": 0.1, "lead": -1.0}, {"second": -5.0, "second_distance": 9.0}])
 def test_one_place_that_stands_out_is_right_however_little_the_contrasts_share(unlike: dict[str, float]) -> None:
     assert verdict_on(3, **unlike).verdict == FAIL and verdict_on(3, **unlike, margin=0.2).verdict == PASS
 
@@ -110,7 +110,7 @@ def test_doubts_that_each_warn_together_fail() -> None:
     assert both.reasons == [reason for one in each for reason in one.reasons]
 
 
-@pytest.mark.parametrize("name", ["lead", "overlap", "error"])
+@pytest.mark.parametrize("name", ["agreement", "cost", "lead", "overlap", "error"])
 def test_what_is_no_number_fails(name: str) -> None:
     assert verdict_on(2, **{name: float("nan")}).verdict == FAIL
 
@@ -248,6 +248,11 @@ def test_uncertainty_grows_with_noise_and_away_from_the_middle(pair: SimpleNames
     clean = pair.result
     assert noisy.uncertainty_at(center)[0] > 1.2 * clean.uncertainty_at(center)[0]
     assert clean.uncertainty_at(center + 100.0)[0] > 1.5 * clean.uncertainty_at(center)[0]
+
+
+def test_noise_in_the_same_outline_is_no_match() -> None:
+    """It leads over places at random by its outline, as here measured on a head in 3D."""
+    assert verdict_on(3, agreement=0.05, cost=0.12, lead=7.5).verdict == WARN
 
 
 def test_noise_is_not_a_match(pair: SimpleNamespace) -> None:
