@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
@@ -296,7 +297,11 @@ class Found:
 
     def covariance(self) -> Tensor:
         """Covariance ``(D(D+1), D(D+1))`` of the world matrix's rows."""
-        free = loose(self.blocks, self.answer.transform, self.answer.cost, self.evidence.basis)
+        weight = self.pair.fixed.weight
+        shown = weight.values if bool(weight.values.any()) else torch.ones_like(weight.values)
+        to_frame = torch.linalg.inv(self.pair.fixed_frame.to_index(weight.grid)).cpu().double()
+        points = apply_affine(to_frame, shown.nonzero().cpu().double())
+        free = loose(self.blocks, self.answer.transform, self.answer.cost, self.evidence.basis, points)
         return self._in_world(self.evidence.covariance + free)
 
     def _in_world(self, covariance: Tensor) -> Tensor:

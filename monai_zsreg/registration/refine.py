@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from monai_zsreg.registration.blocks import Blocks, square_index
@@ -29,7 +30,7 @@ _FARTHEST = 2.0
 # displacements of the object that each rigid motion is tried at, lattice steps
 _TRIED = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # what tells a displaced place from the answer: the part of its likeness that is lost, and standard errors of that
-_LOST, _ERRORS = 0.05, 2.0
+_LOST, _ERRORS = 0.07, 2.0
 # distance of blocks that may move together, block widths; what they have in common of how far they move, as measured on
 # brains that were bent smoothly by 0.5 to 2 voxels
 _NEAR, _COMMON = 2.0, 0.6
@@ -319,7 +320,7 @@ def _beyond(shift: Tensor, stiff: Tensor, apart: Tensor) -> float:
     return (common / scale) ** 0.5 / _COMMON if sure else 0.0
 
 
-def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor) -> Tensor:
+def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor, points: Tensor) -> Tensor:
     """Covariance ``[P, P]`` of the rigid motions that the images do not tell from none: of a disc, along a tube.
 
     Slopes say how a cost begins to rise, and edges of single voxels or noise have slopes too. Here the object is
@@ -330,15 +331,15 @@ def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor) -> Tensor:
         final: ``(D+1, D+1)``, fixed frame to moving frame.
         cost: of it.
         basis: ``[P, D+1, D+1]``, motions of the fixed frame.
+        points: ``[N, D]``, the object in the fixed frame.
     """
-    points, weight = blocks.coordinates[0].cpu().double(), blocks.weight[0].cpu().double()
-    share = weight / weight.sum().clamp(min=1e-9)
-    own = torch.eye(len(points), dtype=torch.float64)
-    own[:-1, -1] = points[:-1] @ share
-    centered = points[:-1] - own[:-1, -1:]
-    own[:-1, :-1] = torch.linalg.eigh((centered * share) @ centered.mT).eigenvectors
+    own = torch.eye(points.shape[1] + 1, dtype=torch.float64)
+    own[:-1, -1] = points.mean(0)
+    centered = points - points.mean(0)
+    own[:-1, :-1] = torch.linalg.eigh(centered.mT @ centered).eigenvectors
     motions = own @ generators("rigid", blocks.dims) @ torch.linalg.inv(own)
-    size = ((motions[:, :-1] @ points).square().sum(1) @ share).sqrt()
+    homogeneous = F.pad(points.mT, (0, 0, 0, 1), value=1.0)
+    size = (motions[:, :-1] @ homogeneous).square().sum(1).mean(1).sqrt()
     motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
     free = torch.zeros(len(motions), dtype=torch.float64)
     least = _LOST * max(blocks.chance - cost, 0.0)
