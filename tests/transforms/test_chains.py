@@ -238,11 +238,11 @@ def test_aligns_all_images_and_what_follows(subjects: list[dict], itk_resample, 
         assert empty.sum() > 100, "this grid would not show the fill value"
         assert (moved[key].numpy()[empty] == fill[key]).all()
         inside = whole & ~rim
-        found, expected = moved[key].numpy()[inside], expected[inside]
+        found, wanted = moved[key].numpy()[inside], expected[inside]
         if nearest:  # half way between two voxels rounding decides
-            assert (found != expected).mean() < 1e-4
+            assert (found != wanted).mean() < 1e-4
         else:
-            np.testing.assert_allclose(found, expected, atol=2e-2)
+            np.testing.assert_allclose(found, wanted, atol=2e-2)
         assert (expected[inside] > 0).mean() > 0.2
 
 
