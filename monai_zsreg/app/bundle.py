@@ -226,10 +226,20 @@ class ReadAhead(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         source: Any = super().__iter__()
         end = object()
+
+        def following() -> Any:
+            try:
+                return next(source, end)
+            except (OSError, EOFError, RuntimeError) as error:
+                if not self.num_workers:
+                    raise
+                # a process that dies while it hands something over leaves errors that do not name it
+                raise RuntimeError(f"the worker that reads pairs ahead failed: {error}") from error
+
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            coming = pool.submit(next, source, end)
+            coming = pool.submit(following)
             while (item := coming.result()) is not end:
-                coming = pool.submit(next, source, end)
+                coming = pool.submit(following)
                 yield item
 
 

@@ -127,7 +127,7 @@ def test_two_runs_on_one_folder(pairs: SimpleNamespace, tmp_path: Path) -> None:
     both = [start(pairs, tmp_path) for _ in range(2)]
     for process in both:
         _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+        assert process.returncode == 0, errors[-6000:]
     assert not list(tmp_path.rglob(".partial-*"))
     assert_completes(pairs, tmp_path)
 
@@ -140,7 +140,7 @@ def test_worker_that_dies(pairs: SimpleNamespace, tmp_path: Path) -> None:
         child.kill()
     _, errors = process.communicate(timeout=120)
     # the worker may have read everything before it died
-    assert process.returncode == 0 or "worker" in errors.lower(), errors[-2000:]
+    assert process.returncode == 0 or "worker" in errors.lower(), errors[-6000:]
     whole_files(tmp_path)
     assert_completes(pairs, tmp_path)
 
