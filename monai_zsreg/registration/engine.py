@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -242,6 +243,17 @@ class Found:
         """Whether the images' structures agree, so that nothing else needs to speak for the answer."""
         return self.convincing and self.agreement >= _AGREE
 
+    @cached_property
+    def lead(self) -> float | None:
+        """How clearly the answer fits better than places at random; None where nothing needs to speak for it."""
+        if not self.sound or self.alike:
+            return None
+        pair, stage = self.pair, _STAGES[self.pair.dims][0]
+        step = min(stage.step * pair.base, 2 * pair.extent / _SIDE)
+        within = self.answer.transform[None]
+        blocks = Blocks(pair, self.blocks.describe, step, stage.size, 2 * stage.blocks, within=within)
+        return standing(blocks, self.answer.transform)
+
     @property
     def stands_out(self) -> bool:
         """Whether the correlation has one best place, and the answer is there."""
@@ -278,12 +290,8 @@ class Found:
         }
         if self.margin is not None:
             found["margin"] = self.margin
-        if self.sound and not self.alike:
-            pair, stage = self.pair, _STAGES[self.pair.dims][0]
-            step = min(stage.step * pair.base, 2 * pair.extent / _SIDE)
-            within = self.answer.transform[None]
-            blocks = Blocks(pair, self.blocks.describe, step, stage.size, 2 * stage.blocks, within=within)
-            found["lead"] = standing(blocks, self.answer.transform)
+        if self.lead is not None:
+            found["lead"] = self.lead
         mirrored = [rival.errors for rival in self.rivals if rival.kind == "mirror"]
         if mirrored:
             found["mirror"] = mirrored[0]

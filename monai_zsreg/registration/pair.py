@@ -255,13 +255,12 @@ def _estimate(
         lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
         if found is None or again.stands_out or (lower and not found.stands_out):
             found = again
-        measures = found.measures()
         if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
             break
-        if number == len(efforts) - 1 and measures.get("lead", 0.0) >= 0:
+        if number == len(efforts) - 1 and (found.lead is None or found.lead >= 0):
             break
     assert found is not None
-    affine, reasons = found.affine(), []
+    affine, reasons, measures = found.affine(), [], found.measures()
     if not found.sound:
         reasons = ["no matrix could be computed from these images; it is what the headers say"]
         affine = torch.eye(len(affine), dtype=torch.float64)

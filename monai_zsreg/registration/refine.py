@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.blocks import Blocks, square_index
 
 __all__ = [
@@ -338,8 +338,7 @@ def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor, points: Ten
     centered = points - points.mean(0)
     own[:-1, :-1] = torch.linalg.eigh(centered.mT @ centered).eigenvectors
     motions = own @ generators("rigid", blocks.dims) @ torch.linalg.inv(own)
-    homogeneous = F.pad(points.mT, (0, 0, 0, 1), value=1.0)
-    size = (motions[:, :-1] @ homogeneous).square().sum(1).mean(1).sqrt()
+    size = apply_affine(motions, points).square().sum(2).mean(1).sqrt()
     motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
     free = torch.zeros(len(motions), dtype=torch.float64)
     least = _LOST * max(blocks.chance - cost, 0.0)
