@@ -29,6 +29,8 @@ itk.imwrite(moved, output)
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
+    if not hasattr(itk, "ElastixRegistrationMethod"):
+        raise ImportError("the itk that is installed has no elastix, which is the package itk-elastix")
     images = [_image(image) for image in (fixed, moving)]
     parameters = itk.ParameterObject.New()
     settings = parameters.GetDefaultParameterMap(task.transform)
