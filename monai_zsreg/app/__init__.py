@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application: pairs of files in, moved images, transforms, reports and pages out.
 
-`run` has the steps of one pair, `cohort` the lists of many, `evaluate` the figures over them, `report` the pages, `cli`
-the command ``zsreg`` and `bundle` what the MONAI bundle's configurations are made of.
+The command ``zsreg`` (`cli`) and the MONAI bundle (`bundle`) make `settings` and a `datalist` of what the user says. Each
+pair goes through `run`: read, register, describe (with the figures of `evaluate`), write (with the pages of `report`);
+`cohort` does so with many. The reports that were written are what `tables` tells of.
 """

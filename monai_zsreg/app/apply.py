@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import os
@@ -94,53 +95,39 @@ def move_points(points: Landmarks, transform: Transform) -> Landmarks:
     return Landmarks(map_points(transform, torch.as_tensor(points.points)).numpy(), points.labels)
 
 
-def apply_files(
-    transform: Sequence[str],
-    *,
-    invert: bool = False,
-    format: str | None = None,
-    via: Sequence[str] = (),
-    fixed: str | None = None,
-    moving: str | None = None,
-    output: str | None = None,
-    labels: bool = False,
-    fill_value: float | None = None,
-    points: str | None = None,
-    save_points: str | None = None,
-    save_transform: str | None = None,
-    save_format: str | None = None,
-) -> None:
+def apply_files(args: argparse.Namespace) -> None:
     """What ``zsreg apply`` does; its help says what the arguments mean.
 
     Raises:
         RegistrationError: a file that cannot be used; nothing is written then.
     """
-    one, two = (
-        None if path is None else load_image(path, name) for path, name in ((fixed, "fixed"), (moving, "moving"))
+    fixed, moving = (
+        None if path is None else load_image(path, name)
+        for path, name in ((args.fixed, "fixed"), (args.moving, "moving"))
     )
-    pull = compose_transforms(transform, one, two, via, invert, format)
+    pull = compose_transforms(args.transform, fixed, moving, args.via, args.invert, args.format)
     dims = _dims(pull)
-    landmarks = move_points(read_landmarks(points), pull) if points else None
+    landmarks = move_points(read_landmarks(args.points), pull) if args.points else None
     moved = None
-    if output and one is not None and two is not None:
-        for name, image in (("fixed", one), ("moving", two)):
+    if args.output and fixed is not None and moving is not None:
+        for name, image in (("fixed", fixed), ("moving", moving)):
             if image.dims != dims:
                 raise RegistrationError(name, f"{image.dims}D image", f"a {dims}D image, as the transform")
-        mode, fill = ("nearest", 0.0) if labels else ("bilinear", None)
-        fill = fill if fill_value is None else fill_value
-        values = move(pull, two.values, two.grid, one.grid, mode=mode, fill=fill)
-        moved = Image(values, one.affine, {key: one.meta[key] for key in ("place", "unit") if key in one.meta})
+        mode, fill = ("nearest", 0.0) if args.labels else ("bilinear", None)
+        fill = fill if args.fill_value is None else args.fill_value
+        values = move(pull, moving.values, moving.grid, fixed.grid, mode=mode, fill=fill)
+        moved = Image(values, fixed.affine, {key: fixed.meta[key] for key in ("place", "unit") if key in fixed.meta})
     # all of the input was fine: only now write
-    if save_transform and isinstance(pull, Deformation):
-        if save_format not in (None, "itk"):
-            raise RegistrationError("save-format", save_format, "itk, for what bends: a field, .nii.gz")
-        pull.save(save_transform, None if one is None else one.grid)
-    elif save_transform:
-        write_transform(save_transform, torch.as_tensor(pull), one, two, save_format)
-    if output and moved is not None:
-        write_image(output, moved, like=two, labels=labels)
-    if landmarks is not None and save_points:
-        with atomic_path(save_points) as partial:
+    if args.save_transform and isinstance(pull, Deformation):
+        if args.save_format not in (None, "itk"):
+            raise RegistrationError("save-format", args.save_format, "itk, for what bends: a field, .nii.gz")
+        pull.save(args.save_transform, None if fixed is None else fixed.grid)
+    elif args.save_transform:
+        write_transform(args.save_transform, torch.as_tensor(pull), fixed, moving, args.save_format)
+    if moved is not None:
+        write_image(args.output, moved, like=moving, labels=args.labels)
+    if landmarks is not None and args.save_points:
+        with atomic_path(args.save_points) as partial:
             partial.write_text(_csv(landmarks), encoding="utf-8")
     elif landmarks is not None:
         print(_csv(landmarks), end="")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import repeat, takewhile
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
@@ -33,10 +33,11 @@ from monai.transforms import Transform
 from torch.utils.data import DataLoader
 
 from monai_zsreg.app import cohort, datalist
-from monai_zsreg.app.evaluate import mean_metrics
-from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings, read_pair, register_pair
+from monai_zsreg.app.run import read_pair, register_pair
+from monai_zsreg.app.settings import FAILED, WRONG_INPUT, Settings
+from monai_zsreg.app.tables import mean_metrics
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.registration import RegistrationResult, check_options, resolve_device
+from monai_zsreg.registration import RegistrationResult
 from monai_zsreg.registration.prepared import is_number
 
 __all__ = [
@@ -53,7 +54,6 @@ __all__ = [
     "settings",
 ]
 
-_FLAGS = ("resume", "page", "uncertainty", "exit_on_fail", "evaluation")
 _PAIR = ("fixed", "moving", "labels", "name")
 
 
@@ -70,9 +70,7 @@ def check(request: Mapping[str, Any]) -> None:
     """
     with wrong_input_exits():
         _refuse_unknown(sys.argv)
-        made = settings(request)
-        check_options(made.preset, made.transform, made.seed, vgg19_weights=made.vgg19_weights, **made.options)
-        resolve_device(made.device)
+        settings(request).check()
         limit = request["success_mm"]
         if not is_number(limit) or not 0 < float(limit) < math.inf:
             raise RegistrationError("success_mm", limit, "a number above 0")
@@ -93,27 +91,23 @@ def settings(request: Mapping[str, Any]) -> Settings:
     Raises:
         RegistrationError: an option of another type.
     """
-    flags = {name: flag(request[name], name) for name in _FLAGS}
-    options = request["options"] or {}
+    options, weights, fill = request["options"] or {}, request["regressor_weights"], request["fill_value"]
     if not isinstance(options, Mapping):
         raise RegistrationError("options", options, 'a dictionary such as "{spacing: 3}"')
     for name in options.keys() & request.keys():
         raise RegistrationError("options", name, f"--{name} for it")
-    weights, fill = request["regressor_weights"], request["fill_value"]
     if fill is not None and not is_number(fill):
         raise RegistrationError("fill_value", fill, "a number, or null for the background of the image")
-    return Settings(
-        output_dir=datalist.text(request["output_dir"], "output_dir"),
-        options=options,
-        uncertainty=flags["uncertainty"],
-        page=flags["page"],
+    flags = {
+        name: flag(request[name], name) for name in ("resume", "page", "uncertainty", "exit_on_fail", "evaluation")
+    }
+    return Settings.of(
+        {**request, **flags},
         exact=flags["evaluation"],
-        fill_value=None if fill is None else float(fill),
+        options=options,
+        output_dir=datalist.text(request["output_dir"], "output_dir"),
         regressor_weights=None if weights is None else datalist.text(weights, "regressor_weights"),
-        **{
-            key: request[key]
-            for key in ("preset", "transform", "device", "vgg19_weights", "seed", "demonstration_dims")
-        },
+        fill_value=None if fill is None else float(fill),
     )
 
 
@@ -227,7 +221,7 @@ class ReadAhead(DataLoader):
         source: Any = super().__iter__()
         end = object()
 
-        def following() -> Any:
+        def following(_: Any) -> Any:
             try:
                 return next(source, end)
             except (OSError, EOFError, RuntimeError) as error:
@@ -236,11 +230,7 @@ class ReadAhead(DataLoader):
                 # a process that dies while it hands something over leaves errors that do not name it
                 raise RuntimeError(f"the worker that reads pairs ahead failed: {error}") from error
 
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            coming = pool.submit(following)
-            while (item := coming.result()) is not end:
-                coming = pool.submit(following)
-                yield item
+        yield from takewhile(lambda item: item is not end, cohort.ahead(following, repeat(None)))
 
 
 class PairInferer(Inferer):

@@ -12,14 +12,18 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
+
+from monai_zsreg.app.settings import FAILED, PRESETS, REPORT, TRANSFORMS, WRONG_INPUT, Settings
+from monai_zsreg.errors import RegistrationError, RegistrationWarning
 
 __all__ = ["main"]
 
-_PRESETS = ("robust", "keypoints", "paper")
-_TRANSFORMS = ("rigid", "similarity", "affine", "deformable")
-_WRONG_INPUT, _FAILED = 2, 3
 _NIIVUE = "node_modules/@niivue/niivue/dist/niivue.umd.js"
+
+# files that are options, of which the first three go to `monai_zsreg.register` as its further arguments
+_FURTHER, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
 
 _EXAMPLES = {
     "register": """examples:
@@ -76,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_WRONG_INPUT, f"{self.prog}: error: {message}\n")
+        self.exit(WRONG_INPUT, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from monai_zsreg.benchmark.__main__ import main as benchmark
         except ImportError as error:
             print(f"error: {error}", file=sys.stderr)
-            return _WRONG_INPUT
+            return WRONG_INPUT
         return int(benchmark(words[1:]) or 0)
     args = _parser().parse_args(words)
     try:
@@ -105,15 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has seen enough
         return 1
     except Exception as error:
-        from monai_zsreg.errors import RegistrationError
-
         wrong = isinstance(error, RegistrationError)
         missing = isinstance(error, ImportError) and not str(error.name).startswith("monai_zsreg")
         full = isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
         if not (wrong or missing or full):  # neither the user nor the machine: a mistake of ours
             raise
         print(f"zsreg {args.command}: error: {error}", file=sys.stderr)
-        return _WRONG_INPUT if wrong else 1
+        return WRONG_INPUT if wrong else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=form, allow_abbrev=False
         )
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, parser=made)
         return made
 
     register = command("register", "Register one or several images to a fixed one.", _register)
@@ -143,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     cohort.add_argument("--workers", type=int, default=0, metavar="N", help="processes, on GPUs one each (this one)")
     cohort.add_argument("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers register the pairs")
     cohort.add_argument("--no-resume", action="store_true", help="register again what has a result already")
-    cohort.add_argument("--evaluate", action="store_true", help="measure on all voxels; write evaluation.csv and .json")
+    cohort.add_argument(
+        "--evaluate", dest="exact", action="store_true", help="measure on all voxels; write evaluation.csv and .json"
+    )
     cohort.add_argument("--success-mm", type=float, default=2.0, metavar="MM", help="error that counts as accurate (2)")
     _add_options(cohort)
 
@@ -175,9 +179,9 @@ def _add_fill_value(add: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-o", "--output", default="output", metavar="DIR", help="folder for the results (output)")
-    add("--preset", choices=_PRESETS, default=_PRESETS[0], help="method (robust)")
-    add("--transform", choices=_TRANSFORMS, default="affine", help="kind of transform (affine)")
+    add("-o", "--output", dest="output_dir", default="output", metavar="DIR", help="folder for the results (output)")
+    add("--preset", choices=PRESETS, default=PRESETS[0], help="method (robust)")
+    add("--transform", choices=TRANSFORMS, default="affine", help="kind of transform (affine)")
     add("--device", metavar="DEVICE", help="where to compute, such as cuda (cpu)")
     add("--seed", type=int, default=0, help="of all random draws (0)")
     add("--initial", metavar="FILE", help="transform file to start from")
@@ -188,8 +192,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="further argument of monai_zsreg.register")
     _add_fill_value(add)
     add("--uncertainty", action="store_true", help="the paper's uncertainty too, ten more estimates")
-    add("--interactive", action="store_true", help="a page to look through both images (npm install @niivue/niivue)")
-    add("--no-page", action="store_true", help="no pictures, no page")
+    interactive = "a page to look through both images (npm install @niivue/niivue)"
+    add("--interactive", dest="niivue", action="store_const", const=_NIIVUE, help=interactive)
+    add("--no-page", dest="page", action="store_false", help="no pictures, no page")
     add("--json", action="store_true", help="print the reports as JSON, and nothing else")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -211,13 +216,14 @@ class _Version(argparse.Action):
 
 def _register(args: argparse.Namespace) -> int:
     if bool(args.images) == args.demo or len(args.images) == 1:
-        _refuse("images", args.images, "a fixed and a moving image, or --demo")
-    for path in (*args.images, args.labels):
-        if path is not None and not os.path.exists(path):
-            _refuse("images" if path != args.labels else "labels", path, "an existing file")
+        raise RegistrationError("images", args.images, "a fixed and a moving image, or --demo")
+    for path in args.images:
+        _check_exists("images", path)
+    _check_exists("labels", args.labels)
     fixed, *moving = args.images or (None,)
     if len(moving) > 1 and (args.labels or args.name):
-        _refuse("labels" if args.labels else "name", args.labels or args.name, "none with several moving images")
+        name = "labels" if args.labels else "name"
+        raise RegistrationError(name, getattr(args, name), "none with several moving images")
     _begin(args)
 
     from monai_zsreg.app import cohort, datalist
@@ -228,20 +234,21 @@ def _register(args: argparse.Namespace) -> int:
         entries = [datalist.one_pair(fixed, moving[0], args.name, labels=args.labels)]
     else:
         entries = datalist.read_datalist([{"fixed": fixed, "moving": path} for path in moving])
-    progress = cohort.Progress(len(entries) if len(entries) > 1 else 0, args.quiet or args.json)
     settings = _settings(args)
+    progress = cohort.Progress(len(entries) if len(entries) > 1 else 0, args.quiet or args.json)
     cohort.run_cohort(entries, settings, progress, isolate=False)
     _print_json(args, settings, progress)
-    return _FAILED if "FAIL" in progress.verdicts.values() else 0
+    return FAILED if "FAIL" in progress.verdicts.values() else 0
 
 
 def _cohort(args: argparse.Namespace) -> int:
     if not os.path.exists(args.datalist):
-        _refuse("datalist", args.datalist, "an existing file or folder")
+        raise RegistrationError("datalist", args.datalist, "an existing file or folder")
     if not args.success_mm > 0:
-        _refuse("success-mm", args.success_mm, "a number above 0")
+        raise RegistrationError("success-mm", args.success_mm, "a number above 0")
     if args.workers < 0 or args.workers and args.scheduler:
-        _refuse("workers", args.workers, "a number of processes, and none beside --scheduler, which has its own")
+        allowed = "a number of processes, and none beside --scheduler, which has its own"
+        raise RegistrationError("workers", args.workers, allowed)
     if args.workers and find_spec("distributed") is None:
         print('--workers needs "monai-zsreg[cluster]": all pairs are registered in this process', file=sys.stderr)
         args.workers = 0
@@ -249,41 +256,45 @@ def _cohort(args: argparse.Namespace) -> int:
 
     from monai_zsreg.app import cohort, datalist
 
-    settings = _settings(args, exact=args.evaluate)
-    entries = datalist.read_datalist(args.datalist, args.dataset_dir, must_exist=args.evaluate)
+    settings = _settings(args)
+    entries = datalist.read_datalist(args.datalist, args.dataset_dir, must_exist=args.exact)
     left = cohort.remaining(entries, settings, not args.no_resume)
     progress = cohort.Progress(len(left), args.quiet or args.json)
-    isolate = not args.evaluate
+    isolate = not args.exact
     if left and (args.workers or args.scheduler):
         cohort.run_on_cluster(left, settings, progress, isolate, args.workers, args.scheduler)
     else:
         cohort.run_cohort(left, settings, progress, isolate)
     failed = cohort.finish(entries, settings, progress.verdicts, args.success_mm, quiet=args.quiet or args.json)
     _print_json(args, settings, progress)
-    return _FAILED if failed and not args.evaluate else 0
+    return FAILED if failed and not args.exact else 0
 
 
-def _settings(args: argparse.Namespace, **more: Any) -> Any:
+def _begin(args: argparse.Namespace) -> None:
+    """What can be said before torch is loaded."""
+    for name in (*_FURTHER, *_WEIGHTS):
+        if getattr(args, name) is not None:
+            _check_exists(name.replace("_", "-"), getattr(args, name))
+            setattr(args, name, os.path.abspath(getattr(args, name)))  # workers elsewhere read it too
+    if args.niivue and not os.path.exists(args.niivue):
+        raise RegistrationError("interactive", args.niivue, "a folder with NiiVue in it: npm install @niivue/niivue")
+    if sys.stderr.isatty() and not (args.quiet or args.json):  # loading torch takes a while
+        print("registering ...", file=sys.stderr, flush=True)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
     import warnings
-
-    from monai_zsreg.app.run import Settings
-    from monai_zsreg.errors import RegistrationWarning
-    from monai_zsreg.registration import check_options, resolve_device
 
     warnings.simplefilter("ignore", RegistrationWarning)  # the verdict is told anyway
     options = _options(args.set)
-    for name in options.keys() & vars(args).keys():
-        _refuse("set", name, f"--{name.replace('_', '-')} for it")
-    check_options(args.preset, args.transform, args.seed, vgg19_weights=args.vgg19_weights, **options)
-    resolve_device(args.device)
-    options |= {name: value for name in _FILES if (value := _file(args, name)) is not None}
-    names = ("preset", "transform", "device", "seed", "uncertainty", "fill_value")
-    given = {name: getattr(args, name) for name in names} | {name: _file(args, name) for name in _WEIGHTS}
-    given["niivue"] = _NIIVUE if args.interactive else None
-    return Settings(output_dir=args.output, options=options, page=not args.no_page, **given, **more)
-
-
-_FILES, _WEIGHTS = ("initial", "fixed_mask", "moving_mask"), ("vgg19_weights", "regressor_weights")
+    for name in options:
+        flag = f"--{name.replace('_', '-')}"
+        if flag in args.parser._option_string_actions:
+            raise RegistrationError("set", name, f"{flag} for it")
+    further = {name: getattr(args, name) for name in _FURTHER if getattr(args, name) is not None}
+    settings = Settings.of(vars(args), options=options | further)
+    settings.check()
+    return settings
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
@@ -292,7 +303,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
-            _refuse("set", word, "NAME=VALUE")
+            raise RegistrationError("set", word, "NAME=VALUE")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -300,34 +311,17 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _file(args: argparse.Namespace, name: str) -> str | None:
-    path = getattr(args, name)
-    return None if path is None else os.path.abspath(path)
+def _check_exists(argument: str, path: str | None) -> None:
+    if path is not None and not os.path.exists(path):
+        raise RegistrationError(argument, path, "an existing file")
 
 
-def _begin(args: argparse.Namespace) -> None:
-    for name in (*_FILES, *_WEIGHTS):
-        path = getattr(args, name)
-        if path is not None and not os.path.exists(path):
-            _refuse(name.replace("_", "-"), path, "an existing file")
-    if args.interactive and not os.path.exists(_NIIVUE):
-        _refuse("interactive", _NIIVUE, "a folder with NiiVue in it: npm install @niivue/niivue")
-    if sys.stderr.isatty() and not (args.quiet or args.json):  # loading torch takes a while
-        print("registering ...", file=sys.stderr, flush=True)
-
-
-def _refuse(argument: str, value: Any, allowed: str) -> NoReturn:
-    from monai_zsreg.errors import RegistrationError
-
-    raise RegistrationError(argument, value, allowed)
-
-
-def _print_json(args: argparse.Namespace, settings: Any, progress: Any) -> None:
+def _print_json(args: argparse.Namespace, settings: Settings, progress: Any) -> None:
     """The reports of this run's pairs, as they were written; that of a single one alone."""
-    from monai_zsreg.app.cohort import read_report
+    from monai_zsreg.app.tables import read_report
 
     if args.json:
-        found = [read_report(settings.output_dir, name) for name in progress.verdicts]
+        found = [read_report(settings.folder(name)) for name in progress.verdicts]
         print(json.dumps(found if progress.many else found[0], indent=2, ensure_ascii=False), flush=True)
 
 
@@ -338,55 +332,46 @@ def _print_json(args: argparse.Namespace, settings: Any, progress: Any) -> None:
 
 def _apply(args: argparse.Namespace) -> int:
     if not (args.output or args.points or args.save_transform):
-        _refuse("output", None, "something to do: --output, --points or --save-transform")
-    parts = (
-        ("labels", "output"),
-        ("fill_value", "output"),
-        ("save_points", "points"),
-        ("save_format", "save_transform"),
-    )
-    for option, needs in parts:
+        raise RegistrationError("output", None, "something to do: --output, --points or --save-transform")
+    needs = {"labels": "output", "fill_value": "output", "save_points": "points", "save_format": "save_transform"}
+    for option, needed in needs.items():
         given = getattr(args, option)
-        if given is not None and given is not False and not getattr(args, needs):
-            named = [name.replace("_", "-") for name in (needs, option)]
-            _refuse(named[0], None, f"--{named[0]}, because --{named[1]} is given")
+        if given is not None and given is not False and not getattr(args, needed):
+            needed, option = needed.replace("_", "-"), option.replace("_", "-")
+            raise RegistrationError(needed, None, f"--{needed}, because --{option} is given")
     for name in ("fixed", "moving") if args.output else ():
         if not getattr(args, name):
-            _refuse(name, None, f"an image, because --output is given: name it with --{name}")
+            raise RegistrationError(name, None, f"an image, because --output is given: name it with --{name}")
     if args.output and not args.output.lower().endswith((".nii", ".nii.gz")):
-        _refuse("output", args.output, "a name that ends in .nii or .nii.gz")
+        raise RegistrationError("output", args.output, "a name that ends in .nii or .nii.gz")
     sources = [path for path in (*args.transform, *args.via, args.fixed, args.moving, args.points) if path]
     for path in sources:
-        if not os.path.exists(path):
-            _refuse("transform" if path in args.transform else "path", path, "an existing file")
+        _check_exists("transform" if path in args.transform else "path", path)
     read = {os.path.realpath(path) for path in sources}
     for option in ("output", "save_points", "save_transform"):
         path = getattr(args, option)
         if path and os.path.realpath(path) in read:
-            _refuse(option.replace("_", "-"), path, "another file than those that are read")
+            raise RegistrationError(option.replace("_", "-"), path, "another file than those that are read")
 
     from monai_zsreg.app.apply import apply_files
 
-    apply_files(**{name: value for name, value in vars(args).items() if name not in ("command", "run")})
+    apply_files(args)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from monai_zsreg.app import cohort
-    from monai_zsreg.app.run import REPORT, draw_anew
+    from monai_zsreg.app import tables
+    from monai_zsreg.app.run import draw_anew
 
     for given in map(Path, args.folders):
         pairs = [given] if (given / REPORT).is_file() else sorted(path.parent for path in given.glob(f"*/{REPORT}"))
         if not pairs:
-            _refuse("folder", str(given), f"a folder with {REPORT}, or with folders that have one")
+            raise RegistrationError("folder", str(given), f"a folder with {REPORT}, or with folders that have one")
         for folder in pairs:
             print(draw_anew(folder), flush=True)
         if pairs != [given]:
-            reports = [cohort.read_report(given, folder.name) or {} for folder in pairs]
-            entries = [report.get("input", {}) | {"name": report.get("name")} for report in reports]
-            print(cohort.save_summary(cohort.summary_rows(entries, given), given, 0), flush=True)
+            rows = tables.worst_first([tables.read_report(folder) or {"name": folder.name} for folder in pairs])
+            print(tables.save_summary(rows, given, 0), flush=True)
     return 0
 
 

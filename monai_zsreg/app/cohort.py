@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import os
 import sys
@@ -23,39 +21,25 @@ from typing import Any
 import torch
 
 import monai_zsreg
-from monai_zsreg.app.evaluate import save_evaluation
-from monai_zsreg.app.run import (
-    INDEX,
-    REPORT,
-    SUMMARY,
-    Settings,
-    describe_pair,
-    folder_of,
-    read_pair,
-    register_pair,
-    summary,
-    write_pair,
-)
+from monai_zsreg.app import tables
+from monai_zsreg.app.run import files_of, read_pair, register_pair, write_pair
+from monai_zsreg.app.settings import REPORT, Settings
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.io import atomic_path, output_folder, write_json
+from monai_zsreg.io import output_folder, write_json
 
 __all__ = [
     "Progress",
-    "failure",
+    "ahead",
     "fingerprint",
     "finish",
     "finish_pair",
     "read_isolated",
-    "read_report",
     "register_isolated",
     "remaining",
     "run_cohort",
     "run_on_cluster",
-    "save_summary",
-    "summary_rows",
 ]
 
-_VERDICTS = ("FAIL", "WARN", "PASS")
 # pairs that a scheduler is told of at once: more than a cluster has workers, and little memory however long the list
 _IN_FLIGHT = 1000
 
@@ -86,19 +70,11 @@ def remaining(entries: Sequence[dict[str, Any]], settings: Settings, resume: boo
 
 
 def _finished(entry: Mapping[str, Any], settings: Settings) -> bool:
-    report = read_report(settings.output_dir, entry["name"])
+    report = tables.read_report(settings.folder(entry["name"]))
     # what could not be used is tried again
     if report is None or "failure" in report or settings.page and "page" not in report.get("output", {}):
         return False
     return bool(report.get("made_from") == fingerprint(entry, settings))
-
-
-def read_report(output_dir: Any, name: str) -> dict[str, Any] | None:
-    """The report of a pair, None where there is none."""
-    with suppress(OSError, ValueError):
-        report = json.loads((folder_of(output_dir, name) / REPORT).read_text(encoding="utf-8"))
-        return report if isinstance(report, dict) else None
-    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -120,12 +96,7 @@ def read_isolated(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any
         _last = depends, {key: pair[key] for key in ("files", "prepared")}
         return pair
     except Exception as error:
-        return _files_alone(entry) | {"error": error}
-
-
-def _files_alone(entry: Mapping[str, Any]) -> dict[str, Any]:
-    files = {key: str(path) for key, path in entry.items() if key != "name"}
-    return {"name": entry.get("name"), "files": files}
+        return {"name": entry.get("name"), "files": files_of(entry), "error": error}
 
 
 def register_isolated(pair: Mapping[str, Any], settings: Settings) -> Any:
@@ -137,10 +108,10 @@ def register_isolated(pair: Mapping[str, Any], settings: Settings) -> Any:
 
 
 def finish_pair(pair: Mapping[str, Any], found: Any, settings: Settings, isolate: bool) -> dict[str, Any]:
-    """Describe and write a pair.
+    """Write a pair whose registration has ended.
 
     Args:
-        pair: of `read_isolated`.
+        pair: of `read_isolated`; of one that failed, ``name`` and ``files`` are enough.
         found: the result of the registration, or the error that stands in its place.
         settings: of the run.
         isolate: whether an error is a result, or is raised.
@@ -151,22 +122,17 @@ def finish_pair(pair: Mapping[str, Any], found: Any, settings: Settings, isolate
     try:
         if isinstance(found, Exception):
             raise found
-        return write_pair(pair, found, describe_pair(pair, found, settings), settings)
+        return write_pair(pair, found, settings)
     except Exception as error:
         if not isolate:
             raise
-        return failure(pair, error, settings)
-
-
-def failure(pair: Mapping[str, Any], error: BaseException, settings: Settings) -> dict[str, Any]:
-    """Write the report of a pair that could not be read, registered or written, and give it back."""
-    told = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
+        told = str(error) if isinstance(error, RegistrationError) else f"{type(error).__name__}: {error}"
     reason = (told.splitlines() or [""])[0]
     report = {"name": pair["name"], "verdict": "FAIL", "reasons": [reason], "failure": reason}
     report |= {"score": None, "measures": {}, "input": pair["files"]}
     # a folder that cannot be written to has had its say
     with suppress(RegistrationError, OSError):
-        write_json(output_folder(folder_of(settings.output_dir, pair["name"])) / REPORT, report)
+        write_json(output_folder(settings.folder(pair["name"])) / REPORT, report)
     return report
 
 
@@ -189,13 +155,13 @@ def run_cohort(
         done: called with each report.
         isolate: whether what goes wrong with a pair is its result, or is raised.
     """
-    pairs = _ahead(lambda entry: read_isolated(entry, settings), entries)
+    pairs = ahead(lambda entry: read_isolated(entry, settings), entries)
     found = ((pair, register_isolated(pair, settings)) for pair in pairs)
-    for report in _ahead(lambda both: finish_pair(both[0], both[1], settings, isolate), found):
+    for report in ahead(lambda both: finish_pair(both[0], both[1], settings, isolate), found):
         done(report)
 
 
-def _ahead(step: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def ahead(step: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """``step`` of each item, made in a thread while what is done with the one before goes on."""
     coming: deque[Any] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -261,7 +227,8 @@ def run_on_cluster(
                     raise
                 killed = isinstance(error, KilledWorker)
                 told = RuntimeError("every process that tried it was killed; out of memory?") if killed else error
-                report = failure(_files_alone(entry), told, settings)
+                pair = {"name": entry["name"], "files": files_of(entry)}
+                report = finish_pair(pair, told, settings, isolate)
             done(report)
 
 
@@ -355,53 +322,10 @@ class Progress:
         if "failure" in report:
             self.bar.write(f"{report['name']}: FAILED: {report['failure']}", file=sys.stderr)
         elif not self.many:
-            print(summary(report), flush=True)
+            print(tables.in_words(report), flush=True)
         elif self.bar.disable:
             reasons = "; ".join([report["verdict"], *report["reasons"]])
             print(f"{report['name']}: {reasons} ({report['seconds']:.1f} s)", flush=True)
-
-
-def summary_rows(entries: Sequence[Mapping[str, Any]], output_dir: Any) -> list[dict[str, Any]]:
-    """A row for each pair, worst first: verdict, then score."""
-    rows = []
-    for entry in entries:
-        report = read_report(output_dir, entry["name"]) or {"verdict": "", "reasons": ["no result"], "score": None}
-        metrics = report.get("metrics", {})
-        row: dict[str, Any] = {"name": entry["name"], "verdict": report["verdict"]}
-        row |= {"reasons": "; ".join(report["reasons"]), "score": report["score"]}
-        row["expected_error"] = report.get("expected_error", {}).get("root_mean_square")
-        for key in ("nmi", "dice"):
-            row |= {f"{key}_{when}": metrics.get(when, {}).get(key) for when in ("before", "after")}
-        rows.append(row | {"seconds": report.get("seconds")} | {key: entry.get(key, "") for key in ("fixed", "moving")})
-    order = {verdict: number for number, verdict in enumerate(("", *_VERDICTS))}
-    return sorted(
-        rows, key=lambda row: (order[row["verdict"]], row["score"] is not None, row["score"] or 0.0, row["name"])
-    )
-
-
-def save_summary(rows: Sequence[Mapping[str, Any]], output_dir: Any, new: int) -> str:
-    """Write ``summary.csv`` and ``index.html``; what comes back says so.
-
-    Args:
-        rows: of `summary_rows`.
-        output_dir: made if it is missing.
-        new: how many of them this run has registered.
-    """
-    from monai_zsreg.app.report import save_index
-
-    folder = output_folder(output_dir)
-    with atomic_path(folder / SUMMARY) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    linked = []
-    for row in rows:
-        paths = {key: f"{row['name']}/{file}" for key, file in (("link", "report.html"), ("thumbnail", "overview.png"))}
-        linked.append({**row, **{key: path for key, path in paths.items() if (folder / path).exists()}})
-    save_index(linked, folder / INDEX)
-    counts = ", ".join(f"{sum(row['verdict'] == verdict for row in rows)} {verdict}" for verdict in reversed(_VERDICTS))
-    done = f"{len(rows) - new} kept, {new} registered"
-    return f"{len(rows)} pairs ({done}): {counts}; {folder / SUMMARY}, {folder / INDEX}"
 
 
 def finish(
@@ -425,15 +349,16 @@ def finish(
     Returns:
         Names of the pairs with the verdict FAIL.
     """
+    reports = [tables.read_report(settings.folder(entry["name"])) for entry in entries]
     failed = [name for name, verdict in verdicts.items() if verdict == "FAIL"]
     told = []
     if settings.exact:
-        reports = [report for entry in entries if (report := read_report(settings.output_dir, entry["name"]))]
-        told.append(save_evaluation(reports, settings, success_mm))
+        told.append(tables.save_evaluation([report for report in reports if report], settings, success_mm))
     if many:
-        rows = summary_rows(entries, settings.output_dir)
-        failed = [row["name"] for row in rows if row["verdict"] == "FAIL"]
-        told.append(save_summary(rows, settings.output_dir, len(verdicts)))
+        without = ({"name": entry["name"], "input": entry} for entry in entries)
+        found = tables.worst_first([report or nothing for report, nothing in zip(reports, without, strict=True)])
+        failed = [row["name"] for row in found if row["verdict"] == "FAIL"]
+        told.append(tables.save_summary(found, settings.output_dir, len(verdicts)))
     if told and not quiet:
         print(*told, sep="\n", flush=True)
     if failed:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_zsreg.app.run import DEMONSTRATION, INDEX, SUMMARY
+from monai_zsreg.app.settings import DEMONSTRATION, EVALUATION, INDEX, SUMMARY, TABLE
 from monai_zsreg.errors import RegistrationError
 
 __all__ = ["bids_pairs", "one_pair", "read_datalist", "rows_of", "text"]
 
-_RESERVED = (SUMMARY, INDEX, "evaluation.csv", "evaluation.json")
+_RESERVED = (SUMMARY, INDEX, TABLE, EVALUATION)
 _TOGETHER = (("fixed", "moving"), ("fixed_mask", "moving_mask"), ("fixed_landmarks", "moving_landmarks"))
 _KEYS = (*(key for keys in _TOGETHER for key in keys), "labels", "fixed_labels", "moving_labels", "truth", "name")
 # what BIDS calls images of the head that can be registered to its T1w

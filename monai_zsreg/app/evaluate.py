@@ -1,59 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures about registered pairs: what is known about a pair, how far it was off before and after, tables of many."""
+"""Figures about a registered pair: what is known about it, how far it was off before and after."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from monai_zsreg.app.settings import Settings
+from monai_zsreg.app.tables import WHEN
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid
-from monai_zsreg.io import (
-    Image,
-    atomic_path,
-    load_image,
-    output_folder,
-    pair_landmarks,
-    read_landmarks,
-    read_transform,
-    write_json,
-)
+from monai_zsreg.io import Image, load_image, pair_landmarks, read_landmarks, read_transform
 from monai_zsreg.metrics.similarity import label_dice, similarity
-from monai_zsreg.metrics.statistics import success_rate
 from monai_zsreg.metrics.tre import foreground_tre, landmark_tre
 from monai_zsreg.registration import RegistrationResult
 from monai_zsreg.registration.displacement import Transform, move
 from monai_zsreg.resample import resample
 
-if TYPE_CHECKING:
-    from monai_zsreg.app.run import Settings
+__all__ = ["measure_deformation", "measure_pair", "read_known"]
 
-__all__ = [
-    "EVALUATION",
-    "MEASURES",
-    "TABLE",
-    "mean_metrics",
-    "measure_deformation",
-    "measure_pair",
-    "read_known",
-    "save_evaluation",
-]
-
-#: columns of the table, each before and after; the last two only where a true transform or landmarks are given
-MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse", "tre", "landmark_tre")
-#: files of an evaluation
-TABLE, EVALUATION = "evaluation.csv", "evaluation.json"
-_WHEN = ("before", "after")
 # what a deformed pair's reader must not take for granted
 _NOT_KNOWN = (
     "How far off this map is at a point is not known: there are no error bars. Its verdict is at best that of the "
@@ -65,15 +38,11 @@ _ENOUGH = 2_000_000
 
 
 def read_known(pair: dict[str, Any]) -> dict[str, Any]:
-    """Read what is known about a pair beside its images.
+    """The pair with the content of its files in the place of their paths.
 
-    Args:
-        pair: with ``fixed`` and ``moving`` as `Image`; it may have paths as ``fixed_mask`` and ``moving_mask``,
-            ``fixed_labels``, ``fixed_landmarks`` and ``moving_landmarks``, ``truth``.
-
-    Returns:
-        The pair with, in their place, `Image` (those of the fixed image on its grid), points ``[N, D]``, and the
-        matrix ``(D+1, D+1)``, fixed world to moving world.
+    ``fixed_mask``, ``moving_mask`` and ``fixed_labels`` become `Image` (those of the fixed image on its grid),
+    ``fixed_landmarks`` and ``moving_landmarks`` points ``[N, D]``, ``truth`` the matrix ``(D+1, D+1)``, fixed world to
+    moving world.
 
     Raises:
         RegistrationError: a file that cannot be used.
@@ -165,7 +134,7 @@ def measure_pair(
         "dice_of": "labels" if labels is not None else "foregrounds" if moving_mask is None else "masks",
         "every": step,
     }
-    for when in _WHEN:
+    for when in WHEN:
         masks: dict[str, Any] = {}
         if moving_mask is not None:
             masks = {"fixed_mask": inside, "moving_mask": _carried(moving_mask, grid, pulls[when])}
@@ -213,94 +182,3 @@ def _thinned(grid: Grid, step: int) -> Grid:
     affine = grid.affine.clone()
     affine[:-1, :-1] *= step
     return Grid(tuple(-(-n // step) for n in grid.shape), affine)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# many pairs
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def save_evaluation(reports: Sequence[Mapping[str, Any]], settings: Settings, success_mm: float) -> str:
-    """Write ``evaluation.csv``, a row a pair, and ``evaluation.json``, the summary.
-
-    Args:
-        reports: of all pairs.
-        settings: of the run.
-        success_mm: a pair counts as accurate below this mean error after registration, of the landmarks if it has any,
-            else against the true transform.
-
-    Returns:
-        The summary in words.
-    """
-    rows = [_row(report) for report in reports]
-    folder = output_folder(settings.output_dir)
-    with atomic_path(folder / TABLE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    errors = []
-    for row in rows:
-        error = row["tre_after"] if row["landmark_tre_after"] is None else row["landmark_tre_after"]
-        if error is not None:
-            errors.append(math.inf if row["verdict"] == "FAIL" else error)
-    columns = {
-        measure: {when: found for when in _WHEN if (found := _statistics(rows, f"{measure}_{when}"))}
-        for measure in MEASURES
-    }
-    kinds = ("labels", "masks", "foregrounds")
-    total = {
-        "pairs": len(rows),
-        "registered": _rate([math.inf if row["verdict"] == "FAIL" else 0.0 for row in rows], 1.0),
-        "accurate": _rate(errors, success_mm) | {"below": success_mm} if errors else None,
-        "dice_of": {kind: n for kind in kinds if (n := sum(row["dice_of"] == kind for row in rows))},
-        "columns": {name: found for name, found in columns.items() if found},
-        "seconds": _statistics(rows, "seconds"),
-        "settings": {key: value for key, value in reports[-1]["made_from"].items() if key != "files"},
-        "versions": reports[-1]["versions"],
-    }
-    write_json(folder / EVALUATION, total)
-    return _told(total, folder)
-
-
-def _row(report: Mapping[str, Any]) -> dict[str, Any]:
-    row = {key: report.get(key) for key in ("name", "verdict", "seconds")}
-    metrics = report.get("metrics", {})
-    row |= {"reasons": "; ".join(report["reasons"]), "dice_of": metrics.get("dice_of")}
-    for measure in MEASURES:
-        row |= {f"{measure}_{when}": metrics.get(when, {}).get(measure) for when in _WHEN}
-    return row | {key: report["input"].get(key) for key in ("fixed", "moving")}
-
-
-def mean_metrics(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the pairs that have a measure, by names such as ``"dice_after"``."""
-    rows = [_row(report) for report in reports]
-    names = [f"{measure}_{when}" for measure in MEASURES for when in _WHEN]
-    found = {name: _statistics(rows, name) for name in names}
-    return {name: statistics["mean"] for name, statistics in found.items() if statistics}
-
-
-def _rate(errors: Sequence[float], threshold: float) -> dict[str, float]:
-    return success_rate(errors, threshold)._asdict()
-
-
-def _statistics(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
-    """Of the pairs that have a value; empty if none has. The standard deviation is that of a sample."""
-    values = np.array([row[column] for row in rows if row[column] is not None], dtype=np.float64)
-    if len(values) == 0:
-        return {}
-    std = float(values.std(ddof=1)) if len(values) > 1 else None
-    return {"n": len(values), "mean": float(values.mean()), "median": float(np.median(values)), "std": std}
-
-
-def _told(total: Mapping[str, Any], folder: Path) -> str:
-    lines = [f"pairs: {total['pairs']}", f"  {'':<14}{'before':>22}{'after':>22}   (mean, median)"]
-    for name, found in total["columns"].items():
-        cells = (f"{found[when]['mean']:>12.4f}{found[when]['median']:>10.4f}" for when in _WHEN if when in found)
-        lines.append(f"  {name:<14}{''.join(cells)}")
-    rates = [("registered", total["registered"])]
-    if total["accurate"] is not None:
-        rates.append((f"error below {total['accurate']['below']:g}", total["accurate"]))
-    for text, rate in rates:
-        limits = f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f} %"
-        lines.append(f"  {text}: {rate['successes']} of {rate['n']} (95 % interval {limits})")
-    return "\n".join([*lines, f"  {TABLE} and {EVALUATION} in {folder}"])

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from monai.utils import optional_import
 
-from monai_zsreg.app.run import Settings, describe_pair, read_pair, register_pair
+from monai_zsreg.app.run import describe_pair, read_pair, register_pair
+from monai_zsreg.app.settings import Settings
 from monai_zsreg.errors import RegistrationError, RegistrationFailure
 from monai_zsreg.geometry import ras_to_lps
 from monai_zsreg.io import Image, load_image, write_image
@@ -198,9 +199,8 @@ class RegisterTask(InferTask):  # type: ignore[valid-type, misc]
         result = register_pair(pair, settings)
         if not result.success:
             raise RegistrationFailure(f"{moving} does not register to {ids['fixed']}: {'; '.join(result.reasons)}")
-        described = describe_pair(pair, result, settings)
-        report = described["report"] | {"matrix_lps": ras_to_lps(result.affine).tolist(), "returned": returned}
-        moved = described["images"]
+        report, moved = describe_pair(pair, result, settings)
+        report |= {"matrix_lps": ras_to_lps(result.affine).tolist(), "returned": returned}
         if "moved_labels" in moved:
             report["label_names"] = _label_names(store, ids["labels"], moved["moved_labels"])
         if save:

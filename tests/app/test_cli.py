@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_zsreg.app import cli
+from monai_zsreg.app import cli, settings
 from monai_zsreg.app.cli import main
 from monai_zsreg.registration import PRESETS
 from monai_zsreg.registration.deformable import DEFORMABLE
@@ -72,8 +72,8 @@ def test_registering_imports_no_monai(images: SimpleNamespace, tmp_path: Path) -
 
 
 def test_tables_of_choices_are_those_of_the_package() -> None:
-    assert set(cli._PRESETS) == set(PRESETS) and cli._PRESETS[0] == PRESETS[0]
-    assert set(cli._TRANSFORMS) == {*TRANSFORMS, DEFORMABLE}
+    assert set(settings.PRESETS) == set(PRESETS) and settings.PRESETS[0] == PRESETS[0]
+    assert set(settings.TRANSFORMS) == {*TRANSFORMS, DEFORMABLE}
 
 
 def test_register_writes_what_others_read(

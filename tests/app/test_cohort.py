@@ -24,11 +24,11 @@ import pytest
 
 from monai_zsreg.app import cohort
 from monai_zsreg.app.cli import main
-from monai_zsreg.app.cohort import fingerprint, summary_rows
+from monai_zsreg.app.cohort import fingerprint
 from monai_zsreg.app.datalist import bids_pairs, one_pair, read_datalist
-from monai_zsreg.app.run import REPORT, SUMMARY, Settings
+from monai_zsreg.app.settings import SUMMARY, Settings
+from monai_zsreg.app.tables import worst_first
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.io import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,11 +86,10 @@ def test_bad_pairs_are_rows_and_a_rerun_does_only_what_is_missing(
     assert all(time > after[name] for name, time in times(out).items())
 
 
-def test_summary_is_sorted_worst_first(tmp_path: Path) -> None:
+def test_summary_is_sorted_worst_first() -> None:
     found = {"fine": ("PASS", 0.4), "doubtful": ("WARN", -0.1), "worse": ("WARN", -0.9), "failed": ("FAIL", None)}
-    for name, (verdict, score) in found.items():
-        write_json(tmp_path / name / REPORT, {"verdict": verdict, "reasons": [], "score": score})
-    names = [row["name"] for row in summary_rows([{"name": name} for name in [*found, "no result"]], tmp_path)]
+    reports = [{"name": n, "verdict": verdict, "reasons": [], "score": score} for n, (verdict, score) in found.items()]
+    names = [row["name"] for row in worst_first([*reports, {"name": "no result"}])]
     assert names == ["no result", "failed", "worse", "doubtful", "fine"]
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from monai_zsreg.app.cli import main
-from monai_zsreg.app.evaluate import MEASURES, mean_metrics, measure_pair, read_known, save_evaluation
-from monai_zsreg.app.run import Settings
+from monai_zsreg.app.evaluate import measure_pair, read_known
+from monai_zsreg.app.settings import Settings
+from monai_zsreg.app.tables import MEASURES, mean_metrics, save_evaluation
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io import Image, write_transform
 from monai_zsreg.metrics import similarity

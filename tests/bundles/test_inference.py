@@ -23,7 +23,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from monai_zsreg.app.bundle import ReadAhead, ReadPair, print_options
-from monai_zsreg.app.run import FAILED, WRONG_INPUT, Settings
+from monai_zsreg.app.settings import FAILED, WRONG_INPUT, Settings
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import AffineParameters, compose_parameters
 from monai_zsreg.io import write_transform

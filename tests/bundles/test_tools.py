@@ -16,7 +16,7 @@ from monai.bundle import ckpt_export, verify_metadata, verify_net_in_out
 import monai_zsreg
 from monai_zsreg import RegistrationWarning
 from monai_zsreg.app.bundle import PairInferer
-from monai_zsreg.app.run import Settings
+from monai_zsreg.app.settings import Settings
 from monai_zsreg.io import load_image
 from monai_zsreg.networks import UNTRAINED_FOR_CHECKS_ONLY, ZeroShotAffineNet
 from monai_zsreg.registration import Prepared

@@ -13,7 +13,8 @@ import pytest
 from monai.data import MetaTensor
 
 from monai_zsreg.app.cohort import finish_pair
-from monai_zsreg.app.run import Settings, read_pair, register_pair
+from monai_zsreg.app.run import read_pair, register_pair
+from monai_zsreg.app.settings import Settings
 
 FILES = ("uncertainty_displacement.nii.gz", "uncertainty_intensity.nii.gz", "uncertainty.png")
 
