@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages: what they say. How they look stands in ``templates/``."""
+"""The pages: their pictures and numbers. The words stand in ``templates/``."""
 
 from __future__ import annotations
 
@@ -29,17 +29,6 @@ from monai_zsreg.resample import resample
 __all__ = ["save_html_report", "save_index", "save_interactive"]
 
 _ORDER = {"FAIL": 0, "WARN": 1, "PASS": 2}
-_METRICS = {
-    "nmi": "normalized mutual information",
-    "mi": "mutual information, nats",
-    "dice": "Dice",
-    "ssim": "SSIM",
-    "mse": "mean squared difference",
-    "tre": "error against the known transform",
-    "landmark_tre": "error of the landmarks",
-}
-_AXES = ("left to right", "back to front", "feet to head")
-_WHEN = ("before", "after")
 
 
 def save_html_report(
@@ -59,28 +48,35 @@ def save_html_report(
         views: of the pair, where they have been made already.
     """
     told = report or {}
-    views = views or _views(result)
-    unit = result.fixed_image.length_unit
-    tables = [
-        *_agreement(told.get("metrics", {}), unit),
-        *_expected(result, unit),
-        *_bent(told, unit),
-        *_judged(result),
-    ]
-    text = _template("pair.html").render(
+    if views is None:
+        channels = (result.options.get(f"{side}_channel", 0) for side in ("fixed", "moving"))
+        views = Views(result.fixed_image, result.moving_image, result.pull, *channels)
+    unit, center = result.fixed_image.length_unit, result.fixed_image.grid.center.numpy()[None]
+    levels = () if result.covariance is None else (0.5, 0.9, 0.95)
+    features = result.options.get("features", "mind") if result.preset == DEFAULT_PRESET else ""
+    _write(
+        path,
+        "pair.html",
         title=name or "registration",
-        verdict=result.verdict,
-        reasons=result.reasons,
+        result=result,
+        report=told,
         sections=_sections(result, views, unit),
-        tables=[*tables, _transform(result, unit)],
-        matrix=[[f"{value:.6f}" for value in row] for row in result.affine],
+        expected={level: float(result.uncertainty_at(center, level)[0]) for level in levels},
+        worse=_worse(told.get("metrics")),
+        limits=LIMITS.get(features, Limits()),
         unit=unit,
-        origin=_origin(result, told, unit),
         sides=any(plane.sides for plane in views.planes),
         volume=len(views.planes) > 1,
     )
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def _worse(metrics: Mapping[str, Any] | None) -> str:
+    """Which measures became worse although the images agree better, and expect both images to have one contrast."""
+    if not metrics or metrics["after"]["nmi"] <= metrics["before"]["nmi"]:
+        return ""
+    signs = {"ssim": ("SSIM", 1), "mse": ("the mean squared difference", -1)}
+    gains = {key: metrics["after"].get(key, 0.0) - metrics["before"].get(key, 0.0) for key in signs}
+    return " and ".join(name for key, (name, sign) in signs.items() if sign * gains[key] < 0)
 
 
 def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "Registrations") -> None:
@@ -93,7 +89,9 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
         title: its heading.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("link", "thumbnail")))
-    text = _template("index.html").render(
+    _write(
+        path,
+        "index.html",
         title=title,
         rows=rows,
         columns=columns,
@@ -101,8 +99,6 @@ def save_index(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title
         order=_ORDER,
         pictures=any(row.get("thumbnail") for row in rows),
     )
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def save_interactive(fixed: Image, moved: Image, path: Any, title: str, library: Any) -> None:
@@ -125,32 +121,30 @@ def save_interactive(fixed: Image, moved: Image, path: Any, title: str, library:
     # what ends a script in HTML must not stand in one
     text = Path(library).read_text(encoding="utf-8").replace("</script", "<\\/script")
     sides = fixed.length_unit == "mm" and not fixed.meta.get("notes")
-    page = _template("interactive.html").render(
-        title=title, library=text, images=images, sides=sides, volume=fixed.dims == 3
-    )
+    _write(path, "interactive.html", title=title, library=text, images=images, sides=sides, volume=fixed.dims == 3)
+
+
+def _write(path: str | os.PathLike, template: str, **context: Any) -> None:
+    text = _templates().get_template(template).render(**context)
     with atomic_path(path) as partial:
-        partial.write_text(page, encoding="utf-8", errors="replace")
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 @cache
-def _template(name: str) -> Any:
+def _templates() -> Environment:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = _shown
+    environment.filters["significant"] = "{:.3g}".format
     # relative, so that a colon is no protocol
     environment.filters["address"] = lambda path: "./" + quote(str(path))
-    return environment.get_template(name)
+    return environment
 
 
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _views(result: RegistrationResult) -> Views:
-    channels = (result.options.get(f"{side}_channel", 0) for side in ("fixed", "moving"))
-    return Views(result.fixed_image, result.moving_image, result.pull, *channels)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -241,98 +235,3 @@ def _keypoint_section(result: RegistrationResult, views: Views, fixed: list[str]
             lines = [tuple(round(float(v), 2) for v in (*one, *two)) for one, two in pairs]
             figures.append(_figure(plane, picture, caption=when, lines=lines))
     return {"title": "Keypoints of fixed (circles) and moving (crosses)", "figures": figures}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# tables: a title, a head, rows, and a note
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> dict[str, Any]:
-    return {"title": title, "head": head, "rows": rows, "note": note}
-
-
-def _agreement(metrics: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
-    if not metrics:
-        return []
-    told = {"dice": f" of the {metrics['dice_of']}", "tre": f", {unit}", "landmark_tre": f", {unit}"}
-    rows = [
-        (title + told.get(key, ""), *(metrics[when].get(key) for when in _WHEN))
-        for key, title in _METRICS.items()
-        if key in metrics["after"]
-    ]
-    worse = [
-        name
-        for key, name, sign in (("ssim", "SSIM", 1), ("mse", "the mean squared difference", -1))
-        if sign * (metrics["after"].get(key, 0.0) - metrics["before"].get(key, 0.0)) < 0
-    ]
-    note = ""
-    if worse and metrics["after"]["nmi"] > metrics["before"]["nmi"]:
-        note = (
-            f"{' and '.join(worse)} became worse although the images agree better: these two expect both images to "
-            "have one contrast, and between contrasts such as T1 and T2 the right answer can lower them."
-        )
-    return [_table("Before and after", (f"over the {metrics['region']}", *_WHEN), rows, note[:1].upper() + note[1:])]
-
-
-def _expected(result: RegistrationResult, unit: str) -> list[dict[str, Any]]:
-    if result.covariance is None:
-        return []
-    center = result.fixed_image.grid.center.numpy()[None]
-    rows = [
-        (f"{100 * level:.0f} % of such errors are below, {unit}", float(result.uncertainty_at(center, level)[0]))
-        for level in (0.5, 0.9, 0.95)
-    ]
-    return [_table("Expected error in the middle of the fixed image", (), rows)]
-
-
-def _bent(told: Mapping[str, Any], unit: str) -> list[dict[str, Any]]:
-    found = told.get("deformation")
-    if not found:
-        return []
-    words = {"median": "median", "p1": "1 % are below", "p95": "95 % are below", "p99": "99 % are below"}
-    rows = [
-        (f"{title}, {words.get(key, key + 'imum')}", value)
-        for title, name in ((f"displacement, {unit}", "displacement"), ("Jacobian determinant", "determinant"))
-        for key, value in found[name].items()
-    ]
-    rows.append(("points of the lattice where it folds", found["folds"]))
-    return [_table("What the map adds to the matrix, over the foreground", (), rows, found["not_known"])]
-
-
-def _judged(result: RegistrationResult) -> list[dict[str, Any]]:
-    features = result.options.get("features", "mind") if result.preset == DEFAULT_PRESET else ""
-    limits = LIMITS.get(features, Limits())
-    rows = [
-        (key.replace("_", " "), value, *getattr(limits, key, (None, None))) for key, value in result.measures.items()
-    ]
-    return (
-        [_table("What the verdict rests on", ("measure", "value", "WARN beyond", "FAIL beyond"), rows)] if rows else []
-    )
-
-
-def _transform(result: RegistrationResult, unit: str) -> dict[str, Any]:
-    values = result.parameters
-    axes = _AXES if unit == "mm" else ("1", "2", "3")
-    rows: list[tuple[str, float]] = [
-        (f"translation {axis}, {unit}", v) for axis, v in zip(axes, values.translation, strict=False)
-    ]
-    rows += [(f"rotation {number}, degrees", v) for number, v in enumerate(values.rotation_deg, 1)]
-    rows += [(f"scale {number}, %", 100 * v) for number, v in enumerate(values.scale, 1)]
-    rows += [(f"shear {number}, %", 100 * v) for number, v in enumerate(values.shear, 1)]
-    return _table("Transform, about the middle of the fixed image", (), rows)
-
-
-def _origin(result: RegistrationResult, told: Mapping[str, Any], unit: str) -> list[tuple[str, Any]]:
-    lines: list[tuple[str, Any]] = list(told.get("input", {}).items())
-    lines += [("preset", result.preset), ("transform", result.transform), ("seconds", result.seconds)]
-    for side in ("fixed", "moving"):
-        lines.append((f"{side} grid", _grid(getattr(result, f"{side}_image"), unit)))
-    return [*lines, *told.get("versions", {}).items()]
-
-
-def _grid(image: Image, unit: str) -> str:
-    size = " x ".join(str(n) for n in image.grid.shape)
-    if unit == "pixels":
-        return f"{size} pixels"
-    return f"{size} voxels of {' x '.join(f'{s:.3g}' for s in image.grid.spacing)} mm"
