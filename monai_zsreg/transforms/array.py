@@ -33,9 +33,9 @@ from monai_zsreg.io import read_transform, write_transform
 from monai_zsreg.io.transforms import FORMATS
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
 from monai_zsreg.registration.deformable import DEFORMABLE
-from monai_zsreg.registration.displacement import Deformation
+from monai_zsreg.registration.displacement import Deformation, move
 from monai_zsreg.registration.prepared import is_number
-from monai_zsreg.resample import MODES, outside_value, resample
+from monai_zsreg.resample import MODES, outside_value
 
 __all__ = [
     "AFFINE_KEY",
@@ -137,18 +137,19 @@ class ApplyAffineRegistration(SpatialResample):
         """
         img, fixed = as_image(img, "img"), as_image(fixed, "fixed")
         dims = check_pair(img, fixed, "img")
-        deformation = affine if isinstance(affine, Deformation) else None
-        matrix = read_matrix(affine, dims, fixed, img) if deformation is None else deformation.affine
+        bends = isinstance(affine, Deformation)
+        pull = affine if isinstance(affine, Deformation) else read_matrix(affine, dims, fixed, img)
+        matrix = pull.affine if isinstance(pull, Deformation) else pull
         mode = self.mode if mode is None else _check_mode(mode)
-        if mode == "bicubic" and dims == 3 and deformation is None:
+        if mode == "bicubic" and dims == 3 and not bends:
             raise RegistrationError("mode", mode, "'bilinear', 'nearest' or a spline order, because the images are 3D")
         padding_mode = self.padding_mode if padding_mode is None else _check_padding_mode(padding_mode)
         fill = self.fill_value if fill_value is None else _check_fill(fill_value)
         # with tracing off MONAI drops pending operations, so only the eager way is right
-        lazy_ = (self.lazy if lazy is None else lazy) and self.tracing and deformation is None
+        lazy_ = (self.lazy if lazy is None else lazy) and self.tracing and not bends
         lazy_ = bool(lazy_) and (padding_mode != "zeros" or _zeros_will_do(img, str(mode), fill))
         own = mode in MODES and padding_mode == "zeros" and not lazy_
-        if deformation is not None and not own:
+        if bends and not own:
             raise RegistrationError("mode", (mode, padding_mode), f"{', '.join(MODES)} and 'zeros' with a deformation")
 
         source = img if lazy_ else evaluate_pending(img)
@@ -158,14 +159,11 @@ class ApplyAffineRegistration(SpatialResample):
         shape, target = fixed.peek_pending_shape(), fixed.peek_pending_affine()
         if own:
             grids = Grid.of(source, "img"), Grid(tuple(shape), checked_affine(target, dims, "fixed"))
-            if deformation is None:
-                values = resample(source, *grids, matrix, str(mode), fill)
-            else:
-                values = deformation.resample(source, *grids, str(mode), fill)
+            values = move(pull, source, *grids, mode=str(mode), fill=fill)
             moved: Any = MetaTensor(values, affine=target, applied_operations=list(source.applied_operations))
             extra: dict[str, Any] = {"mode": mode, "padding_mode": padding_mode, "src_affine": header}
-            if deformation is not None:
-                extra[_MAP] = (deformation.affine, deformation.displacement, deformation.grid.affine)
+            if isinstance(pull, Deformation):
+                extra[_MAP] = (pull.affine, pull.displacement, pull.grid.affine)
             self.push_transform(moved, orig_size=tuple(source.shape[1:]), extra_info=extra)
         else:
             edited: Any = _copy(source)
@@ -203,14 +201,12 @@ class ApplyAffineRegistration(SpatialResample):
         extra, shape = transform[TraceKeys.EXTRA_INFO], tuple(int(n) for n in transform[TraceKeys.ORIG_SIZE])
         meta = deepcopy(dict(extra[_NATIVE_META]))
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
-        if _MAP in extra:
-            grid = Grid(shape, checked_affine(meta[MetaKeys.AFFINE], len(shape), "src_affine"))
-            values = traced_deformation(extra).inverse().resample(data, Grid.of(data, "data"), grid, mode)
+        if mode in MODES and padding_mode == "zeros":
+            # where the moved header puts the voxels in the fixed world; or where its own does, if the way there bends
+            back = traced_deformation(extra).inverse() if _MAP in extra else torch.eye(len(shape) + 1)
+            grid = Grid(shape, checked_affine(meta[MetaKeys.AFFINE] if _MAP in extra else header, len(shape), "data"))
+            values = move(back, data, Grid.of(data, "data"), grid, mode=mode)
             native: Any = MetaTensor(values, applied_operations=data.applied_operations)
-        elif mode in MODES and padding_mode == "zeros":
-            grid = Grid(shape, checked_affine(header, len(shape), "src_affine"))
-            values = resample(data, Grid.of(data, "data"), grid, mode=mode)
-            native = MetaTensor(values, applied_operations=data.applied_operations)
         else:
             with self.trace_transform(False):
                 # not self.__call__, which moves the header; not super().inverse, which is lazy where this object is
@@ -330,11 +326,9 @@ class RegisterAffine(ApplyAffineRegistration):
             RegistrationFailure: the verdict is FAIL, and ``on_failure`` is ``"raise"``.
         """
         options = self.register_options
-        if isinstance(fixed, Prepared):
-            options = {name: value for name, value in options.items() if name not in ("fixed_channel", "fixed_mask")}
-        else:
-            fixed = evaluate_pending(fixed)
-        result = register(fixed, evaluate_pending(moving), warn=self.on_failure == "warn", **options)
+        prepared = fixed if isinstance(fixed, Prepared) else self.prepare(fixed)  # with its channel and mask
+        options = {name: value for name, value in options.items() if name not in ("fixed_channel", "fixed_mask")}
+        result = register(prepared, evaluate_pending(moving), warn=self.on_failure == "warn", **options)
         if not result.success and self.on_failure == "raise":
             name = moving.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the moving image")
             reasons = "; ".join(result.reasons) or "no reason given"

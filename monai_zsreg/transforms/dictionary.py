@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, LazyTransform, MapTransform
@@ -48,7 +47,47 @@ __all__ = [
 ]
 
 
-class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
+class _OntoFixed(MapTransform, InvertibleTransform, LazyTransform):
+    """Puts images on the grid of a fixed one, and back on their own."""
+
+    backend = ApplyAffineRegistration.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        fixed_key: Hashable,
+        mode: Any,
+        padding_mode: Any,
+        fill_value: Any,
+        allow_missing_keys: bool,
+        lazy: bool,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        LazyTransform.__init__(self, lazy=lazy)
+        if fixed_key in self.keys:
+            allowed = f"a key that is not one of the moving images {list(self.keys)}"
+            raise RegistrationError("fixed_key", fixed_key, allowed)
+        if len(set(self.keys)) != len(self.keys):
+            raise RegistrationError("keys", list(self.keys), "keys that differ")
+        self.fixed_key = fixed_key
+        self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
+        self.applier = ApplyAffineRegistration()
+
+    def _fixed(self, data: Mapping[Hashable, Any]) -> MetaTensor:
+        """The fixed image, whose pending operations are carried out once for all keys."""
+        if self.fixed_key not in data:
+            raise RegistrationError("fixed_key", self.fixed_key, f"a key of the data, which has {list(data)}")
+        return evaluate_pending(as_image(data[self.fixed_key], "fixed"))
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Images, and what follows them, back on their native grids with their native headers; matrices stay."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.applier.inverse(d[key])
+        return d
+
+
+class RegisterAffined(_OntoFixed):
     """Dictionary form of `RegisterAffine`: aligns several moving images, and what follows each, to a fixed one.
 
     Each image of ``keys`` is replaced by itself on the fixed grid, and ``affine_<key>`` gets its matrix (float64
@@ -65,7 +104,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
     Args:
         keys: the moving images, ``[C, *spatial]``.
         fixed_key: the fixed image, ``[C, *spatial]``.
-        preset, transform, device, vgg19_weights, seed, on_failure: see `RegisterAffine`.
+        preset, transform: see `RegisterAffine`.
         mode, padding_mode, fill_value: see `ApplyAffineRegistration`; one for all ``keys`` or one each.
         followers: key of what follows to the key that it follows, such as ``{"t2_label": "t2"}``. It is moved by the
             same matrix; its own grid may differ from its leader's.
@@ -75,13 +114,13 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         allow_missing_keys: whether images of ``keys``, and followers, may be missing. A follower whose leader is
             missing is an error all the same, because it would stay unaligned.
         lazy: whether to execute lazily by default.
-        options: further arguments of `monai_zsreg.register`.
+        options: those of `RegisterAffine`: ``device``, ``vgg19_weights``, ``seed``, ``on_failure``, and further
+            arguments of `monai_zsreg.register`.
 
     Raises:
         RegistrationError: a wrong argument.
     """
 
-    backend = RegisterAffine.backend
     _registrar: type[RegisterAffine] = RegisterAffine
 
     def __init__(
@@ -98,20 +137,13 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         follower_padding_mode: str | Sequence[str] = "zeros",
         follower_fill_value: float | None | Sequence[float | None] = None,
         affine_prefix: str = "affine_",
-        device: str | torch.device | None = None,
-        vgg19_weights: str | os.PathLike | None = None,
-        seed: int = 0,
-        on_failure: str = "raise",
         allow_missing_keys: bool = False,
         lazy: bool = False,
         **options: Any,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        LazyTransform.__init__(self, lazy=lazy)
-        self.fixed_key = fixed_key
+        super().__init__(keys, fixed_key, mode, padding_mode, fill_value, allow_missing_keys, lazy)
         self.followers = dict(followers or {})
         self.affine_prefix = affine_prefix
-        _check_keys(self.keys, fixed_key)
         for follower, leader in self.followers.items():
             if leader not in self.keys:
                 allowed = f"a leader among the moving images {list(self.keys)}"
@@ -125,20 +157,10 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         clash = [key for key in self.keys if f"{affine_prefix}{key}" in taken]
         if clash:
             raise RegistrationError("affine_prefix", affine_prefix, f"one that makes new keys; {clash} do not get one")
-        self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
         given = follower_mode, follower_padding_mode, follower_fill_value
-        options_ = _options_per_key("follower_", tuple(self.followers), *given)
-        self.follower_options = dict(zip(self.followers, options_, strict=True))
-        self.registrar = self._registrar(
-            preset=preset,
-            transform=transform,
-            device=device,
-            vgg19_weights=vgg19_weights,
-            seed=seed,
-            on_failure=on_failure,
-            **options,
-        )
-        self.applier = ApplyAffineRegistration()
+        per_follower = _options_per_key("follower_", tuple(self.followers), *given)
+        self.follower_options = dict(zip(self.followers, per_follower, strict=True))
+        self.registrar = self._registrar(preset=preset, transform=transform, **options)
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """
@@ -165,7 +187,7 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         maps = {}
         for key, options in self.key_iterator(d, self.key_options):
             if fixed is None:
-                fixed = _fixed_image(d, self.fixed_key)
+                fixed = self._fixed(d)
                 prepared = self.registrar.prepare(fixed)
             d[key] = self.registrar(d[key], fixed, **options, lazy=lazy, prepared=prepared)
             d[f"{self.affine_prefix}{key}"] = d[key].meta[AFFINE_KEY].clone()
@@ -176,7 +198,6 @@ class RegisterAffined(MapTransform, InvertibleTransform, LazyTransform):
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Images and followers back on their native grids with their native headers; matrices stay."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.registrar.inverse(d[key])
@@ -236,7 +257,7 @@ class RegisterDeformabled(RegisterAffined):
         return found
 
 
-class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform):
+class ApplyAffineRegistrationd(_OntoFixed):
     """Dictionary form of `ApplyAffineRegistration`.
 
     Args:
@@ -254,8 +275,6 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         RegistrationError: a wrong argument.
     """
 
-    backend = ApplyAffineRegistration.backend
-
     def __init__(
         self,
         keys: KeysCollection,
@@ -268,18 +287,16 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         allow_missing_keys: bool = False,
         lazy: bool = False,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
-        LazyTransform.__init__(self, lazy=lazy)
-        self.fixed_key = fixed_key
-        _check_keys(self.keys, fixed_key)
+        super().__init__(keys, fixed_key, mode, padding_mode, fill_value, allow_missing_keys, lazy)
         if (affine_keys is None) == (affine is None):
             raise RegistrationError("affine_keys", affine_keys, "either affine_keys or affine, and not both")
         self.affine_keys: tuple = (None,) * len(self.keys)
         if affine_keys is not None:
             self.affine_keys = _one_each("affine_keys", affine_keys, len(self.keys))
-        self.affine = None if affine is None else _any_matrix(affine)
-        self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
-        self.applier = ApplyAffineRegistration()
+        if isinstance(affine, (str, os.PathLike)):
+            affine = read_transform(affine)
+        # of 2D or 3D, because no image says yet which; as numbers, because a tensor pickles differently every time
+        self.affine = None if affine is None else read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """
@@ -297,18 +314,11 @@ class ApplyAffineRegistrationd(MapTransform, InvertibleTransform, LazyTransform)
         d = dict(data)
         fixed: Any = None
         for key, affine_key, options in self.key_iterator(d, self.affine_keys, self.key_options):
-            fixed = _fixed_image(d, self.fixed_key) if fixed is None else fixed
+            fixed = self._fixed(d) if fixed is None else fixed
             if self.affine is None and affine_key not in d:
                 raise RegistrationError("affine_keys", affine_key, f"a key of the data, which has {list(d)}")
             matrix = d[affine_key] if self.affine is None else self.affine
             d[key] = self.applier(d[key], matrix, fixed, **options, lazy=self.lazy if lazy is None else lazy)
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Images back on their native grids with their native headers."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.applier.inverse(d[key])
         return d
 
 
@@ -335,38 +345,11 @@ class SaveAffined(MapTransform):
         self.saver = SaveAffine(output_dir, output_postfix, output_ext, separate_folder, data_root_dir)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """
-        Args:
-            data: dictionary with registered images.
-
-        Returns:
-            A shallow copy of ``data``.
-        """
+        """A shallow copy of ``data``, whose registered images have their matrices written."""
         d = dict(data)
         for key in self.key_iterator(d):
             self.saver(d[key])
         return d
-
-
-def _fixed_image(data: Mapping[Hashable, Any], fixed_key: Hashable) -> MetaTensor:
-    if fixed_key not in data:
-        raise RegistrationError("fixed_key", fixed_key, f"a key of the data, which has {list(data)}")
-    # once for all keys
-    return evaluate_pending(as_image(data[fixed_key], "fixed"))
-
-
-def _any_matrix(affine: Any) -> list[list[float]]:
-    """A matrix of 2D or 3D, where no image says yet which, as numbers: a tensor pickles differently every time."""
-    if isinstance(affine, (str, os.PathLike)):
-        affine = read_transform(affine)
-    return read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
-
-
-def _check_keys(keys: Sequence[Hashable], fixed_key: Hashable) -> None:
-    if fixed_key in keys:
-        raise RegistrationError("fixed_key", fixed_key, f"a key that is not one of the moving images {list(keys)}")
-    if len(set(keys)) != len(keys):
-        raise RegistrationError("keys", list(keys), "keys that differ")
 
 
 def _one_each(name: str, value: Any, count: int) -> tuple:
