@@ -95,6 +95,8 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         """
         batch = "_image_id" in request
         try:
+            if batch and request.get("moving") == request["image"]:
+                raise RegistrationError("moving", request["moving"], "another image than the fixed one")
             answer = self._answer(dict(request) | ({"save": True} if batch else {}), datastore)
             return answer | ({"label": answer["params"]["saved"]} if batch else {})
         except RegistrationFailure as failure:
@@ -106,6 +108,19 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         if batch:  # one exception would end it
             return {"label": None, "tag": None, "file": None, "params": {"error": reason}}
         raise HTTPException(status_code=status, detail=reason)
+
+    def batch_infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Register one image to many. MONAI Label would deal them out to GPUs, and fail where there is none; here the
+        server's own device does all of them.
+
+        Args:
+            request: ``model``, ``images`` (``"all"``, ``"labeled"``, ``"unlabeled"`` or a list of ids) and parameters.
+            datastore: in place of the app's own.
+
+        Returns:
+            The answer of `infer` for each image.
+        """
+        return super().batch_infer(dict(request) | {"multi_gpu": False, "device": str(self.device)}, datastore)
 
     def _answer(self, request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
         store = self.datastore() if datastore is None else datastore

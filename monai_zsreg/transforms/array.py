@@ -34,6 +34,7 @@ from monai_zsreg.io.transforms import FORMATS
 from monai_zsreg.registration import DEFAULT_PRESET, Prepared, RegistrationResult, check_options, register
 from monai_zsreg.registration.deformable import DEFORMABLE
 from monai_zsreg.registration.displacement import Deformation, move
+from monai_zsreg.registration.engine import TRANSFORMS
 from monai_zsreg.registration.prepared import is_number
 from monai_zsreg.resample import MODES, outside_value
 
@@ -262,8 +263,7 @@ class RegisterAffine(ApplyAffineRegistration):
     ) -> None:
         super().__init__(mode=mode, padding_mode=padding_mode, fill_value=fill_value, lazy=lazy)
         _check_choice("on_failure", on_failure, _ON_FAILURE)
-        if (transform == DEFORMABLE) != self.deforms:
-            raise RegistrationError("transform", transform, f"one that {type(self).__name__} can carry out")
+        _check_choice("transform", transform, (DEFORMABLE,) if self.deforms else TRANSFORMS)
         _check_device(device)
         check_options(preset, transform, seed, vgg19_weights=vgg19_weights, **options)
         if vgg19_weights is not None and not os.path.isfile(vgg19_weights):
@@ -445,7 +445,9 @@ def as_image(data: Any, name: str) -> MetaTensor:
         return data
     if not isinstance(data, (Tensor, np.ndarray)):
         raise RegistrationError(name, type(data).__name__, "an image [C, *spatial]: a MetaTensor, tensor or array")
-    text = f"{name} has no affine, so its voxels count as cubes of 1 mm along the world axes"
+    # where the channel was forgotten, the shape shows it
+    shape = f"its shape {tuple(data.shape)} counts as [C, *spatial]"
+    text = f"{name} has no affine, so {shape} and its voxels as cubes of 1 mm along the world axes"
     hint = "keep the metadata where there are such: EnsureType and caching data sets with track_meta=True"
     warnings.warn(f"{text}; {hint}", RegistrationWarning, stacklevel=3)
     return convert_to_tensor(data, track_meta=True)

@@ -308,8 +308,7 @@ def test_a_batch_keeps_results_and_does_not_end_with_a_failure(server: SimpleNam
     import requests
 
     def batch(moving: str) -> dict[str, Any]:
-        # MONAI Label divides by the number of GPUs unless told that there is one device
-        body = {"moving": moving, "device": "cpu", "multi_gpu": False}
+        body = {"moving": moving}
         url, what = f"{server.url}/batch/infer/register", {"images": "labeled", "run_sync": True}
         response = requests.post(url, params=what, json=body, timeout=300)
         assert response.status_code == 200, response.text
@@ -319,6 +318,7 @@ def test_a_batch_keeps_results_and_does_not_end_with_a_failure(server: SimpleNam
     assert answer["label"] == answer["params"]["saved"] == "t1_on_t2", "a name in the datastore, no file of the server"
     assert "t1_on_t2" in requests.get(f"{server.url}/datastore/?output=all", timeout=30).text
     assert "noise does not register to t2" in batch("noise")["params"]["error"]
+    assert "another image than the fixed one" in batch("t2")["params"]["error"]
 
 
 @needs_server

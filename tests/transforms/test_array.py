@@ -286,7 +286,7 @@ def test_images_without_an_affine_lie_along_the_world_axes(known_pair) -> None:
         MetaTensor(known_pair.moving.as_tensor()), known_pair.affine, MetaTensor(known_pair.fixed.as_tensor())
     )
     for convert in (MetaTensor.as_tensor, MetaTensor.numpy):
-        with pytest.warns(RegistrationWarning, match="(img|fixed) has no affine.*track_meta=True"):
+        with pytest.warns(RegistrationWarning, match=r"(img|fixed) has no affine.* shape \(2, .*track_meta=True"):
             moved = ApplyAffineRegistration()(convert(known_pair.moving), known_pair.affine, convert(known_pair.fixed))
         assert torch.equal(moved.as_tensor(), expected.as_tensor())
     with pytest.raises(RegistrationError, match="^fixed: got 'str'"):
@@ -337,6 +337,8 @@ def test_refuses_wrong_options(known_pair) -> None:
     ):  # fmt: skip
         with pytest.raises(RegistrationError, match=f"^{next(iter(options))}: "):
             RegisterAffine(**options)
+    with pytest.raises(RegistrationError, match="'rigd', expected one of 'rigid', 'similarity', 'affine'$"):
+        RegisterAffine(transform="rigd")  # 'deformable' is another transform's
     with pytest.raises(RegistrationError, match="'spacng', expected one of .*seed.*did you mean 'spacing'"):
         RegisterAffine(spacng=2)
 

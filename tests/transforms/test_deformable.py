@@ -107,7 +107,7 @@ def test_wrong_arguments_are_refused(item) -> None:
         RegisterDeformable(stiffness=0)
     with pytest.raises(RegistrationError, match="mode"):
         RegisterDeformable(mode="cubic")
-    with pytest.raises(RegistrationError, match="transform"):
+    with pytest.raises(RegistrationError, match="^transform: got 'rigid', expected one of 'deformable'$"):
         RegisterDeformabled("moving", "fixed", transform="rigid")
     with pytest.raises(RegistrationError, match="followers"):
         RegisterDeformabled("moving", "fixed", followers={"moving": "moving"})
