@@ -9,8 +9,8 @@ map. The images are compared point by point:
   stage. One channel, and the one that tells most where the contrast is the same;
 - else by local descriptors (MIND-SSC), of which each iteration looks at a quarter in turn.
 
-Where they differ by far more than elsewhere after the coarsest level, as in a cavity, they are not compared: the map is
-carried by its surroundings, as where a mask says so.
+Where they differ by far more than elsewhere after the coarsest level, as in a cavity, they are not compared, nor where
+the map leads out of the moving image: the map is carried by its surroundings, as where a mask says so.
 
 All smoothing and resizing is separable: a matrix along each axis. The map has half the resolution of the images at the
 finest level; of these, each iteration then looks at every second point along each axis, at others in turn, and only
@@ -51,9 +51,13 @@ _LEVELS = ((8, 10), (4, 12), (2, 12), (1, 7))
 _SMALLEST = 6
 # most points of the finest level
 _MOST = {2: 2**20, 3: 5 * 2**20}
-# local correlation after the affine stage beyond which two images count as of one contrast: between people 0.09 to 0.16
-# for T1-T1, T1-T1ce and T2-T2, -0.15 to -0.02 for T1-T2 and T1-FLAIR
-_ALIKE = 0.04
+# local correlation after the affine stage beyond which two images count as of one contrast: between people 0.28 to 0.5
+# for T1-T1, T1-T1ce, T2-T2 and FLAIR-FLAIR, -0.5 to 0.03 for T1-T2, T1-FLAIR and FLAIR-T2; templates of T1 and PD, PET
+# or SPECT 0.06 to 0.23
+_ALIKE = 0.26
+# width of the surroundings that intensities are freed of for that, parts of what the images show: in voxels, it would
+# depend on the resolution whether details or coarse shades decide
+_SURROUNDINGS = 0.03
 # levels of less than so many finest steps smooth by the same length, coarser ones by as many of their own steps
 _GROWTH = 1.6
 # smallest Jacobian determinant that the map keeps
@@ -294,7 +298,8 @@ class _Scene:
             weight = _resized(self.shown, shape)
         for count in self.counts:
             weight = weight if count is None else weight * _resized(count, shape)
-        one, two = (_local(image, 0.8) for image in images)
+        width = _SURROUNDINGS * torch.Size(shape).numel() ** (1 / self.dims)
+        one, two = (_local(image, width) for image in images)
         common, *own = ((a * b * weight).double().sum() for a, b in ((one, two), (one, one), (two, two)))
         return float(common / (own[0] * own[1]).clamp(min=1e-20).sqrt())
 
@@ -485,6 +490,8 @@ class _Pair:
         where = torch.stack(parts[::-1], -1)
         if self._seen is not None:
             weight = weight * _looked_up(self._seen, where)[0]
+        # beyond the edge there is nothing to compare: its last values, repeated, would draw the map ever further out
+        weight = weight * (where.abs() <= 1).all(-1)
         # how the map turns and stretches what it shows
         bend = [
             [
@@ -542,8 +549,10 @@ def _trusted(pair: _Pair, likeness: _Likeness, shift: Tensor) -> Tensor:
     dims = len(shift)
     gaps = [pair.difference(way, _LOOKS) for way in (shift, -shift)]
     weight = torch.minimum(gaps[0][1], gaps[1][1])
+    # of what either way takes out of sight, nothing is explained
+    lost = (torch.maximum(gaps[0][1], gaps[1][1]) - weight) * (gaps[0][0] * weight).sum() / weight.sum().clamp(min=1e-6)
     ours, opposite = (
-        _blurred(gap * weight, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps
+        _blurred(gap * weight + lost, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps
     )
     explained = (opposite - ours) / (3 * ours + opposite)
     keep = (explained / likeness.chance[dims] - 1).clamp_(0, 1)

@@ -160,6 +160,27 @@ def test_of_noise_nothing_is_moved() -> None:
     assert float(found.displacement.norm(dim=0).max()) < 0.1
 
 
+def test_what_leaves_the_field_of_view_goes_on_as_what_stays(load_volume) -> None:
+    # a third of the slab shows nothing that the other does
+    image = pooled(load_volume(modality="t1"), 2).as_tensor()[:, 15:-15, 20:-20]
+    fixed, moving = (MetaTensor(image[..., n : n + 16].clone(), affine=torch.eye(4)) for n in (28, 34))
+    size = deform(side(fixed), side(moving), identity(fixed)).displacement.norm(dim=0)
+    assert float(size.median()) == pytest.approx(6, abs=0.5)
+    assert float(size.max()) < 7
+
+
+def test_two_contrasts_are_not_taken_for_one(load_volume) -> None:
+    # their coarse features agree, and what is compared does not
+    scans = [pooled(load_volume(modality=contrast), 4) for contrast in ("t1", "flair")]
+    smooth = [ndimage.gaussian_filter(scan.as_tensor()[0].numpy(), 1) for scan in scans]
+    fixed, moving = (
+        MetaTensor(torch.from_numpy(values)[None], affine=scan.affine)
+        for values, scan in zip(smooth, scans, strict=True)
+    )
+    found = deform(side(fixed), side(moving), identity(fixed))
+    assert float(found.displacement.norm(dim=0).quantile(0.95)) < 0.5
+
+
 def test_a_hole_is_carried_by_its_surroundings(slices) -> None:
     field = waves(slices.t1.shape[1:], 8, 25, seed=1)
     fixed = bent(slices.t1, field)
