@@ -45,6 +45,7 @@ __all__ = [
     "fsl_from_world",
     "homogeneous",
     "itk_lattice",
+    "lps_from_ras",
     "lps_to_ras",
     "moved_header",
     "nearest_axes",
@@ -243,14 +244,17 @@ def moved_header(affine: Tensor, transform: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- files of other tools
 
 
+def lps_from_ras(dims: int) -> np.ndarray:
+    """World coordinates RAS to LPS, ``(D+1, D+1)``; its own inverse."""
+    return np.diag([-1.0, -1.0, *[1.0] * (dims - 1)])
+
+
 def ras_to_lps(transform: np.ndarray) -> np.ndarray:
-    """World-to-world matrix ``(D+1, D+1)`` from RAS to LPS coordinates on both sides."""
+    """World-to-world matrix ``(D+1, D+1)`` from RAS to LPS coordinates on both sides, or back: its own inverse."""
     return flip_points(flip_points(transform).T).T
 
 
-def lps_to_ras(transform: np.ndarray) -> np.ndarray:
-    """World-to-world matrix ``(D+1, D+1)`` from LPS to RAS coordinates on both sides (its own inverse)."""
-    return ras_to_lps(transform)
+lps_to_ras = ras_to_lps
 
 
 def itk_lattice(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,7 +22,8 @@ x5         .x5 .h5                   NiTransforms: the rows of our matrix (needs
 =========  ========================  ==================================================================================
 
 A name that several formats share is decided by the content, and where that may be either by ``format=``. Formats that
-depend on where images lie ask for these. To add a format, write a file with its functions and enter it in `FORMATS`.
+depend on where images lie ask for these. To add a format, write a file with its functions and enter it in `FORMATS`;
+which way a file maps, and between which coordinates, stands there.
 """
 
 from __future__ import annotations
@@ -51,9 +52,12 @@ class Format(NamedTuple):
     Args:
         suffixes: what its names end in, lower case; the first format in the table with a suffix writes it.
         sniff: whether a file with this content can be of the format.
-        read: path and images to the pull matrix ``(D+1, D+1)``.
-        write: path, pull matrix and images; the path has the suffix of the final name.
+        read: path and images to the matrix ``(D+1, D+1)`` that the file states.
+        write: path, that matrix and images; the path has the suffix of the final name.
         dims: numbers of dimensions that it can state.
+        world: images, ``"fixed"`` or ``"moving"``, and D to the matrix from RAS mm to the coordinates of that image in
+            the file; None where these are RAS mm.
+        to_fixed: whether the file maps points of the moving image to points of the fixed one.
     """
 
     suffixes: tuple[str, ...]
@@ -61,21 +65,40 @@ class Format(NamedTuple):
     read: Callable[[Path, Images], np.ndarray]
     write: Callable[[Path, np.ndarray, Images], None]
     dims: tuple[int, ...] = (2, 3)
+    world: Callable[[Images, str, int], np.ndarray] | None = None
+    to_fixed: bool = False
+
+    def from_file(self, path: Path, images: Images) -> np.ndarray:
+        """Our matrix, whatever the file states."""
+        matrix = self.read(path, images)
+        matrix = np.linalg.inv(matrix) if self.to_fixed else matrix
+        if self.world is None:
+            return matrix
+        fixed, moving = (self.world(images, name, len(matrix) - 1) for name in ("fixed", "moving"))
+        with np.errstate(invalid="ignore"):  # what is not finite is refused later
+            return np.linalg.inv(moving) @ matrix @ fixed
+
+    def to_file(self, path: Path, matrix: np.ndarray, images: Images) -> None:
+        """The inverse of `from_file`."""
+        if self.world is not None:
+            fixed, moving = (self.world(images, name, len(matrix) - 1) for name in ("fixed", "moving"))
+            matrix = moving @ matrix @ np.linalg.inv(fixed)
+        self.write(path, np.linalg.inv(matrix) if self.to_fixed else matrix, images)
 
 
 FORMATS = {
-    "itk": Format((".tfm", ".txt", ".h5", ".hdf5", ".mat"), itk.sniff, itk.read, itk.write),
-    "fsl": Format((".mat",), fsl.sniff, fsl.read, fsl.write, dims=(3,)),
-    "lta": Format((".lta",), lta.sniff, lta.read, lta.write, dims=(3,)),
+    "itk": Format((".tfm", ".txt", ".h5", ".hdf5", ".mat"), itk.sniff, itk.read, itk.write, world=itk.world),
+    "fsl": Format((".mat",), fsl.sniff, fsl.read, fsl.write, (3,), fsl.world, to_fixed=True),
+    "lta": Format((".lta",), lta.sniff, lta.read, lta.write, (3,), to_fixed=True),
     "text": Format((".txt",), text.sniff, text.read, text.write),
     "json": Format((".json",), json_file.sniff, json_file.read, json_file.write),
     "greedy": Format((".mat",), text.sniff_greedy, text.read, text.write),
-    "niftyreg": Format((), text.sniff, text.read, text.write, dims=(3,)),
-    "mrtrix": Format((), text.sniff, text.read, text.write, dims=(3,)),
-    "afni": Format((".aff12.1d", ".1d"), text.sniff, afni.read, afni.write, dims=(3,)),
-    "minc": Format((".xfm",), minc.sniff, minc.read, minc.write, dims=(3,)),
-    "elastix": Format((".txt",), elastix.sniff, elastix.read, elastix.write),
-    "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write, dims=(3,)),
+    "niftyreg": Format((), text.sniff, text.read, text.write, (3,)),
+    "mrtrix": Format((), text.sniff, text.read_mrtrix, text.write, (3,)),
+    "afni": Format((".aff12.1d", ".1d"), text.sniff, afni.read, afni.write, (3,), afni.world),
+    "minc": Format((".xfm",), minc.sniff, minc.read, minc.write, (3,), to_fixed=True),
+    "elastix": Format((".txt",), elastix.sniff, elastix.read, elastix.write, world=itk.world),
+    "x5": Format((".x5", ".h5"), x5.sniff, x5.read, x5.write, (3,)),
 }
 TRANSFORM_FORMATS = tuple(FORMATS)
 
@@ -94,7 +117,7 @@ def read_transform(
             oblique. An image without a file is taken to have the voxel sizes of its affine; FSL goes by those in a
             file's header.
         moving: the moving image, likewise.
-        format: one of `FORMATS`. None: by name and content.
+        format: one of `TRANSFORM_FORMATS`. None: by name and content.
 
     Returns:
         ``(D+1, D+1)`` float64, fixed world to moving world, RAS mm.
@@ -108,7 +131,7 @@ def read_transform(
         raise RegistrationError("path", str(path), "a file that exists")
     try:
         chosen = format or _format_by_content(file, file.read_bytes())
-        matrix = FORMATS[chosen].read(file, Images(fixed, moving, chosen))
+        matrix = FORMATS[chosen].from_file(file, Images({"fixed": fixed, "moving": moving}, chosen))
     except (RegistrationError, ImportError):
         raise
     except OSError as error:
@@ -149,7 +172,7 @@ def write_transform(
     if dims not in FORMATS[chosen].dims:
         raise RegistrationError("matrix", checked.shape, f"a 4x4 matrix: format {chosen!r} is 3D only")
     with atomic_path(file) as partial:
-        FORMATS[chosen].write(partial, checked, Images(fixed, moving, chosen))
+        FORMATS[chosen].to_file(partial, checked, Images({"fixed": fixed, "moving": moving}, chosen))
 
 
 def _path(path: Any, format: Any) -> Path:

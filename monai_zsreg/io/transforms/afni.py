@@ -11,32 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_zsreg.geometry import lps_to_ras, ras_to_lps, without_obliquity
-from monai_zsreg.io.transforms.images import Images, Volume
-from monai_zsreg.io.transforms.text import matrix_rows
+from monai_zsreg.geometry import lps_from_ras, without_obliquity
+from monai_zsreg.io.transforms.images import Images
+from monai_zsreg.io.transforms.text import line, matrix_rows
 
-__all__ = ["read", "write"]
+__all__ = ["read", "world", "write"]
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    rows = matrix_rows(path.read_text(encoding="utf-8-sig"))
+    rows = matrix_rows(path)
     count = sum(len(row) for row in rows)
     if count != 12 or len(rows) not in (1, 3):
         many = f"{len(rows)} transforms" if {len(row) for row in rows} == {12} else f"{count} numbers"
         raise ValueError(f"{many} instead of the twelve numbers of one")
-    stated = lps_to_ras(np.vstack([np.reshape(np.concatenate(rows), (3, 4)), [0.0, 0.0, 0.0, 1.0]]))
-    return np.linalg.inv(_real_to_afni(images.known_moving)) @ stated @ _real_to_afni(images.known_fixed)
+    return np.vstack([np.reshape(np.concatenate(rows), (3, 4)), [0.0, 0.0, 0.0, 1.0]])
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    stated = _real_to_afni(images.known_moving) @ matrix @ np.linalg.inv(_real_to_afni(images.known_fixed))
-    line = " ".join(repr(float(value)) for value in ras_to_lps(stated)[:3].ravel())
-    path.write_text(f"# 3dvolreg matrices (DICOM-to-DICOM, row-by-row):\n{line}\n", encoding="utf-8")
+    path.write_text(
+        f"# 3dvolreg matrices (DICOM-to-DICOM, row-by-row):\n{line(matrix[:3].ravel())}\n", encoding="utf-8"
+    )
 
 
-def _real_to_afni(volume: Volume | None) -> np.ndarray:
-    """The world of an image to the one that AFNI sees it in."""
+def world(images: Images, name: str, dims: int) -> np.ndarray:
+    volume = images.known(name)
     if volume is None:
-        return np.eye(4)
+        return lps_from_ras(dims)
     affine = volume.grid.affine.numpy()
-    return without_obliquity(affine) @ np.linalg.inv(affine)
+    return lps_from_ras(dims) @ without_obliquity(affine) @ np.linalg.inv(affine)

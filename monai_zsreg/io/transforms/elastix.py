@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_zsreg.geometry import itk_lattice, lps_to_ras, ras_to_lps
+from monai_zsreg.geometry import itk_lattice
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.itk import centered_matrix
 
@@ -29,7 +29,7 @@ def sniff(content: bytes) -> bool:
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    return lps_to_ras(_read(path, _LONGEST_CHAIN))
+    return _read(path, _LONGEST_CHAIN)
 
 
 def _read(path: Path, chain: int) -> np.ndarray:
@@ -63,8 +63,7 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     dims = len(matrix) - 1
     grid = images.need("fixed", dims).grid
     spacing, origin, direction = itk_lattice(grid)
-    lps = ras_to_lps(matrix)
-    parameters = [*lps[:dims, :dims].ravel(), *lps[:dims, dims]]
+    parameters = [*matrix[:dims, :dims].ravel(), *matrix[:dims, dims]]
     fields: dict[str, list] = {
         "Transform": ["AffineTransform"],
         "NumberOfParameters": [len(parameters)],

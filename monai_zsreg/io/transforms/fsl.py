@@ -9,30 +9,27 @@ import numpy as np
 
 from monai_zsreg.geometry import fsl_from_world
 from monai_zsreg.io.transforms.images import Images
-from monai_zsreg.io.transforms.text import matrix_rows, numbers
+from monai_zsreg.io.transforms.text import matrix_rows, rows_of
 
-__all__ = ["read", "sniff", "write"]
+__all__ = ["read", "sniff", "world", "write"]
 
 
 def sniff(content: bytes) -> bool:
-    return [len(row) for row in numbers(content) or ()] == [4] * 4
+    return [len(row) for row in rows_of(content)] == [4] * 4
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    rows = matrix_rows(path.read_text(encoding="utf-8-sig"))
+    rows = matrix_rows(path)
     if [len(row) for row in rows] != [4] * 4:
         raise ValueError("it does not hold four rows of four numbers")
-    to_fixed, to_moving = _from_worlds(images)
-    return np.linalg.inv(to_moving) @ np.linalg.inv(rows) @ to_fixed
+    return np.array(rows)
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    to_fixed, to_moving = _from_worlds(images)
-    rows = to_fixed @ np.linalg.inv(matrix) @ np.linalg.inv(to_moving)
-    lines = ["".join(f"{float(value)!r}  " for value in row) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+    # two blanks behind every number, as FLIRT leaves them
+    path.write_text("".join("".join(f"{float(value)!r}  " for value in row) + "\n" for row in matrix), encoding="utf-8")
 
 
-def _from_worlds(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    fixed, moving = images.need("fixed"), images.need("moving")
-    return fsl_from_world(fixed.grid, fixed.spacing), fsl_from_world(moving.grid, moving.spacing)
+def world(images: Images, name: str, dims: int) -> np.ndarray:
+    volume = images.need(name)
+    return fsl_from_world(volume.grid, volume.spacing)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import nibabel as nib
@@ -34,35 +34,28 @@ class Volume:
 
 @dataclass
 class Images:
-    """The fixed and the moving image, for formats that depend on them.
+    """The fixed and the moving image, for formats that depend on them. They are looked at when a format asks.
 
     Args:
-        fixed: what tells where the fixed image lies, or None.
-        moving: likewise.
+        given: what tells where ``"fixed"`` and ``"moving"`` lie, or None.
         format: for messages.
     """
 
-    fixed: Any
-    moving: Any
+    given: dict[str, Any]
     format: str
+    _seen: dict[str, Volume] = field(default_factory=dict)
 
-    @cached_property
-    def known_fixed(self) -> Volume | None:
-        """The fixed image if it was given."""
-        return None if self.fixed is None else _volume(self.fixed, "fixed")
-
-    @cached_property
-    def known_moving(self) -> Volume | None:
-        """The moving image if it was given."""
-        return None if self.moving is None else _volume(self.moving, "moving")
+    def known(self, name: str) -> Volume | None:
+        """The ``"fixed"`` or the ``"moving"`` image if it was given."""
+        if self.given[name] is None:
+            return None
+        if name not in self._seen:
+            self._seen[name] = _volume(self.given[name], name)
+        return self._seen[name]
 
     def need(self, name: str, dims: int = 3) -> Volume:
-        """The ``"fixed"`` or the ``"moving"`` image.
-
-        Raises:
-            RegistrationError: it was not given, or is of another dimension.
-        """
-        volume = self.known_fixed if name == "fixed" else self.known_moving
+        """The same; a RegistrationError where it was not given, or is of another dimension."""
+        volume = self.known(name)
         if volume is None:
             allowed = f"the {name} image: transforms of format {self.format!r} depend on it"
             raise RegistrationError(name, None, allowed)
@@ -76,11 +69,9 @@ def _volume(image: Any, name: str) -> Volume:
     if isinstance(image, Grid):
         return Volume(image, image.spacing, "unknown")
     if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
-        try:
-            # the header is enough
+        # the header is enough; what nibabel does not read, the general reader does, or says why not
+        with suppress(Exception):
             image = nib.load(image)
-        except Exception:  # not one of nibabel's formats, or broken: the general reader knows or says why
-            pass
     if isinstance(image, SpatialImage):
         return _of_nibabel(image, name)
     if not isinstance(image, (str, os.PathLike, Tensor, Image)):

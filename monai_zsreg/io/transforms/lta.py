@@ -22,6 +22,8 @@ _TYPES = "type 0 (LINEAR_VOX_TO_VOX) or 1 (LINEAR_RAS_TO_RAS)"
 # geometry in an LTA has four decimals in older files, which leaves hundredths of a millimeter at a far corner
 _SAME_VOLUME = 0.1
 
+Fields = dict[str, list[str]]
+
 
 def sniff(content: bytes) -> bool:
     return b"nxforms" in content
@@ -34,16 +36,22 @@ def read(path: Path, images: Images) -> np.ndarray:
         source = source or images.need("moving").grid
         destination = destination or images.need("fixed").grid
         matrix = destination.affine.numpy() @ matrix @ np.linalg.inv(source.affine.numpy())
+
+    def same(stated: Grid | None, given: Volume | None) -> bool:
+        return stated is not None and given is not None and stated.same_as(given.grid, _SAME_VOLUME)
+
+    fixed, moving = images.known("fixed"), images.known("moving")
+    swapped = (same(source, fixed) or same(destination, moving)) and not (
+        same(source, moving) or same(destination, fixed)
+    )
     # NiTransforms (25.1) states the two volumes in exchanged order; its matrix maps moving to fixed like any other
-    exchanged = re.search(r"^#.*NiTransforms", content, re.MULTILINE) is not None
-    if not exchanged and _says_fixed_to_moving(source, destination, images):
-        return matrix
-    return np.linalg.inv(matrix)
+    nitransforms = re.search(r"^#.*NiTransforms", content, re.MULTILINE) is not None
+    return np.linalg.inv(matrix) if swapped and not nitransforms else matrix
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     lines = ["type      = 1 # LINEAR_RAS_TO_RAS", "nxforms   = 1", "mean      = 0.0000 0.0000 0.0000"]
-    lines += ["sigma     = 1.0000", "1 4 4", *(_numbers(row) for row in np.linalg.inv(matrix))]
+    lines += ["sigma     = 1.0000", "1 4 4", *map(_numbers, matrix)]
     for section, volume in (("src", images.need("moving")), ("dst", images.need("fixed"))):
         sizes, directions, center = freesurfer_volume(volume.grid)
         # readers take the name up to the first blank
@@ -55,30 +63,19 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     path.write_text("\n".join([*lines, "subject ", "fscale 0.100000", ""]), encoding="utf-8")
 
 
-def _says_fixed_to_moving(source: Grid | None, destination: Grid | None, images: Images) -> bool:
-    """True where the geometry tells that the source is the fixed image or the destination the moving one."""
-
-    def same(stated: Grid | None, given: Volume | None) -> bool:
-        return stated is not None and given is not None and stated.same_as(given.grid, _SAME_VOLUME)
-
-    one, two = images.known_fixed, images.known_moving
-    return (same(source, one) or same(destination, two)) and not (same(source, two) or same(destination, one))
-
-
 def _parse(content: str) -> tuple[np.ndarray, int, Grid | None, Grid | None]:
     """The matrix, its type, and the grids of source and destination where the file states valid ones."""
-    fields: dict[str, dict[str, list[str]]] = {"": {}, "src": {}, "dst": {}}
+    fields: dict[str, Fields] = {"": {}, "src": {}, "dst": {}}
     rows: list[list[float]] = []
     section = ""
     for line in (line.strip() for line in content.splitlines()):
         key, separator, value = line.partition("=")
-        key = key.strip()
         if not line or line.startswith("#") or line.split()[0] in ("subject", "fscale", "filename"):
             continue
         if line.startswith(("src volume info", "dst volume info")):
             section = line[:3]
         elif separator:
-            fields[section][key] = value.partition("#")[0].split()
+            fields[section][key.strip()] = value.partition("#")[0].split()
         else:
             rows.append([float(word) for word in line.split()])
     kind, count = int(fields[""]["type"][0]), int(fields[""].get("nxforms", ["1"])[0])
@@ -91,13 +88,13 @@ def _parse(content: str) -> tuple[np.ndarray, int, Grid | None, Grid | None]:
     return np.array(rows[1:]), kind, _stated_grid(fields["src"]), _stated_grid(fields["dst"])
 
 
-def _stated_grid(fields: dict[str, list[str]]) -> Grid | None:
+def _stated_grid(fields: Fields) -> Grid | None:
     if fields.get("valid", ["0"])[0] != "1":
         return None
-    keys = ("volume", "voxelsize", "xras", "yras", "zras", "cras")
-    if any(len(fields[key]) != 3 for key in keys):
+    stated = [[float(x) for x in fields[key]] for key in ("volume", "voxelsize", "xras", "yras", "zras", "cras")]
+    if any(len(numbers) != 3 for numbers in stated):
         raise ValueError("a field of the volume geometry does not have three numbers")
-    shape, sizes, *axes, center = ([float(x) for x in fields[key]] for key in keys)
+    shape, sizes, *axes, center = stated
     grid = freesurfer_grid([int(n) for n in shape], sizes, np.array(axes).T, center)
     affine = grid.affine.numpy()
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
+from monai_zsreg.io.transforms.text import line
 
 __all__ = ["read", "sniff", "write"]
 
@@ -23,9 +24,8 @@ def read(path: Path, images: Images) -> np.ndarray:
     content = re.sub(r"%.*", "", path.read_text(encoding="utf-8-sig"))
     if not content.startswith(_FIRST_LINE):
         raise ValueError(f"its first line is not {_FIRST_LINE!r}")
-    fields = [(key.strip(), value.strip()) for key, value in re.findall(r"(\w+)\s*=([^;]*);", content)]
-    to_fixed, inverse, found = np.eye(4), False, False
-    for key, value in fields:
+    total, inverse, found = np.eye(4), False, False
+    for key, value in re.findall(r"(\w+)\s*=\s*([^;]*?)\s*;", content):
         if key == "Transform_Type":
             if value != "Linear":
                 raise ValueError(f"a transform of type {value} instead of Linear")
@@ -34,13 +34,12 @@ def read(path: Path, images: Images) -> np.ndarray:
             inverse = value == "True"
         elif key == "Linear_Transform":
             one = np.vstack([np.array(value.split(), dtype=np.float64).reshape(3, 4), [0.0, 0.0, 0.0, 1.0]])
-            to_fixed, found = (np.linalg.inv(one) if inverse else one) @ to_fixed, True
+            total, found = (np.linalg.inv(one) if inverse else one) @ total, True
     if not found:
         raise ValueError("it holds no Linear_Transform")
-    return np.linalg.inv(to_fixed)
+    return total
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    rows = [" ".join(repr(float(value)) for value in row) for row in np.linalg.inv(matrix)[:3]]
-    lines = [_FIRST_LINE, "", "Transform_Type = Linear;", "Linear_Transform =", *rows]
+    lines = [_FIRST_LINE, "", "Transform_Type = Linear;", "Linear_Transform =", *map(line, matrix[:3])]
     path.write_text("\n".join(lines) + ";\n", encoding="utf-8")

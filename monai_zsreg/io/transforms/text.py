@@ -3,31 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["matrix_rows", "numbers", "read", "sniff", "sniff_greedy", "write"]
+__all__ = ["line", "matrix_rows", "read", "read_mrtrix", "rows_of", "sniff", "sniff_greedy", "write"]
 
 
-def matrix_rows(content: str) -> list[list[float]]:
+def matrix_rows(path: Path) -> list[list[float]]:
     """The numbers of every line that has any; ``#`` starts a comment."""
-    lines = [line.partition("#")[0].split() for line in content.splitlines()]
-    return [[float(word) for word in line] for line in lines if line]
+    return _parse(path.read_bytes())
 
 
-def numbers(content: bytes) -> list[list[float]] | None:
-    """`matrix_rows`, or None where the content is anything else."""
+def rows_of(content: bytes) -> list[list[float]]:
+    """The same of a file's content; empty where that is anything else."""
     try:
-        return matrix_rows(content.decode("utf-8-sig")) or None
+        return _parse(content)
     except ValueError:
-        return None
+        return []
+
+
+def line(values: Iterable[float]) -> str:
+    """Each number as the shortest text that reads back as the same one."""
+    return " ".join(repr(float(value)) for value in values)
 
 
 def sniff(content: bytes) -> bool:
-    return numbers(content) is not None
+    return bool(rows_of(content))
 
 
 def sniff_greedy(content: bytes) -> bool:
@@ -38,15 +43,24 @@ def sniff_greedy(content: bytes) -> bool:
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    rows = matrix_rows(path.read_text(encoding="utf-8-sig"))
-    if len(rows) == 3 and all(len(row) == 4 for row in rows) and images.format == "mrtrix":
-        rows.append([0.0, 0.0, 0.0, 1.0])
-    if len(rows) not in (3, 4) or any(len(row) != len(rows) for row in rows):
-        raise ValueError("it does not hold four rows of four numbers, or in 2D three of three")
-    return np.array(rows)
+    return _square(matrix_rows(path))
+
+
+def read_mrtrix(path: Path, images: Images) -> np.ndarray:
+    rows = matrix_rows(path)
+    return _square([*rows, [0.0, 0.0, 0.0, 1.0]] if [len(row) for row in rows] == [4] * 3 else rows)
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    # repr: the shortest text that reads back as the same number
-    lines = [" ".join(repr(float(value)) for value in row) + "\n" for row in matrix]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(line(row) + "\n" for row in matrix), encoding="utf-8")
+
+
+def _parse(content: bytes) -> list[list[float]]:
+    lines = [line.partition("#")[0].split() for line in content.decode("utf-8-sig").splitlines()]
+    return [[float(word) for word in line] for line in lines if line]
+
+
+def _square(rows: list[list[float]]) -> np.ndarray:
+    if len(rows) not in (3, 4) or any(len(row) != len(rows) for row in rows):
+        raise ValueError("it does not hold four rows of four numbers, or in 2D three of three")
+    return np.array(rows)

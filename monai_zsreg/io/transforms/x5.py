@@ -18,7 +18,7 @@ def sniff(content: bytes) -> bool:
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    with _h5py().File(path, "r") as file:
+    with _open(path, "r") as file:
         group = file.get("TransformGroup")
         if group is None:
             raise ValueError("it holds no TransformGroup, as the X5 files of NiTransforms do; fslpy's are others")
@@ -34,7 +34,7 @@ def read(path: Path, images: Images) -> np.ndarray:
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    with _h5py().File(path, "w") as file:
+    with _open(path, "w") as file:
         file.attrs["Format"], file.attrs["Version"] = "X5", np.uint16(1)
         node = file.create_group("TransformGroup").create_group("0")
         node.attrs["Type"], node.attrs["ArrayLength"] = "linear", 1
@@ -42,9 +42,9 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
         node.create_dataset("DimensionKinds", data=np.array(["space", "space", "space", "vector"], dtype="S"))
 
 
-def _h5py() -> Any:
+def _open(path: Path, mode: str) -> Any:
     try:
         import h5py
     except ImportError as error:
         raise ImportError("X5 transform files need the package h5py") from error
-    return h5py
+    return h5py.File(path, mode)
