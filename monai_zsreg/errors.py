@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["RegistrationError", "RegistrationFailure", "RegistrationWarning"]
+__all__ = ["RegistrationError", "RegistrationFailure", "RegistrationWarning", "require"]
 
 _LONGEST_VALUE = 200
 
@@ -40,3 +40,9 @@ class RegistrationFailure(RuntimeError):
 
 class RegistrationWarning(UserWarning):
     """A pair could be run but its result should not be trusted without a look."""
+
+
+def require(good: bool, argument: str, value: Any, allowed: str) -> None:
+    """Raise a `RegistrationError` of these three unless ``good``."""
+    if not good:
+        raise RegistrationError(argument, value, allowed)

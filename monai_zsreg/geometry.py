@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 
 __all__ = [
     "AffineParameters",
@@ -52,6 +52,7 @@ __all__ = [
     "plane_of_slice",
     "pooled_grid",
     "ras_to_lps",
+    "widened",
     "without_obliquity",
     "world_from_itk",
 ]
@@ -97,8 +98,7 @@ class Grid:
                 that single precision cannot compute with it.
         """
         dims = image.ndim - 1
-        if dims not in (2, 3):
-            raise RegistrationError(name, tuple(image.shape), "a channel-first image with 2 or 3 spatial dimensions")
+        require(dims in (2, 3), name, tuple(image.shape), "a channel-first image with 2 or 3 spatial dimensions")
         return cls(tuple(int(n) for n in image.shape[1:]), checked_affine(getattr(image, "affine", None), dims, name))
 
     def __eq__(self, other: object) -> bool:
@@ -165,18 +165,18 @@ def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
         return torch.eye(dims + 1, dtype=torch.float64)
     # a MetaTensor's own matrix may be one too
     given = torch.as_tensor(affine).as_subclass(Tensor).detach().to("cpu", torch.float64)
-    if given.ndim != 2 or given.shape[0] != given.shape[1] or len(given) < dims + 1:
-        raise RegistrationError(f"{name}.affine", tuple(given.shape), f"a {dims + 1}x{dims + 1} matrix")
+    square = given.ndim == 2 and given.shape[0] == given.shape[1] and len(given) > dims
+    require(square, f"{name}.affine", tuple(given.shape), f"a {dims + 1}x{dims + 1} matrix")
     keep = [*range(dims), len(given) - 1]
     matrix = given[keep][:, keep].clone()
     linear = matrix[:dims, :dims]
     # relative to the voxel size, which may be in meters or in micrometers
     lengths = linear.norm(dim=0)
     usable = bool(torch.isfinite(matrix).all()) and bool((lengths > 0).all())
-    if not usable or abs(float(torch.linalg.det(linear / lengths))) < 1e-6:
-        raise RegistrationError(f"{name}.affine", matrix.tolist(), "a finite, invertible matrix")
-    if float(matrix.abs().max()) > _FARTHEST:
-        raise RegistrationError(f"{name}.affine", matrix.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
+    usable = usable and abs(float(torch.linalg.det(linear / lengths))) >= 1e-6
+    require(usable, f"{name}.affine", matrix.tolist(), "a finite, invertible matrix")
+    near = float(matrix.abs().max()) <= _FARTHEST
+    require(near, f"{name}.affine", matrix.tolist(), f"a matrix in mm, no entry beyond {_FARTHEST:g}")
     return matrix
 
 
@@ -193,12 +193,12 @@ def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
         found = torch.as_tensor(matrix, dtype=torch.float64).as_subclass(Tensor).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RegistrationError(name, matrix, f"a {dims + 1}x{dims + 1} matrix or a transform file") from error
-    if found.shape != (dims + 1, dims + 1):
-        raise RegistrationError(name, tuple(found.shape), f"a {dims + 1}x{dims + 1} matrix for {dims}D images")
+    size = f"a {dims + 1}x{dims + 1} matrix for {dims}D images"
+    require(found.shape == (dims + 1, dims + 1), name, tuple(found.shape), size)
     last_row = torch.eye(dims + 1, dtype=torch.float64)[dims]
     usable = bool(torch.isfinite(found).all()) and torch.allclose(found[dims], last_row)
-    if not usable or int(torch.linalg.matrix_rank(found[:dims, :dims])) < dims:
-        raise RegistrationError(name, found.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
+    usable = usable and int(torch.linalg.matrix_rank(found[:dims, :dims])) == dims
+    require(usable, name, found.tolist(), f"a finite, invertible matrix with last row {last_row.tolist()}")
     found = found.clone()
     found[dims] = last_row
     return found
@@ -234,11 +234,18 @@ def moved_header(affine: Tensor, transform: Tensor) -> Tensor:
         transform: ``(D+1, D+1)``, fixed world to moving world, D <= r.
     """
     inverse = torch.linalg.inv(torch.as_tensor(transform, dtype=torch.float64)).to(affine.device)
-    full = torch.eye(affine.shape[-1], dtype=torch.float64, device=affine.device)
-    dims = inverse.shape[-1] - 1
-    full[:dims, :dims] = inverse[:dims, :dims]
-    full[:dims, -1] = inverse[:dims, dims]
-    return full @ affine.double()
+    return widened(inverse, affine.shape[-1] - 1) @ affine.double()
+
+
+def widened(matrix: Tensor, dims: int = 3) -> Tensor:
+    """A matrix ``(D+1, D+1)`` as one of ``dims`` dimensions, D or more, whose further axes stay as they are: float64.
+
+    MONAI and NIfTI have a 4x4 affine for 2D images too.
+    """
+    keep = torch.tensor([*range(len(matrix) - 1), dims])
+    full = torch.eye(dims + 1, dtype=torch.float64, device=matrix.device)
+    full[keep[:, None], keep] = matrix.double()
+    return full
 
 
 # ---------------------------------------------------------------------------------------------- files of other tools
@@ -404,8 +411,8 @@ def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | N
     matrix = np.asarray(transform, dtype=np.float64)
     dims = len(matrix) - 1
     linear = matrix[:dims, :dims]
-    if not np.isfinite(linear).all() or not np.linalg.det(linear) > 0:
-        raise RegistrationError("transform", matrix.tolist(), "a matrix with positive determinant")
+    positive = bool(np.isfinite(linear).all()) and np.linalg.det(linear) > 0
+    require(positive, "transform", matrix.tolist(), "a matrix with positive determinant")
     rotation, upper = np.linalg.qr(linear)
     sign = np.where(np.diag(upper) < 0, -1.0, 1.0)
     rotation, upper = rotation * sign, upper * sign[:, None]

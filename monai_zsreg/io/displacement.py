@@ -16,9 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, checked_affine, flip_points, itk_lattice, lps_to_ras, ras_to_lps, world_from_itk
-from monai_zsreg.io.files import atomic_path, exists
+from monai_zsreg.errors import RegistrationError, require
+from monai_zsreg.geometry import (
+    Grid,
+    checked_affine,
+    flip_points,
+    itk_lattice,
+    lps_to_ras,
+    ras_to_lps,
+    widened,
+    world_from_itk,
+)
+from monai_zsreg.io.files import atomic_path, exists, require_nifti_name
 from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
 __all__ = ["bends", "read_composite", "read_displacement", "write_composite", "write_displacement"]
@@ -40,14 +49,12 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
         RegistrationError: another suffix, or axes that are not orthogonal, which these files cannot hold.
     """
     dims = grid.dims
-    if not str(path).lower().endswith((".nii", ".nii.gz")):
-        raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
+    require_nifti_name(path)
     _check_square(grid)
     vectors = flip_points(np.moveaxis(displacement.detach().cpu().numpy(), 0, -1)).astype(np.float32)
     # the fourth axis is time; in 2D the third is missing
     values = vectors.reshape(*grid.shape, *[1] * (4 - dims), dims)
-    affine = np.eye(4)
-    affine[:dims, :dims], affine[:dims, 3] = grid.affine[:dims, :dims], grid.affine[:dims, dims]
+    affine = widened(grid.affine).numpy()
     nifti = nib.Nifti1Image(values, affine)
     nifti.header.set_intent(_VECTOR)
     nifti.header.set_xyzt_units("mm")
@@ -69,8 +76,7 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
     Raises:
         RegistrationError: the file is missing, cannot be read, or holds no displacement field.
     """
-    if not exists(path):
-        raise RegistrationError("path", str(path), "an existing file")
+    require(exists(path), "path", str(path), "an existing file")
     try:
         file: Any = nib.load(Path(path))
         values = np.asarray(file.dataobj, dtype=np.float32)
@@ -78,22 +84,19 @@ def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
         raise RegistrationError("path", str(path), f"a NIfTI file ({type(error).__name__}: {error})") from error
     dims = values.shape[-1]
     shape = values.shape[:dims]
-    if values.ndim != 5 or dims not in (2, 3) or values.shape[dims:-1] != (1,) * (4 - dims):
-        allowed = "a displacement field [I, J, K, 1, 3], or [I, J, 1, 1, 2] in 2D"
-        raise RegistrationError("path", f"{path} of shape {values.shape}", allowed)
-    if not np.isfinite(values).all():
-        raise RegistrationError("path", str(path), "a displacement field without NaN or infinity")
-    vectors = torch.from_numpy(flip_points(values.reshape(*shape, dims))).movedim(-1, 0).float().contiguous()
-    return vectors, Grid(shape, checked_affine(file.affine, dims, "path"))
+    fits = values.ndim == 5 and dims in (2, 3) and values.shape[dims:-1] == (1,) * (4 - dims)
+    allowed = "a displacement field [I, J, K, 1, 3], or [I, J, 1, 1, 2] in 2D"
+    require(fits, "path", f"{path} of shape {values.shape}", allowed)
+    require(bool(np.isfinite(values).all()), "path", str(path), "a displacement field without NaN or infinity")
+    return _from_lps(values.reshape(*shape, dims)), Grid(shape, checked_affine(file.affine, dims, "path"))
 
 
 def bends(path: str | os.PathLike) -> bool:
     """True for the name of a field, and for an HDF5 file of ITK that holds one."""
     name = os.fspath(path).lower()
-    found = (
-        name.endswith((".h5", ".hdf5")) and exists(path) and b"DisplacementFieldTransform" in Path(path).read_bytes()
-    )
-    return found or name.endswith((".nii", ".nii.gz"))
+    if name.endswith((".h5", ".hdf5")):
+        return exists(path) and b"DisplacementFieldTransform" in Path(path).read_bytes()
+    return name.endswith((".nii", ".nii.gz"))
 
 
 def write_composite(path: str | os.PathLike, displacement: Tensor, grid: Grid, affine: Tensor) -> None:
@@ -149,15 +152,19 @@ def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]
             affine = world_from_itk(spacing, origin, direction.reshape(dims, dims))
             values = itk.array_from_vnl_vector(transform.GetParameters()).reshape(dims, *shape.astype(int), order="F")
             grid = Grid(tuple(map(int, shape)), torch.tensor(affine))
-            vectors = torch.from_numpy(flip_points(np.moveaxis(values, 0, -1))).movedim(-1, 0)
-            parts.append((vectors.float().contiguous(), grid))
+            parts.append((_from_lps(np.moveaxis(values, 0, -1)), grid))
     except ValueError as error:
         raise RegistrationError("path", str(path), f"matrices and displacement fields of ITK ({error})") from error
     return parts
 
 
+def _from_lps(vectors: np.ndarray) -> Tensor:
+    """``[*lattice, D]`` LPS to ``[D, *lattice]`` RAS, float32."""
+    return torch.from_numpy(flip_points(vectors)).movedim(-1, 0).float().contiguous()
+
+
 def _check_square(grid: Grid) -> None:
     dims = grid.dims
     axes = grid.affine[:dims, :dims] / torch.tensor(grid.spacing, dtype=torch.float64)
-    if float((axes.mT @ axes - torch.eye(dims)).abs().max()) > _SQUARE:
-        raise RegistrationError("grid", grid.affine.tolist(), "a lattice with orthogonal axes")
+    square = float((axes.mT @ axes - torch.eye(dims)).abs().max()) <= _SQUARE
+    require(square, "grid", grid.affine.tolist(), "a lattice with orthogonal axes")

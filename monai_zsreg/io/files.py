@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 
-__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "write_json"]
+__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "require_nifti_name", "write_json"]
 
 _PARTIAL = ".partial-"
 # what no folder with another process at work in it shows any more, seconds
@@ -29,6 +29,12 @@ def exists(path: str | os.PathLike) -> bool:
         return Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def require_nifti_name(path: str | os.PathLike) -> None:
+    """A RegistrationError for the name of a file that is to be written and would be no NIfTI file."""
+    named = str(path).lower().endswith((".nii", ".nii.gz"))
+    require(named, "path", str(path), "a name that ends in .nii or .nii.gz")
 
 
 @contextmanager
@@ -45,31 +51,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         RegistrationError: the folder cannot be made or written to, or ``path`` is a folder or a device.
         OSError: the disk is full or fails.
     """
-    if exists(path) and not Path(path).is_file():
-        # renaming would put a file in the place of a device
-        raise RegistrationError("path", str(path), "the name of a file")
-    try:
+    # renaming would put a file in the place of a device
+    require(not exists(path) or Path(path).is_file(), "path", str(path), "the name of a file")
+    with _named(path, "path", "a file in a folder that can be written to"):
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f"{_PARTIAL}{secrets.token_hex(8)}{''.join(Path(path).suffixes[-2:])}"
         # made as a plain open() makes a file, so that it has the mode that the process' umask leaves
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except (OSError, ValueError) as error:
-        _raise_if_full(error, path)
-        raise RegistrationError("path", str(path), f"a file in a folder that can be written to ({error})") from error
     try:
-        try:
+        with _named(path):
             yield partial
-        except OSError as error:
-            _raise_if_full(error, path)
-            raise
-        try:
+        with _named(path, "path", "the name of a file that can be written"):
             if target.exists():
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(partial, target)
-        except OSError as error:
-            _raise_if_full(error, path)
-            raise RegistrationError("path", str(path), f"the name of a file that can be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -78,10 +74,18 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def _raise_if_full(error: Exception, path: str | os.PathLike) -> None:
-    number = getattr(error, "errno", None)
-    if number in _NO_ROOM:
-        raise OSError(number, f"there is no room to write it ({os.strerror(number)})", str(path)) from error
+@contextmanager
+def _named(path: str | os.PathLike, argument: str = "", allowed: str = "") -> Iterator[None]:
+    """Name an error of the disk as one; others become those of ``argument``, if any."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        number = getattr(error, "errno", None)
+        if number in _NO_ROOM:
+            raise OSError(number, f"there is no room to write it ({os.strerror(number)})", str(path)) from error
+        if not argument:
+            raise
+        raise RegistrationError(argument, str(path), f"{allowed} ({error})") from error
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
@@ -106,11 +110,6 @@ def output_folder(path: str | os.PathLike) -> Path:
         RegistrationError: it cannot be made, or is a file.
         OSError: the disk is full or fails.
     """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _raise_if_full(error, path)
-        allowed = f"a folder that can be made and written to ({error})"
-        raise RegistrationError("output_dir", str(path), allowed) from error
-    return folder
+    with _named(path, "output_dir", "a folder that can be made and written to"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)

@@ -21,11 +21,11 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.foreground import all_finite, background_value
-from monai_zsreg.geometry import Grid, checked_affine, plane_of_slice
+from monai_zsreg.geometry import Grid, checked_affine, plane_of_slice, widened
 from monai_zsreg.io.dicom import is_dicom, read_dicom_file, read_dicom_folder
-from monai_zsreg.io.files import atomic_path, exists
+from monai_zsreg.io.files import atomic_path, exists, require_nifti_name
 from monai_zsreg.io.readers import Stored, from_nibabel, read_itk, read_picture
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class Image:
             RegistrationError: no such channel, or it is constant or nowhere finite.
         """
         count = len(self.values)
-        if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= index < count:
-            raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {count}")
+        known = isinstance(index, Integral) and not isinstance(index, bool) and -count <= index < count
+        require(known, f"{name}_channel", index, f"a channel of {name}, which has {count}")
         if self.meta.get("color") and index == 0 and count == 3:
             weights = torch.tensor(_LUMINANCE, device=self.values.device)
             values = torch.tensordot(weights, self.values.float(), dims=1)[None]
@@ -113,12 +113,10 @@ class Image:
             values = self.values[int(index)][None].float()
         if not all_finite(values):
             finite = torch.isfinite(values)
-            if not bool(finite.any()):
-                raise RegistrationError(name, "nothing but NaN or infinite intensities", "finite intensities")
+            require(bool(finite.any()), name, "nothing but NaN or infinite intensities", "finite intensities")
             values = torch.where(finite, values, background_value(values[0]))
         low, high = map(float, values.aminmax())
-        if low == high:
-            raise RegistrationError(name, f"the constant {low:g}", "an image that is not constant")
+        require(low != high, name, f"the constant {low:g}", "an image that is not constant")
         return values
 
     def to(self, device: torch.device | str) -> Image:
@@ -129,13 +127,8 @@ class Image:
         """As MONAI has it: the affine is 4x4 in 2D too, and ``meta`` names the file."""
         from monai.data import MetaTensor
 
-        affine = torch.eye(4, dtype=torch.float64)
-        affine[: self.dims, : self.dims] = self.affine[: self.dims, : self.dims]
-        affine[: self.dims, 3] = self.affine[: self.dims, self.dims]
-        meta = {key: value for key, value in self.meta.items() if key != "path"}
-        if "path" in self.meta:
-            meta["filename_or_obj"] = self.meta["path"]
-        return MetaTensor(self.values, affine=affine, meta=meta | {"space": "RAS"})
+        meta = {"filename_or_obj" if key == "path" else key: value for key, value in self.meta.items()}
+        return MetaTensor(self.values, affine=widened(self.affine), meta=meta | {"space": "RAS"})
 
 
 ImageLike = str | os.PathLike | np.ndarray | Tensor | SpatialImage | Image
@@ -156,8 +149,8 @@ def load_image(source: ImageLike, name: str = "image", affine: Any = None) -> Im
         RegistrationError: missing, unreadable, empty, of a type or shape that cannot be registered, or with an affine
             that is singular, not finite, or in LPS.
     """
-    if affine is not None and not isinstance(source, np.ndarray) and type(source) is not Tensor:
-        raise RegistrationError("affine", affine, f"none, because {name} has its own")
+    plain = isinstance(source, np.ndarray) or type(source) is Tensor
+    require(plain or affine is None, "affine", affine, f"none, because {name} has its own")
     if isinstance(source, Image):
         return source
     if isinstance(source, (str, os.PathLike)):
@@ -168,9 +161,8 @@ def load_image(source: ImageLike, name: str = "image", affine: Any = None) -> Im
         return _from_stored(from_nibabel(source), name)
     if not isinstance(source, np.ndarray):
         raise RegistrationError(name, type(source).__name__, "a path, a numpy array, a tensor or an Image")
-    if source.ndim not in (2, 3):
-        allowed = "an array [*spatial] in 2D or 3D; use a tensor [C, *spatial] for channels"
-        raise RegistrationError(name, source.shape, allowed)
+    allowed = "an array [*spatial] in 2D or 3D; use a tensor [C, *spatial] for channels"
+    require(source.ndim in (2, 3), name, source.shape, allowed)
     return _from_stored(Stored(source[None], affine, {"unit": "pixel" if affine is None else "mm"}), name)
 
 
@@ -200,8 +192,7 @@ def write_image(path: str | os.PathLike, image: Image, like: Image | None = None
     Raises:
         RegistrationError: another suffix, or a path that cannot be written to.
     """
-    if not str(path).lower().endswith((".nii", ".nii.gz")):
-        raise RegistrationError("path", str(path), "a name that ends in .nii or .nii.gz")
+    require_nifti_name(path)
     nifti = as_nifti(image, like, labels)
     with atomic_path(path) as partial:
         nib.save(nifti, partial)
@@ -224,9 +215,7 @@ def as_nifti(image: Image, like: Image | None = None, labels: bool = False) -> n
         # channels last, and in 2D behind a third axis, as NIfTI has it
         deep = array if array.ndim == 4 or len(array) == 1 and "place" not in image.meta else array[..., None]
         array = deep[0] if len(array) == 1 else np.moveaxis(deep, 0, -1)
-    place = np.eye(4)
-    place[np.ix_([*range(image.dims), 3], [*range(image.dims), 3])] = image.affine.numpy()
-    place = np.array(image.meta.get("place", place))
+    place = np.array(image.meta.get("place", widened(image.affine).numpy()))
     nifti: Any = nib.Nifti1Image(array, place, dtype=array.dtype)
     nifti.set_sform(place, code="scanner")
     # a quaternion states no shear, and its spacing is kept
@@ -299,8 +288,8 @@ def _from_tensor(tensor: Tensor, affine: Any, name: str) -> Image:
     meta: dict[str, Any] = {"unit": "pixel" if affine is None else "mm", "notes": []}
     if hasattr(tensor, "as_tensor"):  # a MetaTensor, and MONAI is imported
         known: Any = tensor.meta  # type: ignore[attr-defined]
-        if str(known.get("space", "RAS")) == "LPS":
-            raise RegistrationError(name, "an affine in LPS", "an affine in RAS, as LoadImage gives it")
+        ras = str(known.get("space", "RAS")) != "LPS"
+        require(ras, name, "an affine in LPS", "an affine in RAS, as LoadImage gives it")
         # not the type: the values may have been scaled since they were read
         meta |= {"unit": "mm"} | {key: known[key] for key in ("notes", "place", "unit", "color") if key in known}
         if isinstance(known.get("filename_or_obj"), (str, os.PathLike)):
@@ -312,8 +301,7 @@ def _from_tensor(tensor: Tensor, affine: Any, name: str) -> Image:
 def _from_stored(stored: Stored, name: str) -> Image:
     """An image of what a file holds, in a type that torch computes with."""
     array = stored.channels
-    if array.dtype.kind not in "biuf":
-        raise RegistrationError(f"{name}.dtype", str(array.dtype), "real numbers")
+    require(array.dtype.kind in "biuf", f"{name}.dtype", str(array.dtype), "real numbers")
     wider = _WIDER.get(array.dtype.name, array.dtype.newbyteorder("="))
     if array.dtype.name == "uint64" and array.size and array.max() > np.iinfo(np.int64).max:
         wider = np.float64
@@ -327,18 +315,15 @@ def _checked(values: Tensor, affine: Any, meta: dict[str, Any], name: str) -> Im
     while values.ndim > 4 and values.shape[-1] == 1:  # time and what comes after it, as NIfTI has them
         values = values.squeeze(-1)
     shape = tuple(values.shape)
-    if values.ndim not in (3, 4):
-        raise RegistrationError(name, shape, "a channel-first image with 2 or 3 spatial dimensions")
-    if min(shape) == 0:
-        raise RegistrationError(name, shape, "an image with at least one voxel")
-    if values.is_complex():
-        raise RegistrationError(f"{name}.dtype", str(values.dtype), "real numbers")
+    require(values.ndim in (3, 4), name, shape, "a channel-first image with 2 or 3 spatial dimensions")
+    require(min(shape) > 0, name, shape, "an image with at least one voxel")
+    require(not values.is_complex(), f"{name}.dtype", str(values.dtype), "real numbers")
     matrix = checked_affine(affine, values.ndim - 1, name)
     if shape[1:].count(1) == 1 and len(shape) == 4:
         axis = shape[1:].index(1)
         place = matrix[:, [*(a for a in range(3) if a != axis), axis, 3]].numpy()
         values, matrix = values.squeeze(axis + 1), torch.as_tensor(plane_of_slice(place))
         meta = meta | {"place": place.tolist()}
-    if min(values.shape[1:]) < _SMALLEST_AXIS:
-        raise RegistrationError(name, shape, f"at least {_SMALLEST_AXIS} voxels along every axis")
+    thick = min(values.shape[1:]) >= _SMALLEST_AXIS
+    require(thick, name, shape, f"at least {_SMALLEST_AXIS} voxels along every axis")
     return Image(values, matrix, meta)

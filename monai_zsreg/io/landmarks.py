@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.geometry import flip_points
 
 __all__ = ["Landmarks", "pair_landmarks", "read_landmarks"]
@@ -52,14 +52,11 @@ def read_landmarks(path: str | os.PathLike) -> Landmarks:
         raise RegistrationError("path", str(path), _FORMATS)
     try:
         points, labels = reader(file.read_text(encoding="utf-8-sig"))
-        array = np.array(points, dtype=np.float64)
-    except RegistrationError:
-        raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RegistrationError("path", str(path), f"{_FORMATS} ({type(error).__name__}: {error})") from error
-    if array.ndim != 2 or array.shape[1] not in (2, 3) or not np.isfinite(array).all():
-        raise RegistrationError("path", str(path), _FORMATS)
-    return Landmarks(array, tuple(labels))
+    usable = points.ndim == 2 and points.shape[1] in (2, 3) and bool(np.isfinite(points).all())
+    require(usable, "path", str(path), _FORMATS)
+    return Landmarks(points, tuple(labels))
 
 
 def pair_landmarks(fixed: Landmarks, moving: Landmarks) -> tuple[np.ndarray, np.ndarray]:
@@ -74,47 +71,45 @@ def pair_landmarks(fixed: Landmarks, moving: Landmarks) -> tuple[np.ndarray, np.
     Raises:
         RegistrationError: the numbers of points or of coordinates differ, or the labels agree only in part.
     """
-    if fixed.points.shape != moving.points.shape:
-        raise RegistrationError("moving", moving.points.shape, f"as many landmarks as fixed, {fixed.points.shape}")
+    shape = fixed.points.shape
+    require(moving.points.shape == shape, "moving", moving.points.shape, f"as many landmarks as fixed, {shape}")
     one, two = set(fixed.labels) - {""}, set(moving.labels) - {""}
-    if not one & two:
+    if fixed.labels == moving.labels or not one & two:
         return fixed.points, moving.points
-    if one != two or len(one) != len(fixed.labels):
-        if fixed.labels == moving.labels:
-            return fixed.points, moving.points
-        raise RegistrationError("moving", moving.labels, f"the labels of fixed, each once: {fixed.labels}")
+    each_once = one == two and len(one) == len(fixed.labels)
+    require(each_once, "moving", moving.labels, f"the labels of fixed, each once: {fixed.labels}")
     return fixed.points, moving.points[[moving.labels.index(label) for label in fixed.labels]]
 
 
-def _read_csv(text: str) -> tuple[list[list[float]], list[str]]:
-    rows = csv.reader(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    header = [column.strip().lower() for column in next(rows, [])]
-    axes = [header.index(axis) for axis in ("x", "y", "z") if axis in header]
-    if len(axes) < 2 or "x" not in header or "y" not in header:
-        raise ValueError("the header has no columns x and y")
-    label = next((header.index(column) for column in ("label", "name") if column in header), None)
-    content = list(rows)
-    if any(len(row) != len(header) for row in content):
+def _read_csv(text: str) -> tuple[np.ndarray, list[str]]:
+    header, *rows = _rows(text) or [[]]
+    if any(len(row) != len(header) for row in rows):
         raise ValueError("a row has another number of columns than the header")
-    points = [[float(row[axis]) for axis in axes] for row in content]
-    return points, ["" if label is None else row[label].strip() for row in content]
+    return _table([column.strip().lower() for column in header], rows)
 
 
 def _read_fcsv(text: str) -> tuple[np.ndarray, list[str]]:
+    comments = (line.lstrip("# ").partition("=") for line in text.splitlines() if line.startswith("#"))
+    stated = {key.strip().lower(): value.strip() for key, separator, value in comments if separator}
+    columns = stated.get("columns", "id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID").split(",")
+    points, labels = _table([column.strip() for column in columns], _rows(text))
     # Slicer up to 4.10 writes RAS as 0, later versions write the name
-    systems = {"0": "RAS", "1": "LPS", "RAS": "RAS", "LPS": "LPS"}
-    stated = "RAS"
-    columns = "id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID".split(",")
-    for line in text.splitlines():
-        key, separator, value = line.lstrip("# ").partition("=")
-        if line.startswith("#") and separator and key.strip().lower() == "coordinatesystem":
-            stated = value.strip().upper()
-        elif line.startswith("#") and separator and key.strip().lower() == "columns":
-            columns = [column.strip() for column in value.split(",")]
-    rows = list(csv.reader(line for line in text.splitlines() if line.strip() and not line.startswith("#")))
-    points = np.array([[float(row[columns.index(axis)]) for axis in ("x", "y", "z")] for row in rows])
-    label = columns.index("label") if "label" in columns else len(columns)
-    return _to_ras(points, systems.get(stated, stated)), [row[label] if label < len(row) else "" for row in rows]
+    system = stated.get("coordinatesystem", "RAS").upper()
+    return _to_ras(points, {"0": "RAS", "1": "LPS"}.get(system, system)), labels
+
+
+def _rows(text: str) -> list[list[str]]:
+    return list(csv.reader(line for line in text.splitlines() if line.strip() and not line.startswith("#")))
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> tuple[np.ndarray, list[str]]:
+    """Points and labels of rows with named columns; a row may end before its label."""
+    if not {"x", "y"} <= set(columns):
+        raise ValueError("the header has no columns x and y")
+    axes = [columns.index(axis) for axis in ("x", "y", "z") if axis in columns]
+    label = next((columns.index(column) for column in ("label", "name") if column in columns), len(columns))
+    points = np.array([[float(row[axis]) for axis in axes] for row in rows])
+    return points, [row[label].strip() if label < len(row) else "" for row in rows]
 
 
 def _read_markups(text: str) -> tuple[np.ndarray, list[str]]:

@@ -193,7 +193,7 @@ def _parse_matlab(path: Path) -> Stated:
     try:
         kinds = [name for name, _, _ in whosmat(path, appendmat=False)]
         arrays = loadmat(path, appendmat=False)
-    except (OSError, MatReadError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, TypeError, MatReadError) as error:
         raise ValueError(f"it is no Matlab 4 file of real matrices ({error})") from error
     if len(kinds) != 2 or kinds[1] != "fixed":
         raise ValueError(
