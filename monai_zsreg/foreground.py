@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 
 __all__ = [
     "Appearance",
@@ -85,11 +85,8 @@ def quantiles(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def background_value(image: Tensor) -> float:
-    """The intensity that stands for "outside": of air, or of what the scanner fills up with, such as -1024 in CT.
-
-    Args:
-        image: ``[*spatial]``, any real type; what is not finite does not count.
-    """
+    """The intensity that stands for "outside" an image ``[*spatial]`` of any real type: of air, or of what the scanner
+    fills up with, such as -1024 in CT. What is not finite does not count."""
     values = image.detach()
     values = values if values.dtype == torch.float64 else values.float()
     if not all_finite(values):
@@ -136,11 +133,10 @@ def plain_image(image: Tensor, name: str = "image") -> Tensor:
     """
     # a MetaTensor would carry its metadata through every step
     tensor = torch.as_tensor(image).as_subclass(Tensor).detach()
-    if tensor.ndim not in (3, 4) or tensor.numel() == 0:
-        raise RegistrationError(name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
+    usable = tensor.ndim in (3, 4) and tensor.numel() > 0
+    require(usable, name, tuple(tensor.shape), "a channel-first image with 2 or 3 spatial dimensions")
     tensor = tensor.to(torch.float64 if tensor.dtype in (torch.float64, torch.int64, torch.int32) else torch.float32)
-    if not all_finite(tensor):
-        raise RegistrationError(name, "NaN or infinity", "finite intensities")
+    require(all_finite(tensor), name, "NaN or infinity", "finite intensities")
     return tensor
 
 

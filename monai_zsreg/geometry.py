@@ -89,13 +89,10 @@ class Grid:
 
     @classmethod
     def of(cls, image: Tensor, name: str = "image") -> Grid:
-        """Grid of a channel-first image ``[C, *spatial]`` with 2 or 3 spatial dimensions.
-
-        MONAI keeps a 4x4 affine for 2D images too; here it becomes 3x3. A tensor without an affine has the identity.
+        """Grid of a channel-first image ``[C, *spatial]``; a tensor without an affine has the identity.
 
         Raises:
-            RegistrationError: another number of dimensions, or an affine that is singular, not finite, or so large
-                that single precision cannot compute with it.
+            RegistrationError: not 2 or 3 spatial dimensions, or an affine that `checked_affine` refuses.
         """
         dims = image.ndim - 1
         require(dims in (2, 3), name, tuple(image.shape), "a channel-first image with 2 or 3 spatial dimensions")
@@ -151,12 +148,8 @@ class Grid:
 
 
 def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
-    """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what an image carries.
-
-    Args:
-        affine: matrix of this or of a higher dimension, which loses its further axes; None for the identity.
-        dims: number of spatial dimensions.
-        name: of the image, for messages.
+    """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what the image ``name`` carries: a matrix of
+    this or of a higher dimension, which loses its further axes, or None for the identity.
 
     Raises:
         RegistrationError: singular, not finite, or so large that single precision cannot compute with it.
@@ -181,13 +174,8 @@ def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
 
 
 def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
-    """A pull matrix from what a user gave as the argument ``name``, in any array type.
-
-    Returns:
-        ``(dims+1, dims+1)`` float64 on the CPU, its last row exactly ``(0, ..., 0, 1)``.
-
-    Raises:
-        RegistrationError: it is not a finite, invertible affine matrix of this size.
+    """A pull matrix from what a user gave as the argument ``name``, in any array type: ``(dims+1, dims+1)`` float64 on the
+    CPU, its last row exactly ``(0, ..., 0, 1)``. A RegistrationError unless it is a finite, invertible affine matrix.
     """
     try:
         found = torch.as_tensor(matrix, dtype=torch.float64).as_subclass(Tensor).detach().to("cpu")
@@ -399,15 +387,8 @@ def _rotation(degrees: Sequence[float]) -> Any:
 
 
 def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
-    """Split a world transform with positive determinant into translation, rotation, scale and shear.
-
-    Args:
-        transform: ``(D+1, D+1)``.
-        center: world point to state the translation at; the world's origin if None.
-
-    Raises:
-        RegistrationError: the determinant is not positive.
-    """
+    """Split a world transform ``(D+1, D+1)`` into translation (at ``center``, or the world's origin), rotation, scale and
+    shear; a RegistrationError where its determinant is not positive."""
     matrix = np.asarray(transform, dtype=np.float64)
     dims = len(matrix) - 1
     linear = matrix[:dims, :dims]

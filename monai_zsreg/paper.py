@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine, homogeneous
 from monai_zsreg.io.images import Image
+from monai_zsreg.networks.coordinates import AffineResampler
 from monai_zsreg.networks.regressors import load_regressor, shipped_weights
-from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.zero_shot import Status, ZeroShotAffineNet, scale_to_unit_range
 from monai_zsreg.registration.confidence import spread_at
 from monai_zsreg.registration.estimate import Estimate
@@ -175,11 +175,8 @@ def _on_cube(values: Tensor, grid: Grid, spacing: float, side: int) -> tuple[Ten
 
 
 def check_settings(preset: str, options: Mapping[str, Any]) -> None:
-    """Check the names and types of the options of `estimate`, before there are images.
-
-    Raises:
-        RegistrationError: an option that is unknown, or neither a number, a string, nor a list of these.
-    """
+    """Refuse options of `estimate` that are unknown, or neither a number, a string, nor a list of these, before there are
+    images."""
     parameters = [*inspect.signature(ZeroShotAffineNet).parameters, *_GIVEN]
     refuse_unknown(dict(options), [name for name in parameters if name not in ("spatial_dims", "transform", "seed")])
     _plain({name: value for name, value in options.items() if name not in _GIVEN})
@@ -317,20 +314,10 @@ class Uncertainty:
 
 
 def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int = 10) -> Uncertainty:
-    """Register again, as ``result`` was, with random pixels of the moving image's foreground blackened.
-
-    Args:
-        result: of any preset.
-        fraction: of the foreground pixels to blacken, 0 to 1.
-        repeats: number of repetitions, n.
-
-    Raises:
-        RegistrationError: an argument out of its range.
-    """
-    if not 0.0 < fraction < 1.0:
-        raise RegistrationError("fraction", fraction, "0 < fraction < 1")
-    if repeats < 2:
-        raise RegistrationError("repeats", repeats, "at least 2")
+    """Register again, as ``result`` (of any preset) was, n = ``repeats`` times, each with another random ``fraction`` of
+    the moving image's foreground pixels blackened; a RegistrationError for an argument out of its range."""
+    require(0.0 < fraction < 1.0, "fraction", fraction, "0 < fraction < 1")
+    require(repeats >= 2, "repeats", repeats, "at least 2")
     options = dict(result.options)
     fixed = Prepared(result.fixed_image, options.pop("fixed_channel", 0), result.masks[0])
     values = result.moving_image.channel(options.pop("moving_channel", 0), "moving")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.foreground import all_finite, background_value
 from monai_zsreg.geometry import Grid
 
@@ -76,10 +76,9 @@ def resample(
     """
     values = values.as_subclass(Tensor)
     dtype = dtype or values.dtype
-    if mode not in MODES:
-        raise RegistrationError("mode", mode, f"one of {', '.join(MODES)}")
-    if values.is_complex() or tuple(values.shape[1:]) != source.shape:
-        raise RegistrationError("values", f"{values.dtype} {tuple(values.shape)}", f"real numbers [C, *{source.shape}]")
+    require(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
+    fits = not values.is_complex() and tuple(values.shape[1:]) == source.shape
+    require(fits, "values", f"{values.dtype} {tuple(values.shape)}", f"real numbers [C, *{source.shape}]")
     fills = [outside_value(channel, mode, dtype) if fill is None else _checked(fill, dtype) for channel in values]
     holes = [
         not (math.isfinite(outside) and all_finite(channel)) for channel, outside in zip(values, fills, strict=True)
@@ -111,13 +110,8 @@ def resample(
 
 
 def outside_value(channel: Tensor, mode: str, dtype: torch.dtype | None = None) -> float:
-    """What stands for "outside" where nobody says it: the background of an image, and 0 for labels.
-
-    Args:
-        channel: ``[*spatial]``.
-        mode: interpolation. What is looked up (``"nearest"``) counts as labels unless it has negative values.
-        dtype: of the result, which must be able to hold the value; that of ``channel`` if None.
-    """
+    """What stands for "outside" of ``[*spatial]`` where nobody says it: the background of an image, and 0 for labels, as
+    which counts what is looked up (``"nearest"``) unless it has negative values. ``dtype`` must be able to hold it."""
     if channel.numel() == 0 or (mode == "nearest" and not (channel.dtype.is_signed and bool(channel.min() < 0))):
         return 0.0
     for axis, n in enumerate(channel.shape):
@@ -276,6 +270,6 @@ def _settled(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _checked(fill: float, dtype: torch.dtype) -> float:
     if not dtype.is_floating_point:
         low, high = _range(dtype)
-        if not (low <= fill <= high and float(fill).is_integer()):
-            raise RegistrationError("fill_value", fill, f"a whole number from {low} to {high}, for an image of {dtype}")
+        fits = low <= fill <= high and float(fill).is_integer()
+        require(fits, "fill_value", fill, f"a whole number from {low} to {high}, for an image of {dtype}")
     return float(fill)

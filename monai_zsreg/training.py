@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.io.files import atomic_path, write_json
 from monai_zsreg.networks.coordinates import map_points
 from monai_zsreg.networks.least_squares import LeastSquaresAffine, check_kind
@@ -110,6 +111,7 @@ def perturbation_matrices(
     return torch.cat([linear, translation[..., None]], dim=-1)
 
 
+@dataclass(eq=False)
 class RandomPointPairs(IterableDataset):
     """Batches of random point pairs, made on the fly (section 2.5).
 
@@ -134,33 +136,22 @@ class RandomPointPairs(IterableDataset):
         RegistrationError: an argument out of range.
     """
 
-    def __init__(
-        self,
-        spatial_dims: int = 2,
-        num_points: int = 64,
-        kind: str = "affine",
-        batch_size: int = 512,
-        num_batches: int = 250,
-        seed: int = 0,
-        fresh: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        check_kind(kind, spatial_dims)
-        for name, value in (("num_points", num_points), ("batch_size", batch_size), ("num_batches", num_batches)):
-            if value < 1:
-                raise RegistrationError(name, value, "at least 1")
-        if not 0 <= rank < world_size:
-            raise RegistrationError("rank", rank, f"0 to {world_size - 1} (world_size - 1)")
-        self.spatial_dims = spatial_dims
-        self.num_points = num_points
-        self.kind = kind
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.fresh = fresh
-        self.rank = rank
-        self.world_size = world_size
+    spatial_dims: int = 2
+    num_points: int = 64
+    kind: str = "affine"
+    batch_size: int = 512
+    num_batches: int = 250
+    seed: int = 0
+    fresh: bool = True
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, self.spatial_dims)
+        for name in ("num_points", "batch_size", "num_batches"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        last = self.world_size - 1
+        require(0 <= self.rank <= last, "rank", self.rank, f"0 to {last} (world_size - 1)")
         self.position = 0
 
     def __len__(self) -> int:
@@ -177,8 +168,8 @@ class RandomPointPairs(IterableDataset):
         return {"image": fixed, "moving": map_points(matrix, fixed), "label": matrix}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if get_worker_info() is not None:
-            raise RegistrationError("num_workers", "1 or more", "0: every worker would make the same points")
+        alone = get_worker_info() is None
+        require(alone, "num_workers", "1 or more", "0: every worker would make the same points")
         start = self.position if self.fresh else 0
         for position in range(start, start + self.num_batches):
             if self.fresh:
@@ -195,10 +186,8 @@ class RandomPointPairs(IterableDataset):
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """A parameter in half precision, in large matrices rounded to steps of 1/32 to 1/64 of their standard deviation.
-
-    An archive of the shipped networks then has half of the size, and their errors are the same within 0.3 %.
-    """
+    """A parameter in half precision, in large matrices rounded to steps of 1/32 to 1/64 of their standard deviation: an
+    archive of the shipped networks has half of the size, and their errors are the same within 0.3 %."""
     values = tensor.cpu().float()
     if values.numel() >= 2**18:
         step = 2.0 ** math.floor(math.log2(float(values.std()) / 32))
@@ -259,14 +248,10 @@ class BestModelSaver:
 
 
 def latest_checkpoint(folder: str | Path) -> str:
-    """The checkpoint of the highest epoch in ``folder``; one that was cut short while it was written is passed over.
-
-    Raises:
-        RegistrationError: there is none.
-    """
+    """The checkpoint of the highest epoch in ``folder``, or a RegistrationError; one that was cut short while it was
+    written is passed over."""
     found = [path for path in Path(folder).glob("*epoch=*.pt") if zipfile.is_zipfile(path)]
-    if not found:
-        raise RegistrationError("output_dir", str(folder), "a folder with a checkpoint (*epoch=N.pt) to resume from")
+    require(len(found) > 0, "output_dir", str(folder), "a folder with a checkpoint (*epoch=N.pt) to resume from")
     return str(max(found, key=lambda path: int(path.stem.rsplit("=", 1)[1])))
 
 

@@ -10,7 +10,7 @@ from ignite.engine import Engine
 from ignite.metrics.metric import reinit__is_reduced
 from monai.handlers import IgniteMetricHandler
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.metrics.pairwise import PairMetric
 
 __all__ = ["PairMetricHandler"]
@@ -40,13 +40,9 @@ class PairMetricHandler(IgniteMetricHandler):
 
     @reinit__is_reduced
     def update(self, output: Sequence[Any]) -> None:
-        """Measure one batch.
-
-        Raises:
-            RegistrationError: too few or too many outputs.
-        """
-        if not 2 <= len(output) <= 2 + len(self._further):
-            raise RegistrationError("output", len(output), f"(y_pred, y), then any of {self._further}")
+        """Measure one batch; a RegistrationError for too few or too many outputs."""
+        fits = 2 <= len(output) <= 2 + len(self._further)
+        require(fits, "output", len(output), f"(y_pred, y), then any of {self._further}")
         y_pred, y, *further = output
         self.metric_fn(y_pred, y, **dict(zip(self._further, further, strict=False)))
 

@@ -126,9 +126,9 @@ def _segmentation(data: Any) -> Stored:
     ]
     if data.SegmentationType != "BINARY":
         raise ValueError(f"a segmentation of type {data.SegmentationType} instead of BINARY")
-    planes, points = (np.array(part, dtype=np.float64) for part in zip(*_frames(data), strict=True))
+    planes, points = _frames(data)
     measures = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-    axes, points = flip_points(planes[0].reshape(2, 3)), flip_points(points)
+    axes = planes[0]
     normal = np.cross(*axes)
     along = (points - points[0]) @ normal
     levels = np.unique(np.round(along, 3))
@@ -263,35 +263,29 @@ def _same_place(one: _Volume, two: _Volume) -> bool:
 # -------------------------------------------------------------------------------------------------- where slices lie
 
 
-def _frames(header: Any) -> list[tuple[Any, Any]]:
-    """Orientation and position of every frame of a file, as far as it states them."""
-    if "PerFrameFunctionalGroupsSequence" not in header:
-        return [(header.get("ImageOrientationPatient"), header.get("ImagePositionPatient"))]
-    shared = header.get("SharedFunctionalGroupsSequence") or [{}]
-    frames = []
-    for frame in header.PerFrameFunctionalGroupsSequence:
-        plane = frame.get("PlaneOrientationSequence") or shared[0].get("PlaneOrientationSequence") or [{}]
-        where = frame.get("PlanePositionSequence") or shared[0].get("PlanePositionSequence") or [{}]
-        frames.append((plane[0].get("ImageOrientationPatient"), where[0].get("ImagePositionPatient")))
-    return frames
+def _frames(header: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column directions ``[N, 2, 3]`` and positions ``[N, 3]``, RAS, of a file's frames that state both."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    planes, points = [], []
+    for frame in header.get("PerFrameFunctionalGroupsSequence") or [None]:
+        plane = where = header
+        if frame is not None:
+            plane = (frame.get("PlaneOrientationSequence") or shared.get("PlaneOrientationSequence") or [{}])[0]
+            where = (frame.get("PlanePositionSequence") or shared.get("PlanePositionSequence") or [{}])[0]
+        if plane.get("ImageOrientationPatient") and where.get("ImagePositionPatient"):
+            planes.append(np.array(plane.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3))
+            points.append(np.array(where.get("ImagePositionPatient"), dtype=np.float64))
+    return flip_points(np.reshape(planes, (-1, 2, 3))), flip_points(np.reshape(points, (-1, 3)))
 
 
 def _positions(volume: _Volume, headers: Sequence[Any], normal: np.ndarray) -> np.ndarray:
     """Where the slices of a volume lie, ``[N, 3]`` RAS, each once, in the order of the volume."""
     series = volume.about.get("SeriesInstanceUID")
-    found = []
-    for header in headers:
-        for plane, where in _frames(header) if header.SeriesInstanceUID == series else []:
-            if plane and where:
-                axes = flip_points(np.array(plane, dtype=np.float64).reshape(2, 3))
-                if abs(np.cross(*axes) @ normal) > 0.999:
-                    found.append(flip_points(np.array(where, dtype=np.float64)))
-    if not found:
-        return np.zeros((0, 3))
-    points = np.array(found)
-    along = points @ normal
-    order = np.argsort(along)
-    return points[order][np.r_[True, np.diff(along[order]) > 1e-3]]
+    found = [_frames(header) for header in headers if header.SeriesInstanceUID == series]
+    planes, points = (np.concatenate(part) for part in zip(*found, strict=True)) if found else _frames({})
+    points = points[np.abs(np.cross(planes[:, 0], planes[:, 1]) @ normal) > 0.999]
+    points = points[np.argsort(points @ normal)]
+    return points[np.diff(points @ normal, prepend=-np.inf) > 1e-3]
 
 
 def _place_slices(volume: _Volume, headers: Sequence[Any]) -> None:

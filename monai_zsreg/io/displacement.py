@@ -38,15 +38,10 @@ _SQUARE = 1e-4
 
 
 def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid) -> None:
-    """Write a displacement field.
-
-    Args:
-        path: ends in ``.nii`` or ``.nii.gz``.
-        displacement: ``[D, *lattice]``, mm, RAS.
-        grid: the lattice.
+    """Write a displacement field ``[D, *lattice]``, mm, RAS, as a NIfTI file.
 
     Raises:
-        RegistrationError: another suffix, or axes that are not orthogonal, which these files cannot hold.
+        RegistrationError: another suffix, or a lattice whose axes are not orthogonal, which these files cannot hold.
     """
     dims = grid.dims
     require_nifti_name(path)
@@ -65,10 +60,7 @@ def write_displacement(path: str | os.PathLike, displacement: Tensor, grid: Grid
 
 
 def read_displacement(path: str | os.PathLike) -> tuple[Tensor, Grid]:
-    """Read a displacement field that ITK, ANTs (``1Warp.nii.gz``), SimpleITK, greedy or this package wrote.
-
-    Args:
-        path: a NIfTI file.
+    """Read the NIfTI file of a displacement field from ITK, ANTs (``1Warp.nii.gz``), SimpleITK, greedy or this package.
 
     Returns:
         ``[D, *lattice]`` float32, mm, RAS, and the lattice.
@@ -100,14 +92,8 @@ def bends(path: str | os.PathLike) -> bool:
 
 
 def write_composite(path: str | os.PathLike, displacement: Tensor, grid: Grid, affine: Tensor) -> None:
-    """Write a displacement field and the matrix that follows it as a composite transform of ITK.
-
-    Args:
-        path: ends in ``.h5``.
-        displacement: ``[D, *lattice]``, mm, RAS.
-        grid: the lattice; its axes are orthogonal.
-        affine: ``(D+1, D+1)``, RAS.
-    """
+    """Write a displacement field as of `write_displacement`, and the matrix ``(D+1, D+1)``, RAS, that follows it, as a
+    composite transform of ITK; ``path`` ends in ``.h5``."""
     import itk
 
     _check_square(grid)

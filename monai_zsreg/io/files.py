@@ -104,12 +104,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def output_folder(path: str | os.PathLike) -> Path:
-    """Make a folder for results, and its parents.
-
-    Raises:
-        RegistrationError: it cannot be made, or is a file.
-        OSError: the disk is full or fails.
-    """
+    """Make a folder for results, and its parents; errors as of `atomic_path`."""
     with _named(path, "output_dir", "a folder that can be made and written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)

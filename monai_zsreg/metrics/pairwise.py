@@ -15,7 +15,7 @@ from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.metrics.similarity import MEASURES, REGIONS, similarity
 from monai_zsreg.metrics.tre import TRE_STATISTICS, foreground_tre
 
@@ -49,23 +49,18 @@ class PairMetric(CumulativeIterationMetric):
             raise TypeError(f"{type(self).__name__} got {sorted(unknown)}, and knows {self.further}")
         columns = {"y": y} | {name: column for name, column in further.items() if column is not None}
         for name, column in columns.items():
-            if column is None or len(column) != len(y_pred):
-                given = None if column is None else len(column)
-                raise RegistrationError(name, given, f"one for each of {len(y_pred)} pairs")
+            given = None if column is None else len(column)
+            require(given == len(y_pred), name, given, f"one for each of {len(y_pred)} pairs")
         rows = [
             self.measure(pred, **{name: column[i] for name, column in columns.items()}) for i, pred in enumerate(y_pred)
         ]
         return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
 
     def aggregate(self, reduction: MetricReduction | str | None = None) -> Tensor:
-        """Reduce over all pairs so far; a RegistrationError where there are none.
-
-        Args:
-            reduction: instead of the one given at construction.
-        """
+        """Reduce over all pairs so far, a RegistrationError where there are none, by ``reduction`` or the one given at
+        construction."""
         data = self.get_buffer()
-        if not isinstance(data, Tensor):
-            raise RegistrationError("metric", "no pairs", "at least one pair before aggregate")
+        require(isinstance(data, Tensor), "metric", "no pairs", "at least one pair before aggregate")
         return do_metric_reduction(data, reduction or self.reduction)[0]
 
 
@@ -76,9 +71,6 @@ class SimilarityMetric(PairMetric):
         measure: ``"dice"``, ``"ssim"``, ``"mi"``, ``"nmi"``, ``"mse"`` or ``"rmse"``.
         region, scale, bins: see `similarity`.
         reduction: see `PairMetric`.
-
-    Raises:
-        RegistrationError: an unknown measure or region.
     """
 
     further = ("moving_mask", "fixed_mask")
@@ -92,9 +84,8 @@ class SimilarityMetric(PairMetric):
         reduction: MetricReduction | str = MetricReduction.MEAN,
     ) -> None:
         super().__init__(reduction)
-        for name, value, allowed in (("measure", measure, MEASURES), ("region", region, REGIONS)):
-            if value not in allowed:
-                raise RegistrationError(name, value, f"one of {allowed}")
+        require(measure in MEASURES, "measure", measure, f"one of {MEASURES}")
+        require(region in REGIONS, "region", region, f"one of {REGIONS}")
         self.name = measure
         self.options: dict[str, Any] = {"region": region, "scale": scale, "bins": bins}
 
@@ -111,20 +102,15 @@ class TREMetric(PairMetric):
     Args:
         statistic: one of `TRE_STATISTICS`.
         reduction: see `PairMetric`.
-
-    Raises:
-        RegistrationError: an unknown statistic.
     """
 
     further = ("fixed", "mask")
 
     def __init__(self, statistic: str = "mean", reduction: MetricReduction | str = MetricReduction.MEAN) -> None:
         super().__init__(reduction)
-        if statistic not in TRE_STATISTICS:
-            raise RegistrationError("statistic", statistic, f"one of {TRE_STATISTICS}")
+        require(statistic in TRE_STATISTICS, "statistic", statistic, f"one of {TRE_STATISTICS}")
         self.statistic = statistic
 
     def measure(self, y_pred: Tensor, y: Tensor, **further: Any) -> float:
-        if "fixed" not in further:
-            raise RegistrationError("fixed", None, "one for each pair")
+        require("fixed" in further, "fixed", None, "one for each pair")
         return foreground_tre(y_pred, y, **further)[self.statistic]

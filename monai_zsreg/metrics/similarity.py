@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.errors import RegistrationWarning, require
 from monai_zsreg.foreground import foreground_mask, plain_image, scale_intensity
 from monai_zsreg.geometry import Grid
 
@@ -64,31 +64,25 @@ def similarity(
     Warns:
         RegistrationWarning: both images carry an affine, and these differ: the voxels do not show the same places.
     """
-    if region not in REGIONS:
-        raise RegistrationError("region", region, f"one of {REGIONS}")
+    require(region in REGIONS, "region", region, f"one of {REGIONS}")
     unknown = set(measures) - set(MEASURES)
-    if unknown:
-        raise RegistrationError("measures", sorted(unknown), f"some of {MEASURES}")
+    require(not unknown, "measures", sorted(unknown), f"some of {MEASURES}")
     _warn_of_other_places(fixed, moving)
     one, seen_one = _seen(fixed, "fixed")
     two, seen_two = _seen(moving, "moving")
-    if one.shape != two.shape:
-        allowed = f"the shape of fixed, {tuple(one.shape)}: resample moving onto fixed first"
-        raise RegistrationError("moving", tuple(two.shape), allowed)
+    allowed = f"the shape of fixed, {tuple(one.shape)}: resample moving onto fixed first"
+    require(one.shape == two.shape, "moving", tuple(two.shape), allowed)
     two, seen = two.to(one.device), seen_one & seen_two.to(one.device)
-    if not bool(seen.any()):
-        raise RegistrationError("moving", "no voxel that is finite in both images", "finite intensities")
+    require(bool(seen.any()), "moving", "no voxel that is finite in both images", "finite intensities")
     inside, found = (
-        foreground_mask(image)[0] & seen if mask is None else _plain_mask(mask, image, name)
+        foreground_mask(image)[0] & seen if mask is None else plain_mask(mask, image, name)
         for image, mask, name in ((one, fixed_mask, "fixed_mask"), (two, moving_mask, "moving_mask"))
     )
     one, two = (scale_intensity(image) if scale else image.float() for image in (one, two))
     where = (inside | found) & seen if region == "foreground" else seen
     # two constant images have no foreground; the whole image keeps every measure defined
     where = where if bool(where.any()) else seen
-    values: dict[str, float] = {}
-    if "dice" in measures:
-        values["dice"] = _dice(inside, found)
+    values = {"dice": _dice(inside, found)}
     if "ssim" in measures:
         values["ssim"] = structural_similarity(one, two, where)
     if {"mi", "nmi"} & set(measures):
@@ -100,21 +94,12 @@ def similarity(
 
 
 def label_dice(fixed: Tensor, moved: Tensor) -> float:
-    """Mean Dice over the labels that the fixed label image has, 0 left out; a label that ``moved`` lacks counts as 0.
-
-    Args:
-        fixed, moved: ``[1, *spatial]``, whole numbers, on one grid.
-
-    Raises:
-        RegistrationError: no labels, or shapes that differ.
-    """
+    """Mean Dice over the labels that the fixed label image ``[1, *spatial]`` has, 0 left out; a label that ``moved``, on
+    the same grid, lacks counts as 0. A RegistrationError for no labels, or shapes that differ."""
     one, two = fixed.as_subclass(Tensor), moved.as_subclass(Tensor)
-    if one.shape != two.shape:
-        raise RegistrationError("moved", tuple(two.shape), f"{tuple(one.shape)}, as fixed")
-    labels = one.unique()
-    labels = labels[labels != 0]
-    if len(labels) == 0:
-        raise RegistrationError("fixed", "only zeros", "at least one label")
+    require(one.shape == two.shape, "moved", tuple(two.shape), f"{tuple(one.shape)}, as fixed")
+    labels = one[one != 0].unique()
+    require(len(labels) > 0, "fixed", "only zeros", "at least one label")
     # label by label: one-hot images of an anatomical atlas would fill the memory
     return float(np.mean([_dice(one == label, two == label) for label in labels]))
 
@@ -130,16 +115,12 @@ def mutual_information(
     Args:
         fixed, moving: ``[C, *spatial]``; channel i is compared with channel i and the channels are averaged.
         mask: ``[*spatial]`` bool, the voxels that count; all if None.
-        bins: number of bins an image.
+        bins: number of bins an image; a RegistrationError for fewer than 2.
 
     Returns:
         Mutual information I in nats, and 2 I / (H + H) in [0, 1]. Both are 0 where an image is constant.
-
-    Raises:
-        RegistrationError: fewer than 2 bins.
     """
-    if bins < 2:
-        raise RegistrationError("bins", bins, "2 or more")
+    require(bins >= 2, "bins", bins, "2 or more")
     results = []
     for a, b in zip(fixed, moving, strict=True):
         index = _bin_index(a, mask, bins) * bins + _bin_index(b, mask, bins)
@@ -227,10 +208,11 @@ def _seen(image: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     return plain_image(tensor, name), seen.all(dim=0)
 
 
-def _plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
+def plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
+    """Where a mask on the grid of ``image`` ``[C, *spatial]`` is anything but 0, in any of its channels."""
     tensor = torch.as_tensor(mask).as_subclass(Tensor).detach().to(image.device)
-    if tensor.shape[1:] != image.shape[1:]:
-        raise RegistrationError(name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
+    fits = tensor.shape[1:] == image.shape[1:]
+    require(fits, name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
     return (tensor != 0).any(dim=0)
 
 

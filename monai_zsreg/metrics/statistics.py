@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 
 __all__ = ["SuccessRate", "success_rate"]
 
@@ -39,11 +39,9 @@ def success_rate(errors: Sequence[float] | np.ndarray, threshold: float, confide
     # scipy.stats takes 0.6 s to import
     from scipy.stats import binomtest
 
-    if not 0.0 < confidence < 1.0:
-        raise RegistrationError("confidence", confidence, "a number between 0 and 1")
+    require(0.0 < confidence < 1.0, "confidence", confidence, "a number between 0 and 1")
     values = np.asarray(errors, dtype=np.float64).ravel()
-    if len(values) == 0:
-        raise RegistrationError("errors", [], "at least one number")
+    require(len(values) > 0, "errors", [], "at least one number")
     successes, n = int((values < threshold).sum()), len(values)
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return SuccessRate(successes / n, float(interval.low), float(interval.high), successes, n)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target registration error: how far a transform puts a point from where it belongs, in mm.
 
-Transforms are matrices ``(D+1, D+1)``, or a `Deformation`, and map fixed world to moving world (pull), RAS mm.
+Transforms are matrices ``(D+1, D+1)``, or a `Deformation`, and map fixed world to moving world (pull), RAS mm; so are
+points, ``[N, D]``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.foreground import foreground_mask
 from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.metrics.similarity import plain_mask
 from monai_zsreg.registration.displacement import Deformation, Transform, map_points
 
 __all__ = ["TRE_STATISTICS", "foreground_tre", "landmark_tre", "target_registration_error"]
@@ -27,15 +29,15 @@ def _transform(value: Any, dims: int, name: str) -> Transform:
     if isinstance(value, Deformation) and value.dims == dims:
         return value
     matrix = torch.as_tensor(value).as_subclass(Tensor)
-    if matrix.shape != (dims + 1, dims + 1):
-        raise RegistrationError(name, tuple(matrix.shape), f"a ({dims + 1}, {dims + 1}) matrix for {dims}D points")
+    size = (dims + 1, dims + 1)
+    require(matrix.shape == size, name, tuple(matrix.shape), f"a {size} matrix for {dims}D points")
     return matrix.detach().cpu().double()
 
 
 def _points(value: Any, name: str) -> Tensor:
     points = torch.as_tensor(value).detach().cpu().double()
-    if points.ndim != 2 or points.shape[1] not in (2, 3) or len(points) == 0 or not bool(torch.isfinite(points).all()):
-        raise RegistrationError(name, tuple(points.shape), "finite points of shape (N, 2) or (N, 3), N > 0")
+    usable = points.ndim == 2 and points.shape[1] in (2, 3) and len(points) > 0 and bool(points.isfinite().all())
+    require(usable, name, tuple(points.shape), "finite points of shape (N, 2) or (N, 3), N > 0")
     return points
 
 
@@ -47,11 +49,7 @@ def _distance(gap: Tensor) -> np.ndarray:
 def target_registration_error(
     affine: np.ndarray | Transform, truth: np.ndarray | Transform, points: np.ndarray | Tensor
 ) -> np.ndarray:
-    """Distance between where two transforms put the same points of the fixed image.
-
-    Args:
-        affine, truth: ``(D+1, D+1)``, or a `Deformation`.
-        points: ``[N, D]``, fixed world, RAS mm.
+    """Distance between where two transforms put the same points ``[N, D]`` of the fixed image.
 
     Returns:
         ``[N]`` float64, mm, measured in the moving world; infinity where ``affine`` is not finite.
@@ -61,8 +59,8 @@ def target_registration_error(
     """
     where = _points(points, "points")
     estimate, true = _transform(affine, where.shape[1], "affine"), _transform(truth, where.shape[1], "truth")
-    if isinstance(true, Tensor) and not bool(torch.isfinite(true).all()):
-        raise RegistrationError("truth", true.tolist(), "a finite matrix")
+    if isinstance(true, Tensor):
+        require(bool(torch.isfinite(true).all()), "truth", true.tolist(), "a finite matrix")
     return _distance(map_points(estimate, where) - map_points(true, where))
 
 
@@ -72,20 +70,15 @@ def landmark_tre(
     """Distance between transformed landmarks of the fixed image and their partners in the moving image.
 
     Args:
-        affine: ``(D+1, D+1)``, or a `Deformation`.
-        fixed_points: ``[N, D]``, fixed world, RAS mm (``monai_zsreg.io.landmarks`` reads files).
-        moving_points: ``[N, D]``, moving world, RAS mm; row i is the partner of row i.
+        affine: the transform.
+        fixed_points, moving_points: ``[N, D]``, paired by position (``monai_zsreg.io.landmarks`` reads files).
 
     Returns:
-        ``[N]`` float64, mm; infinity where ``affine`` is not finite.
-
-    Raises:
-        RegistrationError: shapes that do not fit.
+        ``[N]`` float64, mm; infinity where ``affine`` is not finite. A RegistrationError for shapes that do not fit.
     """
     fixed, moving = _points(fixed_points, "fixed_points"), _points(moving_points, "moving_points")
-    if fixed.shape != moving.shape:
-        allowed = f"the shape of fixed_points, {tuple(fixed.shape)}"
-        raise RegistrationError("moving_points", tuple(moving.shape), allowed)
+    shape = f"the shape of fixed_points, {tuple(fixed.shape)}"
+    require(fixed.shape == moving.shape, "moving_points", tuple(moving.shape), shape)
     return _distance(map_points(_transform(affine, fixed.shape[1], "affine"), fixed) - moving)
 
 
@@ -102,7 +95,7 @@ def foreground_tre(
     function of position, so along each row of voxels it is largest at the first or last foreground voxel.
 
     Args:
-        affine, truth: ``(D+1, D+1)``, or a `Deformation`.
+        affine, truth: the transforms.
         fixed: ``[C, *spatial]``, normally a ``MetaTensor``; a plain tensor counts as 1 mm voxels.
         mask: ``[C, *spatial]`` on the grid of ``fixed``, anything but 0 counts. None: `foreground_mask` of
             ``fixed``, or all of it where that is empty.
@@ -118,12 +111,8 @@ def foreground_tre(
         inside = foreground_mask(fixed)[0]
         inside = inside if bool(inside.any()) else torch.ones_like(inside)
     else:
-        given = torch.as_tensor(mask).as_subclass(Tensor)
-        if tuple(given.shape[1:]) != grid.shape:
-            raise RegistrationError("mask", tuple(given.shape), f"channel-first, spatial shape {grid.shape}")
-        inside = (given != 0).any(dim=0)
-        if not bool(inside.any()):
-            raise RegistrationError("mask", "only zeros", "at least one foreground voxel")
+        inside = plain_mask(mask, fixed, "mask")
+        require(bool(inside.any()), "mask", "only zeros", "at least one foreground voxel")
     inside = inside.cpu()
     flat = inside.flatten().nonzero()[:, 0]
     if len(flat) > _MOST_POINTS:

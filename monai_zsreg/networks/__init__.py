@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's networks: features, keypoints, regressor, resampler, and the four composed."""
 
+from monai_zsreg.networks.coordinates import AffineResampler
 from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import TRANSFORMS, LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
-from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.vgg import IMAGENET, UNTRAINED_FOR_CHECKS_ONLY, VGG19Features, bundled_vgg19
 from monai_zsreg.networks.zero_shot import AffineEstimate, Status, ZeroShotAffineNet
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks' coordinates, in functions that compile with TorchScript.
+"""The networks' coordinates and resampling by them, as far as TorchScript compiles.
 
 Unit coordinates are ``(index + 0.5) / longest side``, in array axis order: isotropic, with the origin at the corner of
 the first voxel. Points and matrices of the regressor are in them. ``torch.nn.functional.affine_grid`` wants each axis
@@ -7,9 +7,18 @@ normalized to [-1, 1] (``align_corners=False``) and the axes in reversed order i
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["compose", "index_to_unit", "map_points", "shrunk_to_index", "theta_from_unit", "without_padding"]
+__all__ = [
+    "AffineResampler",
+    "compose",
+    "index_to_unit",
+    "map_points",
+    "shrunk_to_index",
+    "theta_from_unit",
+    "without_padding",
+]
 
 
 def map_points(matrix: Tensor, points: Tensor) -> Tensor:
@@ -54,3 +63,16 @@ def theta_from_unit(matrix: Tensor, size: list[int]) -> Tensor:
     linear = matrix[..., :dims] * (half.unsqueeze(0) / half.unsqueeze(1))
     shift = (torch.sum(matrix[..., :dims] * half, dim=-1) + matrix[..., dims]) / half - 1.0
     return torch.cat([linear.flip([-2, -1]), shift.flip([-1]).unsqueeze(-1)], dim=-1)
+
+
+class AffineResampler(nn.Module):
+    """Linear interpolation by ``affine_grid`` and ``grid_sample``, ``align_corners=False``, 0 outside.
+
+    MONAI's ``AffineTransform`` does the same but does not compile with TorchScript.
+    """
+
+    def forward(self, image: Tensor, theta: Tensor, size: list[int]) -> Tensor:
+        """Images ``[B, C, *spatial]`` to ``[B, C, *size]`` by ``theta`` ``[B, D, D+1]``, output to input coordinates as
+        ``affine_grid`` takes them; see `theta_from_unit`."""
+        grid = F.affine_grid(theta.to(image.dtype), [image.shape[0], image.shape[1]] + size, align_corners=False)
+        return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.networks.coordinates import shrunk_to_index
 
 __all__ = ["CenterOfMass", "KeypointDetector"]
@@ -14,17 +14,11 @@ __all__ = ["CenterOfMass", "KeypointDetector"]
 class CenterOfMass(nn.Module):
     """One keypoint a map: the center of mass of what exceeds a fraction of the map's maximum.
 
-    Equation 1 sets ``F[F <= threshold * max(F)] = 0``, equation 2 takes the center of mass of the rest. Differentiable
-    with respect to the map values that remain.
+    The paper's equation 1 sets ``F[F <= threshold * max(F)] = 0``, equation 2 takes the center of mass of the rest.
+    Differentiable with respect to the map values that remain.
 
     Args:
-        threshold: the fraction, from 0 (inclusive) to 1 (exclusive). The paper uses 0.95.
-
-    Raises:
-        RegistrationError: threshold out of range.
-
-    References:
-        Kori and Krishnamurthi, equations 1 and 2.
+        threshold: the fraction, from 0 (inclusive) to 1 (exclusive); a RegistrationError for another.
 
     Example::
 
@@ -33,15 +27,11 @@ class CenterOfMass(nn.Module):
 
     def __init__(self, threshold: float = 0.95) -> None:
         super().__init__()
-        if not 0.0 <= threshold < 1.0:
-            raise RegistrationError("threshold", threshold, "0 <= threshold < 1")
+        require(0.0 <= threshold < 1.0, "threshold", threshold, "0 <= threshold < 1")
         self.threshold = float(threshold)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Keypoints of whole maps.
-
-        Args:
-            maps: ``[B, C, *spatial]`` with any number D of spatial dimensions.
+        """Keypoints of whole maps ``[B, C, *spatial]`` with any number D of spatial dimensions.
 
         Returns:
             Points ``[B, C, D]`` in index coordinates, and a mask ``[B, C]``: False where a map has no positive value
@@ -67,8 +57,7 @@ class CenterOfMass(nn.Module):
         moments: list[Tensor] = []
         for axis in range(maps.dim() - 2):
             position = torch.arange(maps.shape[axis + 2], device=maps.device)
-            if axis == 0 and first is not None:
-                position = first
+            position = first if axis == 0 and first is not None else position
             profile = kept.movedim(axis + 2, 2).flatten(3).sum(dim=3) if maps.dim() > 3 else kept
             moments.append((profile * position.to(maps.dtype)).sum(dim=2))
         return kept.flatten(2).sum(dim=2), torch.stack(moments, dim=2)
@@ -114,8 +103,8 @@ class KeypointDetector(nn.Module):
         scales: tuple[int, ...] = (1,),
     ) -> None:
         super().__init__()
-        if not scales or any(int(scale) != scale or scale < 1 for scale in scales):
-            raise RegistrationError("scales", scales, "positive whole numbers")
+        whole = len(scales) > 0 and all(int(scale) == scale and scale >= 1 for scale in scales)
+        require(whole, "scales", scales, "positive whole numbers")
         self.features = features
         self.center_of_mass = center_of_mass
         self.symmetric = symmetric
@@ -194,10 +183,8 @@ class KeypointDetector(nn.Module):
 
 
 def _content_box(volume: Tensor) -> tuple[tuple[slice, ...], Tensor]:
-    """Slices of the box around all that is not background (0), two voxels larger, and its first corner ``[3]``.
-
-    Outside, the response is that of a constant, which is no feature; most of a padded volume is outside.
-    """
+    """Slices of the box around all that is not background (0), two voxels larger, and its first corner ``[3]``. Outside,
+    where most of a padded volume is, the response is that of a constant, which is no feature."""
     box: list[slice] = []
     for axis, size in enumerate(volume.shape):
         used = (volume.movedim(axis, 0).flatten(1).amax(dim=1) > 0).nonzero().flatten().tolist() or [0, size - 1]

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
 from monai_zsreg.networks.coordinates import map_points
 
 __all__ = ["TRANSFORMS", "LeastSquaresAffine"]
@@ -16,10 +16,8 @@ _SUBSETS = 4096
 
 def check_kind(transform: str, spatial_dims: int) -> None:
     """Raise a RegistrationError for an unknown kind of transform or number of dimensions."""
-    if spatial_dims not in (2, 3):
-        raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
-    if transform not in TRANSFORMS:
-        raise RegistrationError("transform", transform, f"one of {TRANSFORMS}")
+    require(spatial_dims in (2, 3), "spatial_dims", spatial_dims, "2 or 3")
+    require(transform in TRANSFORMS, "transform", transform, f"one of {TRANSFORMS}")
 
 
 class LeastSquaresAffine(nn.Module):
@@ -68,17 +66,12 @@ class LeastSquaresAffine(nn.Module):
         self.seed = int(seed)
 
     def forward(
-        self,
-        fixed_points: Tensor,
-        moving_points: Tensor,
-        weights: Tensor | None = None,
-        threshold: float = 0.03,
+        self, fixed_points: Tensor, moving_points: Tensor, weights: Tensor | None = None, threshold: float = 0.03
     ) -> Tensor:
         """Estimate.
 
         Args:
-            fixed_points: ``[B, N, D]``.
-            moving_points: ``[B, N, D]``, paired by position with ``fixed_points``.
+            fixed_points, moving_points: ``[B, N, D]``, paired by position.
             weights: ``[B, N]``, not negative; 0 leaves a pair out. All 1 if None.
             threshold: residual beyond which a pair disagrees, in the unit of the points.
 
@@ -91,8 +84,8 @@ class LeastSquaresAffine(nn.Module):
         if not torch.jit.is_scripting():
             shapes = f"[B, N, {self.spatial_dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})"
             for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
-                if points.dim() != 3 or points.shape[2] != self.spatial_dims or points.shape != fixed_points.shape:
-                    raise RegistrationError(name, tuple(points.shape), shapes)
+                alike = points.dim() == 3 and points.shape == fixed_points.shape
+                require(alike and points.shape[2] == self.spatial_dims, name, tuple(points.shape), shapes)
         if weights is None:
             weights = torch.ones_like(fixed_points[..., 0])
         if self.consensus:

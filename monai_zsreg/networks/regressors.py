@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.networks.least_squares import TRANSFORMS, check_kind
 
 __all__ = ["AffineRegressor", "load_regressor", "number_of_outputs", "shipped_weights", "training_facts"]
 
 
 def number_of_outputs(transform: str, spatial_dims: int) -> int:
-    """How many raw numbers the last layer gives for a transform; no two kinds give the same.
+    """How many raw numbers the last layer gives for a transform (a RegistrationError for others); no two give the same.
 
     affine: the D x (D+1) matrix entries. rigid: rotation (2 numbers in 2D, 6 in 3D) and D translations. similarity: one
-    more, the logarithm of the scale. A RegistrationError for others.
+    more, the logarithm of the scale.
     """
     check_kind(transform, spatial_dims)
     if transform == "affine":
@@ -76,11 +76,10 @@ class AffineRegressor(nn.Module):
     ) -> None:
         super().__init__()
         outputs = number_of_outputs(transform, spatial_dims)
-        if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points <= spatial_dims:
-            raise RegistrationError("num_points", num_points, f"a whole number of at least {spatial_dims + 1}")
+        enough = type(num_points) is int and num_points > spatial_dims
+        require(enough, "num_points", num_points, f"a whole number of at least {spatial_dims + 1}")
         whole = isinstance(hidden, Sequence) and all(type(width) is int and width > 0 for width in hidden)
-        if not whole or len(hidden) == 0:
-            raise RegistrationError("hidden", hidden, "one or more layer widths, whole numbers of at least 1")
+        require(whole and len(hidden) > 0, "hidden", hidden, "one or more layer widths, whole numbers of at least 1")
         self.spatial_dims = spatial_dims
         self.num_points = num_points
         self.transform = transform
@@ -123,39 +122,31 @@ class AffineRegressor(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], normalize: bool = True) -> "AffineRegressor":
-        """Build the network that a state dict belongs to, and load it strictly; the shapes tell its arguments.
+        """Build the network that a state dict belongs to, load it strictly, and put it in evaluation mode.
 
         Args:
-            state: parameters by name, with or without a prefix such as the "regressor." of a `ZeroShotAffineNet`.
+            state: parameters by name, with or without a prefix such as the "regressor." of a `ZeroShotAffineNet`; their
+                shapes tell the arguments. A RegistrationError for those of anything else.
             normalize: as the network was trained.
-
-        Returns:
-            The network, in evaluation mode.
-
-        Raises:
-            RegistrationError: these are not the parameters of an ``AffineRegressor``.
         """
         own = {name[max(0, name.rfind("layers.")) :]: value for name, value in state.items()}
         weights = [value for name, value in own.items() if name.startswith("layers.") and name.endswith(".weight")]
-        kinds = [(dims, transform) for dims in (2, 3) for transform in TRANSFORMS]
-        for dims, transform in kinds if weights else []:
-            if len(weights[-1]) == number_of_outputs(transform, dims):
-                hidden = [len(weight) for weight in weights[:-1]]
-                try:
-                    network = cls(dims, weights[0].shape[1] // (2 * dims), transform, hidden, normalize)
-                    network.load_state_dict(own)
-                except (RuntimeError, IndexError, RegistrationError) as error:
-                    allowed = f"an AffineRegressor's parameters ({error})"
-                    raise RegistrationError("state", list(state), allowed) from error
-                return network.eval()
-        raise RegistrationError("state", list(state), "an AffineRegressor's parameters, layers.0.weight and so on")
+        kinds = {number_of_outputs(transform, dims): (dims, transform) for dims in (2, 3) for transform in TRANSFORMS}
+        try:
+            dims, transform = kinds[len(weights[-1])]
+            hidden = [len(weight) for weight in weights[:-1]]
+            network = cls(dims, weights[0].shape[1] // (2 * dims), transform, hidden, normalize)
+            network.load_state_dict(own)
+        except (RuntimeError, LookupError, TypeError, RegistrationError) as error:
+            allowed = f"an AffineRegressor's parameters, layers.0.weight and so on ({error})"
+            raise RegistrationError("state", list(state), allowed) from error
+        return network.eval()
 
     def forward(self, fixed_points: Tensor, moving_points: Tensor) -> Tensor:
         """Estimate one matrix for each set of pairs.
 
         Args:
-            fixed_points: ``[B, N, D]``, unit coordinates.
-            moving_points: ``[B, N, D]``, unit coordinates; point n belongs to point n of ``fixed_points``.
+            fixed_points, moving_points: ``[B, N, D]``, unit coordinates, paired by position.
 
         Returns:
             ``[B, D, D+1]``: maps fixed to moving unit coordinates.
@@ -166,9 +157,8 @@ class AffineRegressor(nn.Module):
         if not torch.jit.is_scripting():
             wanted = f"floats [B, {self.num_points}, {self.spatial_dims}], B alike for fixed and moving"
             for name, points in (("fixed_points", fixed_points), ("moving_points", moving_points)):
-                shape = (len(fixed_points), self.num_points, self.spatial_dims)
-                if tuple(points.shape) != shape or not points.is_floating_point():
-                    raise RegistrationError(name, f"{tuple(points.shape)} {points.dtype}", wanted)
+                fits = tuple(points.shape) == (len(fixed_points), self.num_points, self.spatial_dims)
+                require(fits and points.is_floating_point(), name, f"{tuple(points.shape)} {points.dtype}", wanted)
         fixed_center = torch.full_like(fixed_points[:, :1], 0.5)
         moving_center = torch.zeros_like(fixed_center)
         spread = torch.full_like(fixed_center[..., :1], math.sqrt(1.0 / 12.0))  # of U(0, 1)
@@ -211,10 +201,8 @@ def _rotation_2d(raw: Tensor) -> Tensor:
 
 
 def _rotation_3d(raw: Tensor) -> Tensor:
-    """Rotation ``[B, 3, 3]`` from two directions ``[B, 6]`` by Gram-Schmidt: continuous, unlike angles or quaternions.
-
-    Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019.
-    """
+    """Rotation ``[B, 3, 3]`` from two directions ``[B, 6]`` by Gram-Schmidt: continuous, unlike angles or quaternions
+    (Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019)."""
     first = _direction(raw[:, :3], F.one_hot(torch.zeros_like(raw[:, 0]).long(), 3).to(raw.dtype))
     # should the second direction be parallel to the first, any direction at a right angle to it will do
     axis = F.one_hot(first.abs().argmin(dim=-1), 3).to(raw.dtype)

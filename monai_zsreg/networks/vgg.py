@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError, RegistrationWarning
+from monai_zsreg.errors import RegistrationError, RegistrationWarning, require
 from monai_zsreg.io.files import atomic_path
 
 __all__ = [
@@ -33,6 +33,7 @@ _SHAPES = {
     "features.2.weight": (64, 64, 3, 3),
     "features.2.bias": (64,),
 }
+_BUFFERS = dict(zip(("weight_1", "bias_1", "weight_2", "bias_2"), _SHAPES, strict=True))
 
 
 class VGG19Features(nn.Module):
@@ -69,13 +70,12 @@ class VGG19Features(nn.Module):
 
     def __init__(self, weights: str | os.PathLike | None = None, layers: tuple[int, ...] = (1, 2)) -> None:
         super().__init__()
-        if not layers or not set(layers) <= {1, 2}:
-            raise RegistrationError("layers", layers, "a non-empty subset of (1, 2)")
+        require(len(layers) > 0 and set(layers) <= {1, 2}, "layers", layers, "a non-empty subset of (1, 2)")
         self.first = 1 in layers
         self.second = 2 in layers
         self.loaded = False
-        for name, shape in zip(("weight_1", "bias_1", "weight_2", "bias_2"), _SHAPES.values(), strict=True):
-            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        for name, stated in _BUFFERS.items():
+            self.register_buffer(name, torch.zeros(_SHAPES[stated]), persistent=False)
         for name, value in (("mean", _MEAN), ("std", _STD)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
         if weights is not None and str(weights) != IMAGENET:
@@ -108,9 +108,8 @@ class VGG19Features(nn.Module):
 
     @torch.jit.ignore
     def _take(self, state: dict[str, Tensor]) -> None:
-        buffers = (self.weight_1, self.bias_1, self.weight_2, self.bias_2)
-        for buffer, name in zip(buffers, _SHAPES, strict=True):
-            buffer.copy_(state[name])
+        for name, stated in _BUFFERS.items():
+            getattr(self, name).copy_(state[stated])
         self.loaded = True
 
 
@@ -127,7 +126,7 @@ def cached_weights_path() -> Path:
 
 def vgg19_filters(weights: str | os.PathLike | None = None) -> dict[str, Tensor]:
     """Weights and biases of VGG-19's first two convolutions under torchvision's names; see `VGG19Features`."""
-    if weights is not None and str(weights) == UNTRAINED_FOR_CHECKS_ONLY:
+    if str(weights) == UNTRAINED_FOR_CHECKS_ONLY:
         text = "VGG-19 filters are RANDOM NUMBERS, for checks of shapes and files alone: registrations are meaningless"
         warnings.warn(text, RegistrationWarning, stacklevel=3)
         generator = torch.Generator().manual_seed(0)
@@ -146,14 +145,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        found = {name: state[name] for name in _SHAPES}
-        wrong = [name for name, shape in _SHAPES.items() if tuple(found[name].shape) != shape]
-        if wrong:
-            raise ValueError(f"the shape of {wrong[0]}")
+        for name, shape in _SHAPES.items():
+            if tuple(state[name].shape) != shape:
+                raise ValueError(f"the shape of {name}")
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file will not do
         expected = f"a VGG-19 state dict with {', '.join(_SHAPES)} ({type(error).__name__}: {error})"
         raise RegistrationError("vgg19_weights", str(path), expected) from error
-    return found
+    return {name: state[name] for name in _SHAPES}
 
 
 def _download() -> dict[str, Tensor]:

@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_zsreg.errors import RegistrationError
-from monai_zsreg.networks.coordinates import compose, index_to_unit, map_points, theta_from_unit, without_padding
+from monai_zsreg.errors import require
+from monai_zsreg.networks.coordinates import (
+    AffineResampler,
+    compose,
+    index_to_unit,
+    map_points,
+    theta_from_unit,
+    without_padding,
+)
 from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector
 from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
-from monai_zsreg.networks.resampler import AffineResampler
 from monai_zsreg.networks.vgg import VGG19Features
 
 __all__ = ["AffineEstimate", "Status", "ZeroShotAffineNet", "equalize", "foreground", "scale_to_unit_range"]
@@ -151,8 +157,7 @@ class ZeroShotAffineNet(nn.Module):
             ("padding", padding, 0.0 <= padding <= 2.0, "0 <= padding <= 2"),
             ("consensus_threshold", consensus_threshold, consensus_threshold > 0.0, "a positive number"),
         ):
-            if not good:
-                raise RegistrationError(name, value, allowed)
+            require(good, name, value, allowed)
         self.spatial_dims = spatial_dims
         self.consensus = estimator == "consensus"
         self.num_points = num_points
@@ -186,19 +191,13 @@ class ZeroShotAffineNet(nn.Module):
         self.register_buffer("corners", corners, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Register.
-
-        Args:
-            image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed, on one isotropic grid.
-
-        Returns:
-            ``[B, 1, *spatial]``: the moving image on the fixed image, 0 outside.
-        """
+        """Put the moving image on the fixed image, 0 outside: ``[B, 1, *spatial]``, from a pair as `estimate` takes."""
         estimate = self.estimate(image)
         failed = estimate.status > 0
         if bool(failed.any()):
-            text = "some pairs could not be registered: their moving images come back as they were"
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(
+                "some pairs could not be registered: their moving images come back as they were", stacklevel=2
+            )
         size: list[int] = list(image.shape[2:])
         moved = self.resampler(image[:, :1], theta_from_unit(estimate.matrix.nan_to_num(), size), size)
         return torch.where(failed.view([-1] + [1] * (image.dim() - 1)), image[:, :1], moved)
@@ -214,9 +213,9 @@ class ZeroShotAffineNet(nn.Module):
             RegistrationError: another shape (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
-            if image.dim() != self.spatial_dims + 2 or image.shape[1] != 2:
-                axes = ", ".join("HWD"[: self.spatial_dims])
-                raise RegistrationError("image", tuple(image.shape), f"[B, 2, {axes}], channel 0 moving, 1 fixed")
+            axes = ", ".join("HWD"[: self.spatial_dims])
+            fits = image.dim() == self.spatial_dims + 2 and image.shape[1] == 2
+            require(fits, "image", tuple(image.shape), f"[B, 2, {axes}], channel 0 moving, 1 fixed")
         longest = float(max(list(image.shape[2:])))
         margin = int(self.padding * longest)
         side = longest + 2.0 * margin
@@ -229,8 +228,8 @@ class ZeroShotAffineNet(nn.Module):
         size: list[int] = list(fixed.shape[2:])
 
         fixed_points, fixed_valid = self._detect(fixed, fixed_foreground, side)
-        first_points, first_valid = self._detect(moving, moving_foreground, side)
-        points, valid = first_points, first_valid
+        points, valid = self._detect(moving, moving_foreground, side)
+        first_points, both = points, fixed_valid & valid
         batch = image.shape[0]
         identity = torch.eye(self.spatial_dims, self.spatial_dims + 1, device=image.device).expand(batch, -1, -1)
         total = identity
@@ -243,9 +242,9 @@ class ZeroShotAffineNet(nn.Module):
                 warped = self.resampler(moving, theta, size)
                 warped_foreground = (self.resampler(moving_foreground, theta, size) > 0.5).to(warped.dtype)
                 points, valid = self._detect(warped, warped_foreground, side)
-            both = valid & fixed_valid
-            matrix = self._regress(fixed_points, points, both, step)
-            code = _judge(matrix, fixed_points, points, both)
+            paired = valid & fixed_valid
+            matrix = self._regress(fixed_points, points, paired, step)
+            code = _judge(matrix, fixed_points, points, paired)
             status = torch.where(active, code, status)
             active = active & (code == 0)
             update = identity + self.rate * (matrix.nan_to_num() - identity)
@@ -259,7 +258,7 @@ class ZeroShotAffineNet(nn.Module):
         first_points, _ = without_padding(first_points, total, float(margin), longest)
         fixed_points, total = without_padding(fixed_points, total, float(margin), longest)
         total = torch.where((status > 0).view(-1, 1, 1), torch.full_like(total, float("nan")), total)
-        return AffineEstimate(total, status, fixed_points, first_points, fixed_valid & first_valid, passes)
+        return AffineEstimate(total, status, fixed_points, first_points, both, passes)
 
     def _detect(self, image: Tensor, inside: Tensor, side: float) -> tuple[Tensor, Tensor]:
         points, valid = self.keypoints(image, inside)
@@ -307,10 +306,8 @@ def scale_to_unit_range(image: Tensor) -> Tensor:
 
 def equalize(image: Tensor, inside: Tensor, level: float) -> Tensor:
     """Replace intensities in [0, 1] by their rank in the foreground ``inside``, from ``level`` to 1; others become 0.
-
     Two contrasts of one anatomy that are monotone functions of one another, rising or falling, then differ by no more
-    than a negative. Both are ``[B, 1, *spatial]``.
-    """
+    than a negative. Both are ``[B, 1, *spatial]``."""
     index = (image.flatten(1) * 255.0).round().long()
     weight = inside.flatten(1)
     counts = torch.zeros(image.shape[0], 256, dtype=image.dtype, device=image.device).scatter_add(1, index, weight)

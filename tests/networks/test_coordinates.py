@@ -61,7 +61,7 @@ def test_theta_makes_grid_sample_look_where_the_matrix_says(size):
     torch.testing.assert_close(looked_at.reshape(-1, dims), expected)
 
 
-@pytest.mark.parametrize("name", coordinates.__all__)
+@pytest.mark.parametrize("name", sorted({*coordinates.__all__} - {"AffineResampler"}))  # compiled in its own tests
 def test_scripts(name):
     matrix, points = random(2, 2, 3), random(2, 4, 2, seed=1)
     arguments = {
