@@ -148,8 +148,8 @@ class Grid:
 
 
 def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
-    """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what the image ``name`` carries: a matrix of
-    this or of a higher dimension, which loses its further axes, or None for the identity.
+    """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what the image ``name`` carries: a matrix
+    of this or of a higher dimension, which loses its further axes, or None for the identity.
 
     Raises:
         RegistrationError: singular, not finite, or so large that single precision cannot compute with it.
@@ -174,9 +174,9 @@ def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
 
 
 def checked_matrix(matrix: Any, dims: int, name: str) -> Tensor:
-    """A pull matrix from what a user gave as the argument ``name``, in any array type: ``(dims+1, dims+1)`` float64 on the
-    CPU, its last row exactly ``(0, ..., 0, 1)``. A RegistrationError unless it is a finite, invertible affine matrix.
-    """
+    """A pull matrix from what a user gave as the argument ``name``, in any array type: ``(dims+1, dims+1)`` float64 on
+    the CPU, its last row exactly ``(0, ..., 0, 1)``. A RegistrationError unless it is a finite, invertible affine
+    matrix."""
     try:
         found = torch.as_tensor(matrix, dtype=torch.float64).as_subclass(Tensor).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -387,8 +387,8 @@ def _rotation(degrees: Sequence[float]) -> Any:
 
 
 def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
-    """Split a world transform ``(D+1, D+1)`` into translation (at ``center``, or the world's origin), rotation, scale and
-    shear; a RegistrationError where its determinant is not positive."""
+    """Split a world transform ``(D+1, D+1)`` into translation (at ``center``, or the world's origin), rotation, scale
+    and shear; a RegistrationError where its determinant is not positive."""
     matrix = np.asarray(transform, dtype=np.float64)
     dims = len(matrix) - 1
     linear = matrix[:dims, :dims]

@@ -175,8 +175,8 @@ def _on_cube(values: Tensor, grid: Grid, spacing: float, side: int) -> tuple[Ten
 
 
 def check_settings(preset: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of `estimate` that are unknown, or neither a number, a string, nor a list of these, before there are
-    images."""
+    """Refuse options of `estimate` that are unknown, or neither a number, a string, nor a list of these, before there
+    are images."""
     parameters = [*inspect.signature(ZeroShotAffineNet).parameters, *_GIVEN]
     refuse_unknown(dict(options), [name for name in parameters if name not in ("spatial_dims", "transform", "seed")])
     _plain({name: value for name, value in options.items() if name not in _GIVEN})
@@ -314,8 +314,8 @@ class Uncertainty:
 
 
 def blackening(result: RegistrationResult, fraction: float = 0.05, repeats: int = 10) -> Uncertainty:
-    """Register again, as ``result`` (of any preset) was, n = ``repeats`` times, each with another random ``fraction`` of
-    the moving image's foreground pixels blackened; a RegistrationError for an argument out of its range."""
+    """Register again, as ``result`` (of any preset) was, n = ``repeats`` times, each with another random ``fraction``
+    of the moving image's foreground pixels blackened; a RegistrationError for an argument out of its range."""
     require(0.0 < fraction < 1.0, "fraction", fraction, "0 < fraction < 1")
     require(repeats >= 2, "repeats", repeats, "at least 2")
     options = dict(result.options)

@@ -110,8 +110,9 @@ def resample(
 
 
 def outside_value(channel: Tensor, mode: str, dtype: torch.dtype | None = None) -> float:
-    """What stands for "outside" of ``[*spatial]`` where nobody says it: the background of an image, and 0 for labels, as
-    which counts what is looked up (``"nearest"``) unless it has negative values. ``dtype`` must be able to hold it."""
+    """What stands for "outside" of ``[*spatial]`` where nobody says it: the background of an image, and 0 for labels,
+    as which counts what is looked up (``"nearest"``) unless it has negative values. ``dtype`` must be able to hold
+    it."""
     if channel.numel() == 0 or (mode == "nearest" and not (channel.dtype.is_signed and bool(channel.min() < 0))):
         return 0.0
     for axis, n in enumerate(channel.shape):

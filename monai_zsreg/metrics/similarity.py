@@ -94,8 +94,14 @@ def similarity(
 
 
 def label_dice(fixed: Tensor, moved: Tensor) -> float:
-    """Mean Dice over the labels that the fixed label image ``[1, *spatial]`` has, 0 left out; a label that ``moved``, on
-    the same grid, lacks counts as 0. A RegistrationError for no labels, or shapes that differ."""
+    """Mean Dice over the labels that the fixed label image has, 0 left out; a label that ``moved`` lacks counts as 0.
+
+    Args:
+        fixed, moved: ``[1, *spatial]``, whole numbers, on one grid.
+
+    Raises:
+        RegistrationError: no labels, or shapes that differ.
+    """
     one, two = fixed.as_subclass(Tensor), moved.as_subclass(Tensor)
     require(one.shape == two.shape, "moved", tuple(two.shape), f"{tuple(one.shape)}, as fixed")
     labels = one[one != 0].unique()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target registration error: how far a transform puts a point from where it belongs, in mm.
 
-Transforms are matrices ``(D+1, D+1)``, or a `Deformation`, and map fixed world to moving world (pull), RAS mm; so are
-points, ``[N, D]``.
+Transforms are matrices ``(D+1, D+1)``, or a `Deformation`, and map fixed world to moving world (pull), RAS mm.
 """
 
 from __future__ import annotations
@@ -49,7 +48,11 @@ def _distance(gap: Tensor) -> np.ndarray:
 def target_registration_error(
     affine: np.ndarray | Transform, truth: np.ndarray | Transform, points: np.ndarray | Tensor
 ) -> np.ndarray:
-    """Distance between where two transforms put the same points ``[N, D]`` of the fixed image.
+    """Distance between where two transforms put the same points of the fixed image.
+
+    Args:
+        affine, truth: the transforms.
+        points: ``[N, D]``, fixed world.
 
     Returns:
         ``[N]`` float64, mm, measured in the moving world; infinity where ``affine`` is not finite.
@@ -71,7 +74,8 @@ def landmark_tre(
 
     Args:
         affine: the transform.
-        fixed_points, moving_points: ``[N, D]``, paired by position (``monai_zsreg.io.landmarks`` reads files).
+        fixed_points: ``[N, D]``, fixed world (``monai_zsreg.io.read_landmarks`` reads files).
+        moving_points: ``[N, D]``, moving world; row i is the partner of row i.
 
     Returns:
         ``[N]`` float64, mm; infinity where ``affine`` is not finite. A RegistrationError for shapes that do not fit.

@@ -183,8 +183,8 @@ class KeypointDetector(nn.Module):
 
 
 def _content_box(volume: Tensor) -> tuple[tuple[slice, ...], Tensor]:
-    """Slices of the box around all that is not background (0), two voxels larger, and its first corner ``[3]``. Outside,
-    where most of a padded volume is, the response is that of a constant, which is no feature."""
+    """Slices of the box around all that is not background (0), two voxels larger, and its first corner ``[3]``.
+    Outside, where most of a padded volume is, the response is that of a constant, which is no feature."""
     box: list[slice] = []
     for axis, size in enumerate(volume.shape):
         used = (volume.movedim(axis, 0).flatten(1).amax(dim=1) > 0).nonzero().flatten().tolist() or [0, size - 1]
