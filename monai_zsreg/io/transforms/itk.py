@@ -131,23 +131,12 @@ def centered_matrix(kind: str, parameters: np.ndarray, fixed: np.ndarray) -> np.
 
 def _linear(name: str, part: np.ndarray, linear: np.ndarray, fixed: np.ndarray) -> np.ndarray:
     """The linear part ``(D, D)`` of a transform when another part of its parameters is taken into account."""
-    from scipy.spatial.transform import Rotation
-
     if name == "matrix":
         return part.reshape(linear.shape)
-    if name == "angle":
-        return np.asarray(linear @ Rotation.from_rotvec([0.0, 0.0, part[0]]).as_matrix()[:2, :2])
-    if name == "angles":
-        # a fourth fixed parameter tells in which order
-        order = [2, 1, 0] if len(fixed) > 3 and fixed[3] else [2, 0, 1]
-        return np.asarray(Rotation.from_euler("".join("XYZ"[axis] for axis in order), part[order]).as_matrix())
-    if name in ("versor", "quaternion"):
-        w = [] if len(part) == 4 else [np.sqrt(max(0.0, 1.0 - part @ part))]
-        return np.asarray(Rotation.from_quat([*part, *w]).as_matrix())
-    if name == "scale":
-        return linear * part
-    if name in ("scales", "logarithms"):
-        return linear * (part if name == "scales" else np.exp(part))
+    if name in ("angle", "angles", "versor", "quaternion"):
+        return linear @ _rotation(name, part, fixed)
+    if name in ("scale", "scales", "logarithms"):
+        return linear * (np.exp(part) if name == "logarithms" else part)
     # ITK adds some scales and skews to the rotation's entries, it does not multiply with them
     if name == "sums":
         return linear + np.diag(part - 1.0)
@@ -160,6 +149,21 @@ def _linear(name: str, part: np.ndarray, linear: np.ndarray, fixed: np.ndarray) 
         upper[np.triu_indices(3, 1)] = part
         return linear @ upper
     return linear
+
+
+def _rotation(name: str, part: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    if name == "angle":
+        return np.asarray(Rotation.from_rotvec([0.0, 0.0, part[0]]).as_matrix()[:2, :2])
+    if name == "angles":
+        # a fourth fixed parameter tells in which order
+        order = [2, 1, 0] if len(fixed) > 3 and fixed[3] else [2, 0, 1]
+        turn = Rotation.from_euler("".join("XYZ"[axis] for axis in order), part[order])
+    else:
+        w = [] if name == "quaternion" else [np.sqrt(max(0.0, 1.0 - part @ part))]
+        turn = Rotation.from_quat([*part, *w])
+    return np.asarray(turn.as_matrix())
 
 
 # ------------------------------------------------------------------------------------------------------------- files
