@@ -318,16 +318,11 @@ def evaluation_table(network: AffineRegressor, num_sets: int = 4096, seed: int =
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| points | matrices | noise | MLP: error per parameter | pixels | closed form: error per parameter | pixels |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['points']} | {row['matrices']} | {row['noise']:.0%} | {row['mlp_error']:.4f} "
-            f"| {row['mlp_pixels']:.2f} | {row['closed_form_error']:.4f} | {row['closed_form_pixels']:.2f} |"
-        )
-    return "\n".join(lines)
+    head = (
+        "| points | matrices | noise | MLP: error per parameter | pixels | closed form: error per parameter | pixels |"
+    )
+    line = "| {} | {} | {:.0%} | {:.4f} | {:.2f} | {:.4f} | {:.2f} |"
+    return "\n".join([head, "|---" * 7 + "|", *(line.format(*row.values()) for row in rows)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,9 +30,7 @@ def number_of_outputs(transform: str, spatial_dims: int) -> int:
     more, the logarithm of the scale.
     """
     check_kind(transform, spatial_dims)
-    if transform == "affine":
-        return spatial_dims * (spatial_dims + 1)
-    return (2 if spatial_dims == 2 else 6) + spatial_dims + int(transform == "similarity")
+    return spatial_dims**2 + {"affine": spatial_dims, "similarity": 1, "rigid": 0}[transform]
 
 
 class AffineRegressor(nn.Module):
@@ -180,7 +178,7 @@ class AffineRegressor(nn.Module):
         if self.transform == "affine":
             matrix = raw.reshape(-1, dims, dims + 1)
             return matrix[..., :dims], matrix[..., dims].unsqueeze(1)
-        linear = _rotation_2d(raw[:, :2]) if dims == 2 else _rotation_3d(raw[:, :6])
+        linear = _rotation(raw[:, : dims * (dims - 1)], dims)
         if self.transform == "similarity":
             # within bounds, so that the scale is always positive and finite
             linear = linear * raw[:, -dims - 1].clamp(-5.0, 5.0).exp()[:, None, None]
@@ -194,20 +192,21 @@ def _direction(vector: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(length > shortest, vector / length.clamp(min=shortest), fallback)
 
 
-def _rotation_2d(raw: Tensor) -> Tensor:
-    """Rotation ``[B, 2, 2]`` from (cosine, sine) up to a common positive factor, ``[B, 2]``."""
-    unit = _direction(raw, F.one_hot(torch.zeros_like(raw[:, 0]).long(), 2).to(raw.dtype))
-    return torch.stack([unit, torch.stack([-unit[:, 1], unit[:, 0]], dim=-1)], dim=-1)
+def _axes(index: Tensor, raw: Tensor, dims: int) -> Tensor:
+    """The axes ``[B, D]`` of these numbers ``[B]`` as unit vectors, in the type of ``raw``."""
+    return F.one_hot(index, dims).to(raw.dtype)
 
 
-def _rotation_3d(raw: Tensor) -> Tensor:
-    """Rotation ``[B, 3, 3]`` from two directions ``[B, 6]`` by Gram-Schmidt: continuous, unlike angles or quaternions
-    (Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019)."""
-    first = _direction(raw[:, :3], F.one_hot(torch.zeros_like(raw[:, 0]).long(), 3).to(raw.dtype))
+def _rotation(raw: Tensor, dims: int) -> Tensor:
+    """Rotation ``[B, D, D]`` from D - 1 directions ``[B, D (D - 1)]`` by Gram-Schmidt: continuous, unlike angles or
+    quaternions (Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019)."""
+    first = _direction(raw[:, :dims], _axes(torch.zeros_like(raw[:, 0]).long(), raw, dims))
+    if dims == 2:
+        return torch.stack([first, torch.stack([-first[:, 1], first[:, 0]], dim=-1)], dim=-1)
     # should the second direction be parallel to the first, any direction at a right angle to it will do
-    axis = F.one_hot(first.abs().argmin(dim=-1), 3).to(raw.dtype)
+    axis = _axes(first.abs().argmin(dim=-1), raw, dims)
     perpendicular = _direction(torch.linalg.cross(first, axis, dim=-1), axis)
-    second = raw[:, 3:]
+    second = raw[:, dims:]
     for _ in range(2):  # after a cancellation the first pass leaves a remainder along ``first``
         second = _direction(second - (first * second).sum(dim=-1, keepdim=True) * first, perpendicular)
     return torch.stack([first, second, torch.linalg.cross(first, second, dim=-1)], dim=-1)
