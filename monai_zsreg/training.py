@@ -131,9 +131,6 @@ class RandomPointPairs(IterableDataset):
         fresh: True: every pass goes on in the stream, so no points come twice. False: every pass gives the same, for
             validation.
         rank, world_size: of this process among those that train together; each gets points of its own.
-
-    Raises:
-        RegistrationError: an argument out of range.
     """
 
     spatial_dims: int = 2

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's networks: features, keypoints, regressor, resampler, and the four composed."""
+"""The paper's networks: features, keypoints, regressor, resampler, and the four composed.
+
+An argument out of its range, of another type or of another shape raises a `RegistrationError` that names it; shapes are
+not checked in a scripted network.
+
+References:
+    Kori and Krishnamurthi, Zero Shot Learning for Multi-Modal Real Time Image Registration (2019).
+"""
 
 from monai_zsreg.networks.coordinates import AffineResampler
 from monai_zsreg.networks.keypoints import CenterOfMass, KeypointDetector

@@ -18,7 +18,7 @@ class CenterOfMass(nn.Module):
     Differentiable with respect to the map values that remain.
 
     Args:
-        threshold: the fraction, from 0 (inclusive) to 1 (exclusive); a RegistrationError for another.
+        threshold: the fraction, from 0 (inclusive) to 1 (exclusive).
 
     Example::
 
@@ -88,9 +88,6 @@ class KeypointDetector(nn.Module):
         center_of_mass: the thresholded center of mass.
         symmetric: see above.
         scales: whole factors by which copies of the image are shrunk; the keypoints of all copies are joined.
-
-    Raises:
-        RegistrationError: a scale that is not a positive whole number.
     """
 
     slice_batch = 8  # slices of a volume in memory at once

@@ -42,9 +42,6 @@ class LeastSquaresAffine(nn.Module):
         least_agreement: fraction of the weight that must agree, from 0 to 1, for the consensus to count.
         seed: seed of the subsets.
 
-    Raises:
-        RegistrationError: an argument out of its range.
-
     References:
         Umeyama, IEEE TPAMI 13 (1991). Fischler and Bolles, CACM 24 (1981). Torr and Zisserman, MLESAC (2000).
     """
@@ -77,9 +74,6 @@ class LeastSquaresAffine(nn.Module):
 
         Returns:
             ``[B, D, D+1]``, fixed to moving; NaN where the points do not determine it.
-
-        Raises:
-            RegistrationError: shapes that do not fit (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
             shapes = f"[B, N, {self.spatial_dims}], fixed and moving alike (fixed: {tuple(fixed_points.shape)})"

@@ -55,9 +55,6 @@ class AffineRegressor(nn.Module):
             the network meets them outside of its training's range. False: the points as they come, the paper's
             literal reading.
 
-    Raises:
-        RegistrationError: an argument out of range.
-
     Example::
 
         network = AffineRegressor(spatial_dims=2, transform="rigid")
@@ -148,9 +145,6 @@ class AffineRegressor(nn.Module):
 
         Returns:
             ``[B, D, D+1]``: maps fixed to moving unit coordinates.
-
-        Raises:
-            RegistrationError: wrong shape or type (not checked in a scripted network).
         """
         if not torch.jit.is_scripting():
             wanted = f"floats [B, {self.num_points}, {self.spatial_dims}], B alike for fixed and moving"

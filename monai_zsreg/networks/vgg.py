@@ -54,11 +54,10 @@ class VGG19Features(nn.Module):
         layers: the layers to return: 1 for conv1_1, 2 for conv1_2.
 
     Raises:
-        RegistrationError: unknown layer, or a file that is missing or does not hold the weights; at the first use, no
-            weights could be had.
+        RegistrationError: a file that is missing or does not hold the weights; at the first use, no weights to be had.
 
     References:
-        Kori and Krishnamurthi, section 2.3. Simonyan and Zisserman, arXiv:1409.1556.
+        Simonyan and Zisserman, arXiv:1409.1556.
     """
 
     mean: Tensor

@@ -109,12 +109,6 @@ class ZeroShotAffineNet(nn.Module):
         vgg19_weights: see `VGG19Features`.
         seed: seed of the draws. One object gives one input the same answer every time.
 
-    Raises:
-        RegistrationError: an argument out of its range.
-
-    References:
-        Kori and Krishnamurthi, sections 2.2 to 2.8.
-
     Example::
 
         net = ZeroShotAffineNet(vgg19_weights="vgg19-dcbb9e9d.pth")
@@ -204,14 +198,8 @@ class ZeroShotAffineNet(nn.Module):
 
     @torch.jit.export
     def estimate(self, image: Tensor) -> AffineEstimate:
-        """The matrices with how they came about; see `AffineEstimate`.
-
-        Args:
-            image: ``[B, 2, *spatial]``, channel 0 moving, channel 1 fixed, on one isotropic grid.
-
-        Raises:
-            RegistrationError: another shape (not checked in a scripted network).
-        """
+        """The matrices with how they came about, from ``image`` ``[B, 2, *spatial]``: channel 0 moving, channel 1
+        fixed, on one isotropic grid."""
         if not torch.jit.is_scripting():
             axes = ", ".join("HWD"[: self.spatial_dims])
             fits = image.dim() == self.spatial_dims + 2 and image.shape[1] == 2

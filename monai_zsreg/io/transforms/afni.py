@@ -13,7 +13,7 @@ import numpy as np
 
 from monai_zsreg.geometry import lps_from_ras, without_obliquity
 from monai_zsreg.io.transforms.images import Images
-from monai_zsreg.io.transforms.text import line, matrix_rows
+from monai_zsreg.io.transforms.text import matrix_rows, spelled
 
 __all__ = ["read", "world", "write"]
 
@@ -29,7 +29,7 @@ def read(path: Path, images: Images) -> np.ndarray:
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     path.write_text(
-        f"# 3dvolreg matrices (DICOM-to-DICOM, row-by-row):\n{line(matrix[:3].ravel())}\n", encoding="utf-8"
+        f"# 3dvolreg matrices (DICOM-to-DICOM, row-by-row):\n{spelled(matrix[:3].ravel())}\n", encoding="utf-8"
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def read(path: Path, images: Images) -> np.ndarray:
 
 def _read(path: Path, chain: int) -> np.ndarray:
     content = re.sub(r"//.*", "", path.read_text(encoding="utf-8-sig"))
-    fields = {key: re.findall(r'"([^"]*)"|(\S+)', value) for key, value in re.findall(r"\(\s*(\w+)([^)]*)\)", content)}
-    words = {key: [quoted or plain for quoted, plain in values] for key, values in fields.items()}
+    words = {
+        key: [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', values)]
+        for key, values in re.findall(r"\(\s*(\w+)([^)]*)\)", content)
+    }
     kind, dims = words["Transform"][0], int(words["FixedImageDimension"][0])
     if kind not in _KINDS:
         raise ValueError(f"a transform of kind {kind} instead of one of {', '.join(_KINDS)}")
@@ -88,11 +91,6 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
         "ResultImageFormat": ["nii.gz"],
         "ResultImagePixelType": ["float"],
     }
-    lines = [f"({key} {' '.join(_word(value) for value in values)})" for key, values in fields.items()]
+    # words in quotation marks, numbers without
+    lines = [f"({key} {' '.join(map(json.dumps, values))})" for key, values in fields.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _word(value: str | int | float) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return str(value) if isinstance(value, int) else repr(float(value))

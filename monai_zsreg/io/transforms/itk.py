@@ -21,7 +21,7 @@ import numpy as np
 
 from monai_zsreg.geometry import flip_points, lps_from_ras
 from monai_zsreg.io.transforms.images import Images
-from monai_zsreg.io.transforms.text import line
+from monai_zsreg.io.transforms.text import spelled
 
 __all__ = ["centered_matrix", "linear_matrix", "read", "read_hdf5", "sniff", "world", "write", "write_hdf5"]
 
@@ -67,7 +67,7 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
 
         savemat(path, {kind: parameters, "fixed": center}, appendmat=False, format="4", oned_as="column")
     else:
-        stated = f"Transform: {kind}\nParameters: {line(parameters)}\nFixedParameters: {line(center)}\n"
+        stated = f"Transform: {kind}\nParameters: {spelled(parameters)}\nFixedParameters: {spelled(center)}\n"
         path.write_text(f"{_TEXT.decode()} V1.0\n#Transform 0\n{stated}", encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
-from monai_zsreg.io.transforms.text import line
+from monai_zsreg.io.transforms.text import spelled
 
 __all__ = ["read", "sniff", "write"]
 
@@ -41,5 +41,5 @@ def read(path: Path, images: Images) -> np.ndarray:
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    lines = [_FIRST_LINE, "", "Transform_Type = Linear;", "Linear_Transform =", *map(line, matrix[:3])]
+    lines = [_FIRST_LINE, "", "Transform_Type = Linear;", "Linear_Transform =", *map(spelled, matrix[:3])]
     path.write_text("\n".join(lines) + ";\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["line", "matrix_rows", "read", "read_mrtrix", "rows_of", "sniff", "sniff_greedy", "write"]
+__all__ = ["matrix_rows", "read", "read_mrtrix", "rows_of", "sniff", "sniff_greedy", "spelled", "write"]
 
 
 def matrix_rows(path: Path) -> list[list[float]]:
@@ -26,7 +26,7 @@ def rows_of(content: bytes) -> list[list[float]]:
         return []
 
 
-def line(values: Iterable[float]) -> str:
+def spelled(values: Iterable[float]) -> str:
     """Each number as the shortest text that reads back as the same one."""
     return " ".join(repr(float(value)) for value in values)
 
@@ -52,7 +52,7 @@ def read_mrtrix(path: Path, images: Images) -> np.ndarray:
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    path.write_text("".join(line(row) + "\n" for row in matrix), encoding="utf-8")
+    path.write_text("".join(spelled(row) + "\n" for row in matrix), encoding="utf-8")
 
 
 def _parse(content: bytes) -> list[list[float]]:
