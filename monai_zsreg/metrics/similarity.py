@@ -75,7 +75,7 @@ def similarity(
     two, seen = two.to(one.device), seen_one & seen_two.to(one.device)
     require(bool(seen.any()), "moving", "no voxel that is finite in both images", "finite intensities")
     inside, found = (
-        foreground_mask(image)[0] & seen if mask is None else plain_mask(mask, image, name)
+        foreground_mask(image)[0] & seen if mask is None else plain_mask(mask, image.shape[1:], name).to(image.device)
         for image, mask, name in ((one, fixed_mask, "fixed_mask"), (two, moving_mask, "moving_mask"))
     )
     one, two = (scale_intensity(image) if scale else image.float() for image in (one, two))
@@ -214,11 +214,11 @@ def _seen(image: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     return plain_image(tensor, name), seen.all(dim=0)
 
 
-def plain_mask(mask: Tensor | np.ndarray, image: Tensor, name: str) -> Tensor:
-    """Where a mask on the grid of ``image`` ``[C, *spatial]`` is anything but 0, in any of its channels."""
-    tensor = torch.as_tensor(mask).as_subclass(Tensor).detach().to(image.device)
-    fits = tensor.shape[1:] == image.shape[1:]
-    require(fits, name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(image.shape[1:])}")
+def plain_mask(mask: Tensor | np.ndarray, shape: Sequence[int], name: str) -> Tensor:
+    """Where a mask ``[C, *shape]`` is anything but 0, in any of its channels: bool, on its own device."""
+    tensor = torch.as_tensor(mask).as_subclass(Tensor).detach()
+    fits = tuple(tensor.shape[1:]) == tuple(shape)
+    require(fits, name, tuple(tensor.shape), f"channel-first, spatial shape {tuple(shape)}")
     return (tensor != 0).any(dim=0)
 
 

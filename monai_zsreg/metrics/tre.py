@@ -115,7 +115,7 @@ def foreground_tre(
         inside = foreground_mask(fixed)[0]
         inside = inside if bool(inside.any()) else torch.ones_like(inside)
     else:
-        inside = plain_mask(mask, fixed, "mask")
+        inside = plain_mask(mask, grid.shape, "mask")
         require(bool(inside.any()), "mask", "only zeros", "at least one foreground voxel")
     inside = inside.cpu()
     flat = inside.flatten().nonzero()[:, 0]
