@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader
 
-from monai_zsreg.app.report.pictures import Views, blend, checkerboard, colored, data_url, edges, filled, grid_lines
+from monai_zsreg.app.report.pictures import (
+    Plane,
+    Views,
+    blend,
+    checkerboard,
+    colored,
+    data_url,
+    edges,
+    filled,
+    grid_lines,
+)
 from monai_zsreg.foreground import quantiles
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.io import Image, atomic_path
@@ -153,85 +163,64 @@ def _shown(value: Any) -> str:
 
 
 def _sections(result: RegistrationResult, views: Views, unit: str) -> list[dict[str, Any]]:
-    planes, fixed = views.planes, [data_url(picture) for picture in views.fixed]
-    moved = [data_url(picture) for picture in views.after]
-    rows: list[dict[str, Any]] = [
-        {
-            "title": "Swipe: fixed to the left of the line, moved to the right",
-            "figures": [_figure(*row) for row in zip(planes, fixed, moved, strict=True)],
-        }
+    shown = list(zip(views.planes, views.fixed, views.before, views.after, strict=True))
+    swipes = [_figure(plane, fixed, over=data_url(after)) for plane, fixed, _, after in shown]
+    sections: list[dict[str, Any]] = [
+        {"title": "Swipe: fixed to the left of the line, moved to the right", "figures": swipes}
     ]
-    kinds: list[tuple[str, Any]] = [
-        ("Checkerboards of fixed with moving", checkerboard),
-        ("Edges of the fixed image over the moving one", lambda one, two, _: edges(one, two)),
-        ("Blend: fixed green, moving magenta", lambda one, two, _: blend(one, two)),
-    ]
-    for title, draw in kinds:
-        figures = [
-            _figure(plane, data_url(draw(one, two, plane)), caption=when)
-            for when, others in (("before, by the headers", views.before), ("after", views.after))
-            for plane, one, two in zip(planes, views.fixed, others, strict=True)
-        ]
-        rows.append({"title": title, "figures": figures})
+    kinds: dict[str, Any] = {
+        "Checkerboards of fixed with moving": checkerboard,
+        "Edges of the fixed image over the moving one": lambda one, two, _: edges(one, two),
+        "Blend: fixed green, moving magenta": lambda one, two, _: blend(one, two),
+    }
+    for title, draw in kinds.items():
+        figures = [_figure(plane, draw(one, two, plane), "before, by the headers") for plane, one, two, _ in shown]
+        figures += [_figure(plane, draw(one, two, plane), "after") for plane, one, _, two in shown]
+        sections.append({"title": title, "figures": figures})
     if result.covariance is not None:
-        rows.append(_error_section(result, views, unit))
+        maps = [plane.picture(result.expected_error(plane.grid)[0]) for plane in views.planes]
+        sections.append(_colored(f"Expected error (root mean square), {unit}", views, maps, unit))
     if result.deformation is not None:
-        rows += _bent_sections(result, views)
+        bent, still = result.deformation, torch.eye(result.deformation.dims + 1, dtype=torch.float64)
+        figures = [_figure(plane, grid_lines(bent, plane, fixed)) for plane, fixed, *_ in shown]
+        sections.append({"title": "Grid that the map bends, the matrix taken out", "figures": figures})
+        changes = bent.jacobian()
+        maps = [plane.picture(resample(changes, bent.grid, plane.grid, still, fill=1.0)[0]) for plane in views.planes]
+        title = "Jacobian determinant of what bends: above 1 the moving image's tissue is larger, at 0 the map would"
+        sections.append(_colored(f"{title} fold", views, maps, ""))
     if len(result.keypoints.get("fixed", ())):
-        rows.append(_keypoint_section(result, views, fixed))
-    return rows
+        sections.append(
+            {"title": "Keypoints of fixed (circles) and moving (crosses)", "figures": _keypoints(result, views)}
+        )
+    return sections
 
 
-def _figure(plane: Any, picture: str, over: str | None = None, caption: str = "", **more: Any) -> dict[str, Any]:
+def _figure(plane: Plane, picture: np.ndarray, caption: str = "", **more: Any) -> dict[str, Any]:
     width, height = plane.size
-    shape = f"{width / height:.4f}"
     named = ", ".join(part for part in (plane.name, caption) if part)
-    return {"picture": picture, "over": over, "caption": named, "shape": shape, "sides": plane.sides} | more
+    shape = f"{width / height:.4f}"
+    return {"picture": data_url(picture), "caption": named, "shape": shape, "sides": plane.sides} | more
 
 
-def _error_section(result: RegistrationResult, views: Views, unit: str) -> dict[str, Any]:
-    maps = [plane.picture(result.expected_error(plane.grid)[0]) for plane in views.planes]
-    return _colored_section(f"Expected error (root mean square), {unit}", views, maps, unit)
-
-
-def _bent_sections(result: RegistrationResult, views: Views) -> list[dict[str, Any]]:
-    found = result._deformed()
-    still = torch.eye(found.dims + 1, dtype=torch.float64)
-    grids = [
-        _figure(plane, data_url(grid_lines(found, plane, gray)))
-        for plane, gray in zip(views.planes, views.fixed, strict=True)
-    ]
-    changes = found.jacobian()
-    maps = [plane.picture(resample(changes, found.grid, plane.grid, still, fill=1.0)[0]) for plane in views.planes]
-    title = "Jacobian determinant of what bends: above 1 the moving image's tissue is larger, at 0 the map would fold"
-    return [
-        {"title": "Grid that the map bends, the matrix taken out", "figures": grids},
-        _colored_section(title, views, maps, ""),
-    ]
-
-
-def _colored_section(title: str, views: Views, maps: list[np.ndarray], unit: str) -> dict[str, Any]:
+def _colored(title: str, views: Views, maps: list[np.ndarray], unit: str) -> dict[str, Any]:
     """A map over the fixed image, with its scale."""
     masks = [filled(gray > 0.05) for gray in views.fixed]
-    inside = np.concatenate(
-        [values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)]
-    )
-    limits = float(inside.min()), float(inside.max())
+    inside = [values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)]
+    limits = min(float(values.min()) for values in inside), max(float(values.max()) for values in inside)
     figures = [
-        _figure(plane, data_url(colored(gray, values, limits, mask)))
+        _figure(plane, colored(gray, values, limits, mask))
         for plane, gray, values, mask in zip(views.planes, views.fixed, maps, masks, strict=True)
     ]
     return {"title": title, "figures": figures, "scale": limits, "unit": unit}
 
 
-def _keypoint_section(result: RegistrationResult, views: Views, fixed: list[str]) -> dict[str, Any]:
+def _keypoints(result: RegistrationResult, views: Views) -> list[dict[str, Any]]:
     points, there = (np.asarray(result.keypoints[side], dtype=np.float64) for side in ("fixed", "moving"))
     back = torch.linalg.inv(torch.as_tensor(result.affine))
     ends = {"before": there, "after": apply_affine(back, torch.as_tensor(there)).numpy()}
     figures = []
     for when, others in ends.items():
-        for plane, picture in zip(views.planes, fixed, strict=True):
-            pairs = zip(100 * plane.position(points), 100 * plane.position(others), strict=True)
-            lines = [tuple(round(float(v), 2) for v in (*one, *two)) for one, two in pairs]
-            figures.append(_figure(plane, picture, caption=when, lines=lines))
-    return {"title": "Keypoints of fixed (circles) and moving (crosses)", "figures": figures}
+        for plane, picture in zip(views.planes, views.fixed, strict=True):
+            lines = np.hstack([100 * plane.position(points), 100 * plane.position(others)]).round(2).tolist()
+            figures.append(_figure(plane, picture, when, lines=lines))
+    return figures

@@ -28,19 +28,7 @@ from monai_zsreg.io import Image, atomic_path
 from monai_zsreg.registration.displacement import Deformation, Transform, move
 from monai_zsreg.resample import resample
 
-__all__ = [
-    "Plane",
-    "Views",
-    "blend",
-    "checkerboard",
-    "colored",
-    "data_url",
-    "edges",
-    "grid_lines",
-    "planes_of",
-    "save_overview",
-    "save_spread",
-]
+__all__ = ["Plane", "Views", "planes_of", "save_overview", "save_spread"]
 
 _TILES = 8
 # lines of a grid along the longer side of a picture
@@ -60,41 +48,28 @@ class Plane:
 
     Attributes:
         name: ``"axial"``, ``"coronal"`` or ``"sagittal"`` in 3D, ``""`` in 2D.
-        grid: of the plane; in 3D one voxel thick.
-        columns: array axis that runs along the picture, and whether backwards.
-        rows: array axis that runs down the picture, and whether backwards.
+        grid: of the plane; its first axis runs along the picture, its second one down, a third one is one voxel thick.
         sides: letters of the patient's sides, left, right, top and bottom; None where they are not known.
     """
 
     name: str
     grid: Grid
-    columns: tuple[int, bool]
-    rows: tuple[int, bool]
     sides: tuple[str, ...] | None
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height, mm or pixels."""
-        lengths = [n * s for n, s in zip(self.grid.shape, self.grid.spacing, strict=True)]
-        return lengths[self.columns[0]], lengths[self.rows[0]]
+        width, height, *_ = (n * s for n, s in zip(self.grid.shape, self.grid.spacing, strict=True))
+        return width, height
 
     def picture(self, values: Tensor) -> np.ndarray:
         """Values on the plane's grid as rows and columns."""
-        axes = [self.rows[0], self.columns[0]]
-        array = values.permute(*axes, *(a for a in range(values.ndim) if a not in axes)).reshape(
-            values.shape[axes[0]], values.shape[axes[1]]
-        )
-        return array.flip([i for i, (_, back) in enumerate((self.rows, self.columns)) if back]).cpu().numpy()
+        return values.reshape(values.shape[:2]).mT.cpu().numpy()
 
     def position(self, points: np.ndarray) -> np.ndarray:
         """Where world points ``[N, D]`` lie in the picture: fractions of its width and of its height, ``[N, 2]``."""
-        inverse = torch.linalg.inv(self.grid.affine).numpy()
-        index = points @ inverse[:-1, :-1].T + inverse[:-1, -1]
-        found = []
-        for axis, back in (self.columns, self.rows):
-            fraction = (index[:, axis] + 0.5) / self.grid.shape[axis]
-            found.append(1.0 - fraction if back else fraction)
-        return np.stack(found, axis=1)
+        index = apply_affine(torch.linalg.inv(self.grid.affine), torch.as_tensor(points)).numpy()
+        return (index[:, :2] + 0.5) / self.grid.shape[:2]
 
 
 def planes_of(image: Image, channel: int = 0) -> list[Plane]:
@@ -102,7 +77,8 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
     grid = image.grid
     flat = grid.dims == 2 and "place" in image.meta  # a slice in space
     lines = torch.tensor(image.meta["place"], dtype=torch.float64)[:3, :2] if flat else grid.affine[:-1, :-1]
-    world = _world_axes(lines)
+    # for each array axis the world axis that it runs along, each of them once
+    world = [int(axis) for axis in io_orientation(np.pad(lines.numpy(), (0, 1)))[:, 0]]
     known = image.length_unit == "mm" and not image.meta.get("notes")
     if grid.dims == 2:
         (normal,) = {0, 1, 2} - set(world)
@@ -120,28 +96,25 @@ def planes_of(image: Image, channel: int = 0) -> list[Plane]:
     return planes
 
 
-def _world_axes(lines: Tensor) -> list[int]:
-    """For each array axis the world axis that it runs along, each of them once."""
-    affine = np.pad(lines.numpy(), ((0, 1), (0, 1)))
-    affine[-1, -1] = 1
-    return [int(axis) for axis in io_orientation(affine)[:, 0]]
-
-
 def _plane(grid: Grid, lines: Tensor, world: list[int], cut: tuple[int, int] | None, name: str, known: bool) -> Plane:
-    shape, start, step = list(grid.shape), [0] * grid.dims, [1] * grid.dims
-    shown = [axis for axis in range(grid.dims) if cut is None or axis != cut[0]]
+    """The plane through ``cut``, an axis and an index, with its other axes turned as `Plane` has them."""
+    turn = torch.zeros_like(grid.affine)
+    turn[-1, -1] = 1.0
+    shape: list[int] = []
+    letters: list[str] = []
+    for axis in sorted(range(grid.dims), key=world.__getitem__):
+        if cut is not None and axis == cut[0]:
+            continue
+        step = -(-grid.shape[axis] // _LARGEST)
+        count = -(-grid.shape[axis] // step)
+        back = bool(lines[world[axis], axis] > 0)
+        turn[axis, len(shape)], turn[axis, -1] = (-step, (count - 1) * step) if back else (step, 0)
+        shape.append(count)
+        letters += [ends[world[axis]] for ends in _LETTERS]
     if cut is not None:
-        shape[cut[0]], start[cut[0]] = 1, min(cut[1], shape[cut[0]] - 1)
-    ends, letters = [], []
-    for axis in sorted(shown, key=lambda axis: world[axis]):
-        step[axis] = -(-shape[axis] // _LARGEST)
-        shape[axis] = -(-shape[axis] // step[axis])
-        ends.append((axis, bool(lines[world[axis], axis] > 0)))
-        letters += [_LETTERS[0][world[axis]], _LETTERS[1][world[axis]]]
-    affine = grid.affine.clone()
-    affine[:-1, -1] += affine[:-1, :-1] @ torch.tensor(start, dtype=torch.float64)
-    affine[:-1, :-1] *= torch.tensor(step, dtype=torch.float64)
-    return Plane(name, Grid(tuple(shape), affine), ends[0], ends[1], tuple(letters) if known else None)
+        turn[cut[0], 2], turn[cut[0], -1] = 1, min(cut[1], grid.shape[cut[0]] - 1)
+        shape.append(1)
+    return Plane(name, Grid(tuple(shape), grid.affine @ turn), tuple(letters) if known else None)
 
 
 class Views:
@@ -154,20 +127,13 @@ class Views:
         after: the moving image through the transform.
 
     Args:
-        fixed: image.
-        moving: image.
+        fixed, moving: the images.
         transform: fixed world to moving world, a matrix ``(D+1, D+1)`` or a `Deformation`.
-        fixed_channel: channel to show.
-        moving_channel: likewise.
+        fixed_channel, moving_channel: to show.
     """
 
     def __init__(
-        self,
-        fixed: Image,
-        moving: Image,
-        transform: Transform | np.ndarray,
-        fixed_channel: int = 0,
-        moving_channel: int = 0,
+        self, fixed: Image, moving: Image, transform: Any, fixed_channel: int = 0, moving_channel: int = 0
     ) -> None:
         self.planes = planes_of(fixed, fixed_channel)
         still = torch.eye(fixed.dims + 1, dtype=torch.float64)
@@ -288,12 +254,7 @@ def data_url(picture: np.ndarray) -> str:
 
 
 def save_overview(views: Views, path: str | os.PathLike) -> None:
-    """Draw a pair before and after as one PNG: fixed, moving, moved, and checkerboards of fixed with each.
-
-    Args:
-        views: of the pair.
-        path: PNG file.
-    """
+    """Draw a pair before and after as one PNG: fixed, moving, moved, and checkerboards of fixed with each."""
     rows = []
     for plane, *shown in zip(views.planes, views.fixed, views.before, views.after, strict=True):
         boards = [checkerboard(shown[0], other, plane) for other in shown[1:]]
@@ -303,15 +264,7 @@ def save_overview(views: Views, path: str | os.PathLike) -> None:
 
 
 def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: int = 0) -> None:
-    """Draw a map over the fixed image as one PNG: red is high, blue is low.
-
-    Args:
-        fixed: image.
-        values: standard deviation of the displacement in mm on the fixed grid, ``[1, *spatial]``, finite.
-        path: PNG file.
-        channel: of the fixed image, to show.
-    """
-    spread = Image(values.cpu(), fixed.affine, fixed.meta)
+    """Draw a standard deviation, mm, ``[1, *spatial]``, over the fixed image as one PNG: red is high, blue is low."""
     views = Views(fixed, fixed, np.eye(fixed.dims + 1), channel, channel)
     inside = values[foreground_mask(torch.nan_to_num(fixed.values[channel][None].float()))]
     inside = inside if inside.numel() else values
@@ -320,7 +273,7 @@ def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: 
     still = torch.eye(fixed.dims + 1, dtype=torch.float64)
     rows: list[list[tuple[Plane, np.ndarray]]] = []
     for plane, gray in zip(views.planes, views.fixed, strict=True):
-        above = plane.picture(resample(spread.values, spread.grid, plane.grid, still, fill=0.0)[0])
+        above = plane.picture(resample(values.cpu(), fixed.grid, plane.grid, still, fill=0.0)[0])
         rows.append([(plane, gray), (plane, colored(gray, above, limits, filled(gray > 0.05)))])
     _save_sheet(path, rows, ["fixed", f"standard deviation, mm: blue {limits[0]:.3g}, red {limits[1]:.3g}"])
 
