@@ -42,8 +42,7 @@ def compose_transforms(
     Args:
         paths: the files, matrices, displacement fields (``.nii``, ``.nii.gz``) or composites of both (``.h5``); the
             first acts first on points of the fixed image.
-        fixed: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
-        moving: likewise.
+        fixed, moving: see `monai_zsreg.io.read_transform`; needed only by formats that depend on the images.
         via: the images between the transforms, one fewer than ``paths``, where the formats depend on them.
         invert: whether to invert the composition. The files then lead from ``moving`` to ``fixed``.
         format: of all files, see `monai_zsreg.io.read_transform`.
@@ -81,10 +80,6 @@ def _dims(transform: Transform) -> int:
 
 def move_points(points: Landmarks, transform: Transform) -> Landmarks:
     """Points of the fixed image, in the moving image's world.
-
-    Args:
-        points: in the fixed image's world.
-        transform: fixed world to moving world.
 
     Raises:
         RegistrationError: points and transform are of unequal dimension.

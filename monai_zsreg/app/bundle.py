@@ -65,8 +65,7 @@ _PAIR = ("fixed", "moving", "labels", "name")
 def check(request: Mapping[str, Any]) -> None:
     """First step of ``run``: look at what the user said before the configuration's parts are made from it.
 
-    Raises:
-        SystemExit: something cannot be used; status `WRONG_INPUT`, with the reason on stderr.
+    What cannot be used ends the process with status 2 and the reason on stderr.
     """
     with wrong_input_exits():
         _refuse_unknown(sys.argv)
@@ -86,11 +85,7 @@ def check(request: Mapping[str, Any]) -> None:
 
 
 def settings(request: Mapping[str, Any]) -> Settings:
-    """The settings of a run.
-
-    Raises:
-        RegistrationError: an option of another type.
-    """
+    """The settings of a run; a `RegistrationError` for an option of another type."""
     options, weights, fill = request["options"] or {}, request["regressor_weights"], request["fill_value"]
     if not isinstance(options, Mapping):
         raise RegistrationError("options", options, 'a dictionary such as "{spacing: 3}"')
@@ -120,11 +115,7 @@ def flag(value: Any, argument: str) -> bool:
 
 
 def entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``dataset#data``: one pair, or what is left to do of many.
-
-    Raises:
-        RegistrationError: a list that cannot be read, or together with a pair.
-    """
+    """``dataset#data``: one pair, or what is left to do of many."""
     found = _all_entries(request)
     if request["datalist"] is None:
         return found
@@ -143,11 +134,7 @@ def _all_entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _refuse_unknown(argv: Sequence[str]) -> None:
-    """MONAI takes options that no configuration knows without a word; here a mistyped one is an error.
-
-    Raises:
-        RegistrationError: a word of ``python -m monai.bundle run`` that is no option; it names the nearest.
-    """
+    """MONAI takes options that no configuration knows without a word; here a mistyped one is an error."""
     if not argv or not os.path.normpath(argv[0]).endswith(os.path.join("monai", "bundle", "__main__.py")):
         return
     given: dict[str, str] = {}
@@ -193,20 +180,13 @@ def print_options(bundle_root: str | os.PathLike) -> None:
 
 
 class ReadPair(Transform):
-    """Preprocessing: `monai_zsreg.app.run.read_pair`; what cannot be read passes on with its ``error``.
-
-    Args:
-        settings: of the run.
-    """
+    """Preprocessing: `monai_zsreg.app.run.read_pair`; what cannot be read passes on with its ``error``."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """
-        Raises:
-            RegistrationError: an entry of another program, with a single image.
-        """
+        # an entry of another program, with a single image, is no pair that could fail alone
         return cohort.read_isolated(data, self.settings) if "name" in data else read_pair(data, self.settings)
 
 
@@ -238,9 +218,6 @@ class PairInferer(Inferer):
 
     The preset makes the network that it needs. Another in its place, such as one exported to TorchScript, serves preset
     ``"paper"``.
-
-    Args:
-        settings: of the run.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -249,10 +226,6 @@ class PairInferer(Inferer):
     def __call__(  # type: ignore[override]
         self, inputs: Mapping[str, Any], network: Any = None, *args: Any, **kwargs: Any
     ) -> RegistrationResult:
-        """
-        Raises:
-            RegistrationError: an image, an option or weights that cannot be used.
-        """
         stand_in = network is None or isinstance(network, torch.nn.Identity)
         return register_pair(inputs, self.settings, **({} if stand_in else {"network": network}))
 
@@ -262,8 +235,7 @@ class PairEvaluator(SupervisedEvaluator):
 
     Args:
         isolate: whether what goes wrong with a pair becomes its output, ``{"error": error}``, or is raised.
-        args: of ``SupervisedEvaluator``.
-        kwargs: likewise.
+        args, kwargs: of ``SupervisedEvaluator``.
     """
 
     def __init__(self, *args: Any, isolate: bool = False, **kwargs: Any) -> None:
@@ -302,10 +274,6 @@ class PairWriter:
         self.progress = progress
 
     def attach(self, engine: Engine) -> None:
-        """
-        Args:
-            engine: the evaluator.
-        """
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._end)
@@ -326,10 +294,6 @@ class PairWriter:
             self.tell(self.reports[-1])
 
     def __call__(self, engine: Engine) -> None:
-        """
-        Raises:
-            RegistrationError: a folder that cannot be written to, or a name that was used before.
-        """
         state: Any = engine.state
         pair, output = state.batch, state.output
         if pair["name"] in state.verdicts:
@@ -363,12 +327,9 @@ def local_device() -> torch.device:
 def run(evaluator: PairEvaluator, request: Mapping[str, Any]) -> None:
     """Second step of ``run``: register all pairs, then write the tables of many.
 
-    In a process of your own, call ``evaluator.run()`` instead: it raises what went wrong.
-
-    Raises:
-        SystemExit: input that is wrong, status `WRONG_INPUT`, with the reason on stderr; pairs before it are written.
-            Or a verdict FAIL, of this run or an earlier one, status `FAILED`, unless ``exit_on_fail`` is false or this
-            is an evaluation.
+    In a process of your own, call ``evaluator.run()`` instead: it raises what went wrong. This one ends the process:
+    with status 2 where input is wrong, with status 3 where a verdict is FAIL, of this run or an earlier one, unless
+    ``exit_on_fail`` is false or this is an evaluation.
     """
     state: Any = evaluator.state
     state.verdicts = {}

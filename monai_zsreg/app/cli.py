@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from monai_zsreg import __version__
 from monai_zsreg.app.settings import FAILED, PRESETS, REPORT, TRANSFORMS, WRONG_INPUT, Settings
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="zsreg", description="Registration of images of any modality, without training.")
-    parser.add_argument("--version", action=_Version, default=argparse.SUPPRESS, help="show the version and end")
+    version = f"zsreg {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, text: str, run: Any) -> Any:
@@ -197,16 +199,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--no-page", dest="page", action="store_false", help="no pictures, no page")
     add("--json", action="store_true", help="print the reports as JSON, and nothing else")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
-
-
-class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
-        from monai_zsreg import __version__
-
-        parser.exit(0, f"zsreg {__version__}\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -108,16 +108,9 @@ def register_isolated(pair: Mapping[str, Any], settings: Settings) -> Any:
 
 
 def finish_pair(pair: Mapping[str, Any], found: Any, settings: Settings, isolate: bool) -> dict[str, Any]:
-    """Write a pair whose registration has ended.
+    """Write a pair, of which ``found`` is the result of `register_isolated`, and give back its report.
 
-    Args:
-        pair: of `read_isolated`; of one that failed, ``name`` and ``files`` are enough.
-        found: the result of the registration, or the error that stands in its place.
-        settings: of the run.
-        isolate: whether an error is a result, or is raised.
-
-    Returns:
-        The report.
+    With ``isolate`` an error is a report too, which needs ``name`` and ``files`` of the pair alone; else it is raised.
     """
     try:
         if isinstance(found, Exception):
@@ -153,7 +146,7 @@ def run_cohort(
         entries: of `read_datalist`.
         settings: of the run.
         done: called with each report.
-        isolate: whether what goes wrong with a pair is its result, or is raised.
+        isolate: see `finish_pair`.
     """
     pairs = ahead(lambda entry: read_isolated(entry, settings), entries)
     found = ((pair, register_isolated(pair, settings)) for pair in pairs)
@@ -191,10 +184,8 @@ def run_on_cluster(
     user's has its own number, ``distributed.scheduler.allowed-failures``.)
 
     Args:
-        entries: of `read_datalist`.
-        settings: of the run.
+        entries, settings, isolate: see `run_cohort`.
         done: called with each report, in the order in which they come.
-        isolate: whether what goes wrong with a pair is its result, or is raised.
         workers: processes of a cluster on this machine; with ``device="cuda"`` at most one a GPU.
         scheduler: address of a cluster that runs already, in place of one of our own.
 
@@ -336,18 +327,15 @@ def finish(
     many: bool = True,
     quiet: bool = False,
 ) -> list[str]:
-    """Write the tables of a run and say so.
+    """Write the tables of a run, say so unless ``quiet``, and give back the names of the pairs with the verdict FAIL.
 
     Args:
         entries: all pairs, those of earlier runs too.
         settings: of the run; with ``exact`` it is an evaluation.
         verdicts: of the pairs of this run, by name.
-        success_mm: see `save_evaluation`.
+        success_mm: see `monai_zsreg.app.tables.save_evaluation`.
         many: whether there are others than a single pair.
-        quiet: whether to say nothing.
-
-    Returns:
-        Names of the pairs with the verdict FAIL.
+        quiet: whether to say nothing of the tables.
     """
     reports = [tables.read_report(settings.folder(entry["name"])) for entry in entries]
     failed = [name for name, verdict in verdicts.items() if verdict == "FAIL"]

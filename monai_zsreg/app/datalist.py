@@ -38,8 +38,7 @@ def one_pair(
     """The entry of one pair, or of the demonstration pair where neither image is named.
 
     Args:
-        fixed: file, or folder of a DICOM series.
-        moving: likewise.
+        fixed, moving: files, or folders of DICOM series.
         name: of the folder for the results; None for the moving file's name without its suffix.
         dataset_dir: folder that relative paths start from; the working directory if empty.
         further: ``labels`` of the moving image, to be carried along; what is known for measuring: ``fixed_mask`` and

@@ -31,19 +31,12 @@ _MARGIN = 12.0  # mm of background around the moved head, as a scanner's field o
 
 
 class DemoPair(TypedDict):
-    """What `demo_pair` made.
+    """What `demo_pair` made."""
 
-    Keys:
-        fixed: NIfTI file, T1 template, int16.
-        moving: NIfTI file, simulated T2-like image, int16.
-        truth: ``(D+1, D+1)`` float64, fixed world to moving world (RAS mm).
-        mask: bool, foreground on the fixed grid ``[*spatial]``.
-    """
-
-    fixed: Path
-    moving: Path
-    truth: np.ndarray
-    mask: np.ndarray
+    fixed: Path  # T1 template
+    moving: Path  # simulated T2-like image
+    truth: np.ndarray  # (D+1, D+1) float64, fixed world to moving world (RAS mm)
+    mask: np.ndarray  # bool, foreground on the fixed grid [*spatial]
 
 
 def demo_pair(
@@ -73,9 +66,6 @@ def demo_pair(
         shear: size of each shear.
         noise: standard deviation of the noise (Rician), as a fraction of the brightest tissue.
         bias: largest departure of the smooth multiplicative field from 1.
-
-    Returns:
-        The two files, the true matrix and the fixed foreground.
 
     Raises:
         RegistrationError: another number of dimensions, or a folder that cannot be written to.

@@ -50,16 +50,7 @@ _MOST_LISTED = 200
 
 
 def image_path(datastore: Any, image: Any, argument: str) -> str:
-    """File (or folder of a DICOM series) of an image of the datastore.
-
-    Args:
-        datastore: MONAI Label's.
-        image: what the client wrote.
-        argument: name of the parameter, for messages.
-
-    Raises:
-        RegistrationError: ``image`` is not the id of an image of the datastore.
-    """
+    """File (or folder of a DICOM series) of an image of the datastore; a `RegistrationError` for any other id."""
     allowed = "the id of an image of this server's datastore"
     if not isinstance(image, str) or image not in datastore.list_images():
         raise RegistrationError(argument, image, allowed)
@@ -73,11 +64,7 @@ def image_path(datastore: Any, image: Any, argument: str) -> str:
 
 
 def label_path(datastore: Any, image: Any, argument: str) -> str:
-    """File of the final label of an image of the datastore.
-
-    Raises:
-        RegistrationError: ``image`` is not the id of an image of the datastore, or has no final label.
-    """
+    """File of the final label of an image of the datastore; a `RegistrationError` where it has none."""
     image_path(datastore, image, argument)
     label = datastore.get_label_by_image_id(image, _FINAL)
     path = str(datastore.get_label_uri(label, _FINAL)) if label else ""
@@ -235,10 +222,7 @@ def _write(path: Path, pair: Mapping[str, Any], images: Mapping[str, Image], key
 
 
 def _check_free(datastore: Any, name: str) -> None:
-    """
-    Raises:
-        RegistrationError: the datastore cannot keep results under this name.
-    """
+    """A `RegistrationError` where the datastore cannot keep results under this name."""
     if type(datastore) is not _LocalDatastore:
         raise RegistrationError("save", True, "False: this server's datastore is not a folder")
     if name in datastore.list_images():  # it may have been looked at and labeled

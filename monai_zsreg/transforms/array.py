@@ -203,9 +203,10 @@ class ApplyAffineRegistration(SpatialResample):
         meta = deepcopy(dict(extra[_NATIVE_META]))
         mode, padding_mode, header = extra["mode"], extra["padding_mode"], extra["src_affine"]
         if mode in MODES and padding_mode == "zeros":
-            # where the moved header puts the voxels in the fixed world; or where its own does, if the way there bends
-            back = traced_deformation(extra).inverse() if _MAP in extra else torch.eye(len(shape) + 1)
-            grid = Grid(shape, checked_affine(meta[MetaKeys.AFFINE] if _MAP in extra else header, len(shape), "data"))
+            # the moved header lays the native grid into the fixed world; a map that bends starts from its own header
+            bends = _MAP in extra
+            back = traced_deformation(extra).inverse() if bends else torch.eye(len(shape) + 1)
+            grid = Grid(shape, checked_affine(meta[MetaKeys.AFFINE] if bends else header, len(shape), "src_affine"))
             values = move(back, data, Grid.of(data, "data"), grid, mode=mode)
             native: Any = MetaTensor(values, applied_operations=data.applied_operations)
         else:
@@ -270,13 +271,9 @@ class RegisterAffine(ApplyAffineRegistration):
             raise RegistrationError("vgg19_weights", vgg19_weights, "an existing file, or None")
         self.on_failure = on_failure
         # plain strings, so that a cache that hashes the transform by pickling it gets the same hash in every process
-        self.register_options: dict[str, Any] = {
-            "preset": preset,
-            "transform": transform,
-            "device": None if device is None else str(device),
-            "vgg19_weights": None if vgg19_weights is None else os.fspath(vgg19_weights),
-            "seed": seed,
-        } | options
+        device, vgg19_weights = (None if given is None else str(given) for given in (device, vgg19_weights))
+        own = {"preset": preset, "transform": transform, "device": device, "vgg19_weights": vgg19_weights, "seed": seed}
+        self.register_options: dict[str, Any] = own | options
 
     def __call__(  # type: ignore[override]
         self,
@@ -299,8 +296,7 @@ class RegisterAffine(ApplyAffineRegistration):
             The moving image on the fixed grid, see `ApplyAffineRegistration`.
 
         Raises:
-            RegistrationError: an image that cannot be used.
-            RegistrationFailure: the verdict is FAIL, and ``on_failure`` is ``"raise"``.
+            RegistrationError, RegistrationFailure: see `estimate`.
         """
         moving, fixed = as_image(moving, "moving"), evaluate_pending(as_image(fixed, "fixed"))
         check_pair(moving, fixed, "moving")
@@ -380,7 +376,8 @@ class SaveAffine(Transform):
             ``monai.data.utils.create_file_basename``.
 
     Raises:
-        RegistrationError: an extension that is not ITK's.
+        RegistrationError: an extension that is not ITK's; when called, an image without a matrix, or a file that cannot
+            be written.
     """
 
     def __init__(
@@ -403,16 +400,7 @@ class SaveAffine(Transform):
         )
 
     def __call__(self, img: MetaTensor) -> MetaTensor:
-        """
-        Args:
-            img: an image that `RegisterAffine` or `ApplyAffineRegistration` returned, also after further transforms.
-
-        Returns:
-            ``img``.
-
-        Raises:
-            RegistrationError: ``img`` carries no matrix, or the file cannot be written.
-        """
+        """Write the matrix of what `RegisterAffine` or `ApplyAffineRegistration` returned, and give back ``img``."""
         if not isinstance(img, MetaTensor) or AFFINE_KEY not in img.meta:
             raise RegistrationError(
                 "img", type(img).__name__, f"a registered image: a MetaTensor with meta['{AFFINE_KEY}']"
@@ -430,14 +418,8 @@ class SaveAffine(Transform):
 
 
 def as_image(data: Any, name: str) -> MetaTensor:
-    """A ``MetaTensor`` of what MONAI's spatial transforms accept: an array or plain tensor has the identity as affine.
-
-    Raises:
-        RegistrationError: no array, or MONAI's metadata are switched off.
-
-    Warns:
-        RegistrationWarning: there is no affine.
-    """
+    """A ``MetaTensor`` of what MONAI's spatial transforms accept: an array or plain tensor has the identity as affine,
+    and a warning says so."""
     if not get_track_meta():
         allowed = "metadata, which monai.data.set_track_meta(False) has switched off: registration needs the affine"
         raise RegistrationError(name, type(data).__name__, allowed)
@@ -454,16 +436,7 @@ def as_image(data: Any, name: str) -> MetaTensor:
 
 
 def check_pair(moving: MetaTensor, fixed: MetaTensor, moving_name: str) -> int:
-    """Number of spatial dimensions of a moving and a fixed image, if they can be a pair.
-
-    Args:
-        moving: ``[C, *spatial]``.
-        fixed: likewise.
-        moving_name: of the moving image's argument, for the message.
-
-    Raises:
-        RegistrationError: they cannot.
-    """
+    """Number of spatial dimensions of a moving and a fixed image ``[C, *spatial]``, if they can be a pair."""
     for name, image in ((moving_name, moving), ("fixed", fixed)):
         if image.is_batch or image.affine.ndim != 2:
             raise RegistrationError(name, tuple(image.shape), "one image [C, *spatial]; use decollate_batch first")
