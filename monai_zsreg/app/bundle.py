@@ -33,15 +33,13 @@ from monai.transforms import Transform
 from torch.utils.data import DataLoader
 
 from monai_zsreg.app import cohort, datalist
-from monai_zsreg.app.run import read_pair, register_pair
+from monai_zsreg.app.run import read_pair
 from monai_zsreg.app.settings import FAILED, WRONG_INPUT, Settings
 from monai_zsreg.app.tables import mean_metrics
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
-from monai_zsreg.registration import RegistrationResult
 from monai_zsreg.registration.prepared import is_number
 
 __all__ = [
-    "PairEvaluator",
     "PairInferer",
     "PairWriter",
     "ReadAhead",
@@ -218,44 +216,24 @@ class PairInferer(Inferer):
 
     The preset makes the network that it needs. Another in its place, such as one exported to TorchScript, serves preset
     ``"paper"``.
+
+    Args:
+        settings: of the run.
+        isolate: whether what goes wrong with a pair is given back in place of its result, or is raised.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, isolate: bool = False) -> None:
         self.settings = settings
+        self.isolate = isolate
 
     def __call__(  # type: ignore[override]
         self, inputs: Mapping[str, Any], network: Any = None, *args: Any, **kwargs: Any
-    ) -> RegistrationResult:
-        stand_in = network is None or isinstance(network, torch.nn.Identity)
-        return register_pair(inputs, self.settings, **({} if stand_in else {"network": network}))
-
-
-class PairEvaluator(SupervisedEvaluator):
-    """MONAI's evaluator on pairs: ``state.output`` is ``{"pred": result}``.
-
-    Args:
-        isolate: whether what goes wrong with a pair becomes its output, ``{"error": error}``, or is raised.
-        args, kwargs: of ``SupervisedEvaluator``.
-    """
-
-    def __init__(self, *args: Any, isolate: bool = False, **kwargs: Any) -> None:
-        self.isolate = isolate
-        # the images stay where they are: the registration moves what it needs to the device
-        kwargs["prepare_batch"] = lambda batch, *args, **kwargs: (batch, None)
-        super().__init__(*args, **kwargs)
-        # whoever runs it tells what went wrong
-        self.logger.setLevel("CRITICAL")
-
-    def _iteration(self, engine: Any, batchdata: Any) -> Any:
-        try:
-            if "error" in batchdata:
-                raise batchdata["error"]
-            return super()._iteration(engine, batchdata)
-        except Exception as error:
-            if not self.isolate:
-                raise
-            engine.state.output = {"error": error}
-            return engine.state.output
+    ) -> Any:
+        further = {} if network is None or isinstance(network, torch.nn.Identity) else {"network": network}
+        found = cohort.register_isolated(inputs, self.settings, **further)
+        if isinstance(found, Exception) and not self.isolate:
+            raise found
+        return found
 
 
 class PairWriter:
@@ -266,7 +244,7 @@ class PairWriter:
 
     Args:
         settings: of the run.
-        progress: whether there are many pairs, which get a line each or a progress bar.
+        progress: whether there are many pairs, which get a line each or a bar, and may fail one by one.
     """
 
     def __init__(self, settings: Settings, progress: bool = False) -> None:
@@ -274,6 +252,7 @@ class PairWriter:
         self.progress = progress
 
     def attach(self, engine: Engine) -> None:
+        engine.logger.setLevel("CRITICAL")  # whoever runs it tells what went wrong
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._end)
@@ -295,12 +274,11 @@ class PairWriter:
 
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
-        pair, output = state.batch, state.output
+        pair, found = state.batch, state.output["pred"]
         if pair["name"] in state.verdicts:
             raise RegistrationError("name", pair["name"], "a name that no other pair has")
-        found = output["error"] if "error" in output else output["pred"]
         state.verdicts[pair["name"]] = getattr(found, "verdict", "FAIL")
-        isolate = engine.isolate  # type: ignore[attr-defined]
+        isolate = self.progress and not self.settings.exact
         self._wait()
         self.pending = self.pool.submit(cohort.finish_pair, pair, found, self.settings, isolate)
         if self.progress:  # images are not kept while the next pair is read
@@ -324,7 +302,7 @@ def local_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(evaluator: PairEvaluator, request: Mapping[str, Any]) -> None:
+def run(evaluator: SupervisedEvaluator, request: Mapping[str, Any]) -> None:
     """Second step of ``run``: register all pairs, then write the tables of many.
 
     In a process of your own, call ``evaluator.run()`` instead: it raises what went wrong. This one ends the process:

@@ -99,10 +99,10 @@ def read_isolated(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any
         return {"name": entry.get("name"), "files": files_of(entry), "error": error}
 
 
-def register_isolated(pair: Mapping[str, Any], settings: Settings) -> Any:
+def register_isolated(pair: Mapping[str, Any], settings: Settings, **further: Any) -> Any:
     """The result of a pair of `read_isolated`, or the error that stands in its place."""
     try:
-        return pair.get("error") or register_pair(pair, settings)
+        return pair.get("error") or register_pair(pair, settings, **further)
     except Exception as error:
         return error
 
