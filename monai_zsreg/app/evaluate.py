@@ -55,7 +55,8 @@ def read_known(pair: dict[str, Any]) -> dict[str, Any]:
                 allowed = f"one channel and {fixed.dims} dimensions, as fixed has"
                 raise RegistrationError(key, tuple(image.values.shape), allowed)
             if key.startswith("fixed"):
-                image = Image(_carried(image, fixed.grid, _identity(fixed)), fixed.affine, image.meta)
+                values = resample(image.values, image.grid, fixed.grid, mode="nearest", fill=0.0)
+                image = Image(values, fixed.affine, image.meta)
             if not bool((image.values != 0).any()):
                 raise RegistrationError(key, str(pair[key]), "an image that is not 0 everywhere on the image it is of")
             pair[key] = image
@@ -86,10 +87,6 @@ def _named(argument: str) -> Iterator[None]:
         raise RegistrationError(argument, error.value, error.allowed) from error
 
 
-def _identity(image: Image) -> Tensor:
-    return torch.eye(image.dims + 1, dtype=torch.float64)
-
-
 def _carried(labels: Image, grid: Grid, transform: Transform) -> Tensor:
     """Labels or a mask on another grid, by nearest neighbor, 0 outside."""
     return move(transform, labels.values, labels.grid, grid, mode="nearest", fill=0.0)
@@ -118,12 +115,12 @@ def measure_pair(
     fixed_mask, moving_mask, labels = (pair.get(key) for key in ("fixed_mask", "moving_mask", "fixed_labels"))
     step = 1 if settings.exact else max(1, math.ceil((math.prod(fixed.grid.shape) / _ENOUGH) ** (1 / fixed.dims)))
     thin = (slice(None), *(slice(None, None, step) for _ in range(fixed.dims)))
-    still, channel = _identity(fixed), settings.channel("moving")
+    still, channel = torch.eye(fixed.dims + 1, dtype=torch.float64), settings.channel("moving")
     grid = _thinned(fixed.grid, step)
     here = torch.nan_to_num(fixed.channel(settings.channel("fixed"), "fixed")[thin])
     there = moving.channel(channel, "moving")
     images = {
-        "before": resample(there, moving.grid, grid, still, fill=background),
+        "before": resample(there, moving.grid, grid, fill=background),
         "after": torch.nan_to_num(moved.values[channel][None].float()[thin]),
     }
     pulls: dict[str, Transform] = {"before": still, "after": result.pull}
@@ -166,7 +163,7 @@ def measure_deformation(result: RegistrationResult, channel: int = 0) -> dict[st
     """
     found, fixed = result._deformed(), result.fixed_image
     mask = foreground_mask(torch.nan_to_num(fixed.channel(channel, "fixed"))).to(torch.uint8)
-    inside = resample(mask, fixed.grid, found.grid, _identity(fixed), mode="nearest", fill=0.0)[0] > 0
+    inside = resample(mask, fixed.grid, found.grid, mode="nearest", fill=0.0)[0] > 0
     inside = inside if bool(inside.any()) else torch.ones_like(inside)
     lengths, changes = (values[inside].numpy() for values in (found.displacement.norm(dim=0), found.jacobian()[0]))
     ranks = (("displacement", lengths, (50, 95, 100)), ("determinant", changes, (0, 1, 99, 100)))

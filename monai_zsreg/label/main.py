@@ -80,15 +80,10 @@ class MyApp(MONAILabelApp):  # type: ignore[valid-type, misc]
         }
 
     def infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """Answer one request. Of its parameters those of `RegisterTask` count; the server's own are ignored.
+        """Answer one request as MONAI Label's apps do. The parameters of `RegisterTask` count, the server's own do not.
 
-        Args:
-            request: ``model``, ``image`` and the parameters. One of a batch, whose answers nobody reads, has its
-                results saved.
-            datastore: in place of the app's own.
-
-        Returns:
-            As MONAI Label's apps do. In a batch a pair without a result has the reason as ``params["error"]``.
+        One of a batch, whose answers nobody reads, has its results saved, and where there are none the reason as
+        ``params["error"]``.
 
         Raises:
             HTTPException: status 400, wrong input, or 422, the verdict FAIL, with the reason.

@@ -71,7 +71,7 @@ class _OntoFixed(MapTransform, InvertibleTransform, LazyTransform):
             raise RegistrationError("keys", list(self.keys), "keys that differ")
         self.fixed_key = fixed_key
         self.key_options = _options_per_key("", self.keys, mode, padding_mode, fill_value)
-        self.applier = ApplyAffineRegistration()
+        self.applier: ApplyAffineRegistration = ApplyAffineRegistration()
 
     def _fixed(self, data: Mapping[Hashable, Any]) -> MetaTensor:
         """The fixed image, whose pending operations are carried out once for all keys."""
@@ -160,16 +160,11 @@ class RegisterAffined(_OntoFixed):
         given = follower_mode, follower_padding_mode, follower_fill_value
         per_follower = _options_per_key("follower_", tuple(self.followers), *given)
         self.follower_options = dict(zip(self.followers, per_follower, strict=True))
-        self.registrar = self._registrar(preset=preset, transform=transform, **options)
+        self.applier = self.registrar = self._registrar(preset=preset, transform=transform, **options)
+        self.follow = ApplyAffineRegistration()
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        """
-        Args:
-            data: dictionary with the images.
-            lazy: overrides the constructor's.
-
-        Returns:
-            A new dictionary: moved images and followers, and a matrix for each image.
+        """A new dictionary: moved images and followers, and a matrix for each image.
 
         Raises:
             KeyError: an image or follower is missing and ``allow_missing_keys`` is False.
@@ -194,15 +189,13 @@ class RegisterAffined(_OntoFixed):
             maps[key] = self._map(d, key)
         for follower in present:
             options = self.follower_options[follower]
-            d[follower] = self.applier(d[follower], maps[self.followers[follower]], fixed, **options, lazy=lazy)
+            d[follower] = self.follow(d[follower], maps[self.followers[follower]], fixed, **options, lazy=lazy)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.registrar.inverse(d[key])
+        d = super().inverse(data)
         for follower in self._present(d):
-            d[follower] = self.applier.inverse(d[follower])
+            d[follower] = self.follow.inverse(d[follower])
         return d
 
     def _present(self, data: Mapping[Hashable, Any]) -> list[Hashable]:
@@ -299,13 +292,7 @@ class ApplyAffineRegistrationd(_OntoFixed):
         self.affine = None if affine is None else read_matrix(affine, 2 if np.shape(affine) == (3, 3) else 3).tolist()
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        """
-        Args:
-            data: dictionary with the images, and the matrices where ``affine_keys`` names them.
-            lazy: overrides the constructor's.
-
-        Returns:
-            A new dictionary with the images moved.
+        """A new dictionary with the images moved.
 
         Raises:
             KeyError: an image is missing and ``allow_missing_keys`` is False.

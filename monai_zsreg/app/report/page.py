@@ -181,11 +181,11 @@ def _sections(result: RegistrationResult, views: Views, unit: str) -> list[dict[
         maps = [plane.picture(result.expected_error(plane.grid)[0]) for plane in views.planes]
         sections.append(_colored(f"Expected error (root mean square), {unit}", views, maps, unit))
     if result.deformation is not None:
-        bent, still = result.deformation, torch.eye(result.deformation.dims + 1, dtype=torch.float64)
+        bent = result.deformation
         figures = [_figure(plane, grid_lines(bent, plane, fixed)) for plane, fixed, *_ in shown]
         sections.append({"title": "Grid that the map bends, the matrix taken out", "figures": figures})
         changes = bent.jacobian()
-        maps = [plane.picture(resample(changes, bent.grid, plane.grid, still, fill=1.0)[0]) for plane in views.planes]
+        maps = [plane.picture(resample(changes, bent.grid, plane.grid, fill=1.0)[0]) for plane in views.planes]
         title = "Jacobian determinant of what bends: above 1 the moving image's tissue is larger, at 0 the map would"
         sections.append(_colored(f"{title} fold", views, maps, ""))
     if len(result.keypoints.get("fixed", ())):

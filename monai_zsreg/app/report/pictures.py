@@ -270,10 +270,9 @@ def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: 
     inside = inside if inside.numel() else values
     low, high = float(inside.min()), float(inside.max())
     limits = (low, high) if high - low > 1e-6 * max(high, 1e-6) else (max(0.0, low - 0.5e-3), high + 0.5e-3)
-    still = torch.eye(fixed.dims + 1, dtype=torch.float64)
     rows: list[list[tuple[Plane, np.ndarray]]] = []
     for plane, gray in zip(views.planes, views.fixed, strict=True):
-        above = plane.picture(resample(values.cpu(), fixed.grid, plane.grid, still, fill=0.0)[0])
+        above = plane.picture(resample(values.cpu(), fixed.grid, plane.grid, fill=0.0)[0])
         rows.append([(plane, gray), (plane, colored(gray, above, limits, filled(gray > 0.05)))])
     _save_sheet(path, rows, ["fixed", f"standard deviation, mm: blue {limits[0]:.3g}, red {limits[1]:.3g}"])
 
