@@ -3,37 +3,9 @@
 
 from __future__ import annotations
 
+from monai_zsreg.transforms import dictionary
 from monai_zsreg.transforms.array import ApplyAffineRegistration, RegisterAffine, RegisterDeformable, SaveAffine
-from monai_zsreg.transforms.dictionary import (
-    ApplyAffineRegistrationD,
-    ApplyAffineRegistrationd,
-    ApplyAffineRegistrationDict,
-    RegisterAffineD,
-    RegisterAffined,
-    RegisterAffineDict,
-    RegisterDeformableD,
-    RegisterDeformabled,
-    RegisterDeformableDict,
-    SaveAffineD,
-    SaveAffined,
-    SaveAffineDict,
-)
+from monai_zsreg.transforms.dictionary import *  # noqa: F403
 
-__all__ = [
-    "RegisterDeformable",
-    "RegisterDeformableD",
-    "RegisterDeformableDict",
-    "RegisterDeformabled",
-    "ApplyAffineRegistration",
-    "ApplyAffineRegistrationD",
-    "ApplyAffineRegistrationDict",
-    "ApplyAffineRegistrationd",
-    "RegisterAffine",
-    "RegisterAffineD",
-    "RegisterAffineDict",
-    "RegisterAffined",
-    "SaveAffine",
-    "SaveAffineD",
-    "SaveAffineDict",
-    "SaveAffined",
-]
+__all__ = ["ApplyAffineRegistration", "RegisterAffine", "RegisterDeformable", "SaveAffine"]
+__all__ += dictionary.__all__
