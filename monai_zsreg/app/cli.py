@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -229,7 +229,7 @@ def _register(args: argparse.Namespace) -> int:
     settings = _settings(args)
     progress = cohort.Progress(len(entries) if len(entries) > 1 else 0, args.quiet or args.json)
     cohort.run_cohort(entries, settings, progress, isolate=False)
-    _print_json(args, settings, progress)
+    _print_json(args, settings, progress.verdicts, many=len(entries) > 1)
     return FAILED if "FAIL" in progress.verdicts.values() else 0
 
 
@@ -258,7 +258,7 @@ def _cohort(args: argparse.Namespace) -> int:
     else:
         cohort.run_cohort(left, settings, progress, isolate)
     failed = cohort.finish(entries, settings, progress.verdicts, args.success_mm, quiet=args.quiet or args.json)
-    _print_json(args, settings, progress)
+    _print_json(args, settings, progress.verdicts, many=True)
     return FAILED if failed and not args.exact else 0
 
 
@@ -308,13 +308,13 @@ def _check_exists(argument: str, path: str | None) -> None:
         raise RegistrationError(argument, path, "an existing file")
 
 
-def _print_json(args: argparse.Namespace, settings: Settings, progress: Any) -> None:
-    """The reports of this run's pairs, as they were written; that of a single one alone."""
+def _print_json(args: argparse.Namespace, settings: Settings, names: Iterable[str], many: bool) -> None:
+    """The reports of this run's pairs, as they were written, in a list where there could be many."""
     from monai_zsreg.app.tables import read_report
 
     if args.json:
-        found = [read_report(settings.folder(name)) for name in progress.verdicts]
-        print(json.dumps(found if progress.many else found[0], indent=2, ensure_ascii=False), flush=True)
+        found = [read_report(settings.folder(name)) for name in names]
+        print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,10 @@ def test_bad_pairs_are_rows_and_a_rerun_does_only_what_is_missing(
     after = times(out)
     assert {name for name in before if before[name] != after[name]} == {"text", "missing"}
     assert "3 kept, 2 registered" in capsys.readouterr().out
+    # as JSON: the reports of this run, in a list
+    one = write_list(tmp_path / "one.csv", entries[:1])
+    assert main([words[0], one, *words[2:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
     # another transform: nothing is kept
     assert main([*words, "--transform", "rigid", "-q"]) == 3
     told = capsys.readouterr()
