@@ -314,14 +314,6 @@ def evaluation_table(network: AffineRegressor, num_sets: int = 4096, seed: int =
     return rows
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = (
-        "| points | matrices | noise | MLP: error per parameter | pixels | closed form: error per parameter | pixels |"
-    )
-    line = "| {} | {} | {:.0%} | {:.4f} | {:.2f} | {:.4f} | {:.2f} |"
-    return "\n".join([head, "|---" * 7 + "|", *(line.format(*row.values()) for row in rows)])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: print the table of one trained network. Returns the exit code: 0, or 2 for unusable input."""
     parser = argparse.ArgumentParser(prog="python -m monai_zsreg.training", description=main.__doc__)
@@ -340,7 +332,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = training_facts(options.weights)
     if "training_seconds" in facts:
         print(f"training time: {facts['training_seconds'] / 60:.1f} minutes")
-    print(_markdown(evaluation_table(network, options.num_sets, options.seed)))
+    print(
+        "| points | matrices | noise | MLP: error per parameter | pixels | closed form: error per parameter | pixels |"
+    )
+    print("|---" * 7 + "|")
+    for row in evaluation_table(network, options.num_sets, options.seed):
+        print("| {} | {} | {:.0%} | {:.4f} | {:.2f} | {:.4f} | {:.2f} |".format(*row.values()))
     return 0
 
 

@@ -257,7 +257,10 @@ class ZeroShotAffineNet(nn.Module):
         if self.consensus:
             return self._agree(fixed_points, moving_points, valid, step)
         batch, dims = fixed_points.shape[0], self.spatial_dims
-        chosen = self._choose(valid).unsqueeze(2).expand(-1, -1, dims)
+        # the keypoints of each set, drawn with replacement from the valid ones, whatever the other pairs are
+        order = valid.int().argsort(dim=1, descending=True, stable=True)
+        position = (self.draws.flatten() * valid.sum(dim=1, keepdim=True).clamp(min=1)).long()
+        chosen = order.gather(1, position.clamp(max=valid.shape[1] - 1)).unsqueeze(2).expand(-1, -1, dims)
         shape = [batch * self.num_sets, -1, dims]
         x, y = fixed_points.gather(1, chosen).reshape(shape), moving_points.gather(1, chosen).reshape(shape)
         return self.regressor(x, y).reshape(batch, self.num_sets, dims, dims + 1).mean(dim=1)
@@ -267,13 +270,6 @@ class ZeroShotAffineNet(nn.Module):
         threshold = max(self.consensus_threshold * 0.5**step, self.final_threshold)
         estimator = self.coarse if step < self.coarse_passes else self.regressor
         return estimator(fixed_points, moving_points, valid.to(fixed_points.dtype), threshold)
-
-    def _choose(self, valid: Tensor) -> Tensor:
-        """Positions ``[B, num_sets * num_points]`` of the keypoints in each set, drawn with replacement; they depend
-        on no other pair."""
-        order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid ones first
-        count = valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return order.gather(1, (self.draws.flatten() * count).long().clamp(max=valid.shape[1] - 1))
 
 
 def scale_to_unit_range(image: Tensor) -> Tensor:

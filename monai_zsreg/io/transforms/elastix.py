@@ -29,11 +29,7 @@ def sniff(content: bytes) -> bool:
     return re.search(rb"^\s*\(Transform\s", content, re.MULTILINE) is not None
 
 
-def read(path: Path, images: Images) -> np.ndarray:
-    return _read(path, _LONGEST_CHAIN)
-
-
-def _read(path: Path, chain: int) -> np.ndarray:
+def read(path: Path, images: Images, chain: int = _LONGEST_CHAIN) -> np.ndarray:
     content = re.sub(r"//.*", "", path.read_text(encoding="utf-8-sig"))
     words = {
         key: [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', values)]
@@ -56,7 +52,7 @@ def _read(path: Path, chain: int) -> np.ndarray:
         raise ValueError("the transforms that it starts from do not end")
     # the stated folder may be another machine's
     beside = path.parent / Path(start.replace("\\", "/")).name
-    initial = _read(Path(start) if Path(start).is_file() else beside, chain - 1)
+    initial = read(Path(start) if Path(start).is_file() else beside, images, chain - 1)
     if words.get("HowToCombineTransforms", ["Compose"])[0] == "Add":
         return matrix + initial - np.eye(dims + 1)
     return matrix @ initial

@@ -13,7 +13,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.geometry import Grid, checked_affine
 from monai_zsreg.io.images import Image, load_image
 
@@ -59,9 +59,8 @@ class Images:
         if volume is None:
             allowed = f"the {name} image: transforms of format {self.format!r} depend on it"
             raise RegistrationError(name, None, allowed)
-        if volume.grid.dims != dims:
-            allowed = f"a {dims}D image: so is this transform of format {self.format!r}"
-            raise RegistrationError(name, f"{volume.grid.dims}D image", allowed)
+        allowed = f"a {dims}D image: so is this transform of format {self.format!r}"
+        require(volume.grid.dims == dims, name, f"{volume.grid.dims}D image", allowed)
         return volume
 
 
@@ -73,20 +72,17 @@ def _volume(image: Any, name: str) -> Volume:
         with suppress(Exception):
             image = nib.load(image)
     if isinstance(image, SpatialImage):
-        return _of_nibabel(image, name)
+        shape, affine = (*image.shape, 1, 1)[:3], getattr(image, "affine", None)
+        flat = affine is None or len(image.shape) < 2
+        require(not flat, name, f"an image of shape {image.shape}", "a volume with an affine")
+        grid = Grid(tuple(int(n) for n in shape), checked_affine(affine, 3, name))
+        header: Any = image.header
+        spacing = (*(float(zoom) for zoom in header.get_zooms()[:3]), *grid.spacing[len(image.shape) :])
+        sized = all(np.isfinite(zoom) and zoom > 0 for zoom in spacing)
+        require(sized, name, f"voxel sizes {spacing}", "positive voxel sizes in the header")
+        return Volume(grid, spacing, str(image.get_filename() or "unknown"))
     if not isinstance(image, (str, os.PathLike, Tensor, Image)):
         allowed = "a path, an image of nibabel, a MetaTensor, an Image or a Grid"
         raise RegistrationError(name, type(image).__name__, allowed)
     loaded = load_image(image, name)
     return Volume(loaded.grid, loaded.grid.spacing, str(loaded.meta.get("path", "unknown")))
-
-
-def _of_nibabel(image: Any, name: str) -> Volume:
-    shape, affine = (*image.shape, 1, 1)[:3], getattr(image, "affine", None)
-    if affine is None or len(image.shape) < 2:
-        raise RegistrationError(name, f"an image of shape {image.shape}", "a volume with an affine")
-    grid = Grid(tuple(int(n) for n in shape), checked_affine(affine, 3, name))
-    spacing = (*(float(zoom) for zoom in image.header.get_zooms()[:3]), *grid.spacing[len(image.shape) :])
-    if not all(np.isfinite(zoom) and zoom > 0 for zoom in spacing):
-        raise RegistrationError(name, f"voxel sizes {spacing}", "positive voxel sizes in the header")
-    return Volume(grid, spacing, str(image.get_filename() or "unknown"))
