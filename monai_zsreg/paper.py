@@ -80,14 +80,11 @@ def estimate(
     preset: str,
     transform: str = "affine",
     device: str | torch.device = "cpu",
-    seed: int = 0,
     spacing: float | None = None,
     fixed_channel: int = 0,
     moving_channel: int = 0,
-    vgg19_weights: str | os.PathLike | None = None,
-    regressor_weights: str | os.PathLike | None = None,
     network: nn.Module | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Estimate:
     """Estimate the transform of a pair.
 
@@ -95,18 +92,16 @@ def estimate(
         fixed, moving: 2D or 3D, of one dimension.
         preset: key of `PRESETS`.
         spacing: voxel size of the cubes, mm; None for the one above.
-        transform, device, seed, fixed_channel, moving_channel, vgg19_weights, regressor_weights: see
-            `monai_zsreg.register`.
+        transform, device, fixed_channel, moving_channel: see `monai_zsreg.register`.
         network: in place of the preset's, such as one exported to TorchScript.
-        settings: further parameters of `ZeroShotAffineNet`, in place of the preset's.
+        options: further arguments of `build_network`.
 
     Raises:
         RegistrationError: a channel, parameter or weights that cannot be used.
     """
     channels = fixed.channel(fixed_channel, "fixed"), moving.channel(moving_channel, "moving")
     if network is None:
-        files = {"vgg19_weights": vgg19_weights, "regressor_weights": regressor_weights}
-        network = build_network(preset, fixed.dims, transform, seed=seed, device=device, **files, **settings)
+        network = build_network(preset, fixed.dims, transform, device=device, **options)
     extent = longest_extent(fixed.grid, moving.grid)
     step = _working_spacing(fixed.grid, moving.grid, extent) if spacing is None else spacing
     side = math.ceil(extent / step - 1e-3)
