@@ -133,24 +133,36 @@ def _all_entries(request: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _refuse_unknown(argv: Sequence[str]) -> None:
     """MONAI takes options that no configuration knows without a word; here a mistyped one is an error."""
-    if not argv or not os.path.normpath(argv[0]).endswith(os.path.join("monai", "bundle", "__main__.py")):
-        return
-    given: dict[str, str] = {}
-    for number, word in enumerate(argv):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            given[name.replace("-", "_")] = value if equals else "".join(argv[number + 1 : number + 2])
-    files = given.get("config_file", "")
+    given = _given(argv)
+    files = _config_files(given)
     if not files:
         return
-    paths = ast.literal_eval(files) if files.startswith("[") else files
-    known = [*inspect.signature(run_bundle).parameters, *ConfigParser.load_config_files(paths)]
+    known = [*inspect.signature(run_bundle).parameters, *ConfigParser.load_config_files(files)]
     for name, value in given.items():
         top = name.replace("::", "#").partition("#")[0]
         if top not in known:
             near = get_close_matches(top, known, 1)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise RegistrationError(f"--{name}", value, f"an option of the configuration{hint} (`run help` lists them)")
+
+
+def _given(argv: Sequence[str]) -> dict[str, str]:
+    """The options of ``python -m monai.bundle run``, by name; none where another program runs."""
+    given: dict[str, str] = {}
+    if not argv or not os.path.normpath(argv[0]).endswith(os.path.join("monai", "bundle", "__main__.py")):
+        return given
+    for number, word in enumerate(argv):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value if equals else "".join(argv[number + 1 : number + 2])
+    return given
+
+
+def _config_files(given: Mapping[str, str]) -> list[str]:
+    files = given.get("config_file", "")
+    if files.startswith("["):
+        return list(ast.literal_eval(files))
+    return [files] if files else []
 
 
 @contextmanager
@@ -164,10 +176,19 @@ def wrong_input_exits() -> Iterator[None]:
 
 
 def print_options(bundle_root: str | os.PathLike) -> None:
-    """``python -m monai.bundle run help``: the table of options in the bundle's documentation."""
-    lines = (Path(bundle_root) / "docs" / "README.md").read_text(encoding="utf-8").splitlines()
-    first = lines.index("| option | default | meaning |")
-    for line in takewhile(lambda line: line.startswith("| "), lines[first + 2 :]):
+    """``python -m monai.bundle run help``: the table of options in the bundle's documentation.
+
+    The bundle is the folder of the command line's configuration, which is run from anywhere, else ``bundle_root``.
+    """
+    head = "| option | default | meaning |"
+    folders = [Path(name).resolve().parent.parent for name in _config_files(_given(sys.argv))]
+    pages = [folder / "docs" / "README.md" for folder in (*folders, Path(bundle_root))]
+    texts = (page.read_text(encoding="utf-8").splitlines() for page in pages if page.is_file())
+    lines = next((lines for lines in texts if head in lines), [])
+    with wrong_input_exits():
+        if not lines:
+            raise RegistrationError("bundle_root", str(bundle_root), "the folder of the bundle, with docs/README.md")
+    for line in takewhile(lambda line: line.startswith("| "), lines[lines.index(head) + 2 :]):
         option, default, meaning = (cell.strip().replace("`", "") for cell in line.strip("|").split(" | "))
         print(option, indent(fill(f"{meaning} (default: {default})", 96), "    "), sep="\n")
 

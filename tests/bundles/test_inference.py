@@ -122,6 +122,18 @@ def test_help_tells_every_option_and_no_other(capsys: pytest.CaptureFixture[str]
     assert config["help"] == "$app.print_options(@bundle_root)"
 
 
+def test_help_is_found_from_any_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("of something else")
+    words = [sys.executable, "-m", "monai.bundle", "run", "help", "--config_file", INFERENCE]
+    environment = os.environ | {"PYTHONPATH": str(BUNDLE.parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--demonstration_dims" in done.stdout, done.stderr
+    with pytest.raises(SystemExit) as ended:
+        print_options(tmp_path)
+    assert ended.value.code == WRONG_INPUT and f"bundle_root: got '{tmp_path}'" in capfd.readouterr().err
+
+
 def test_demonstration_says_once_that_it_is_simulated_and_how_far_off_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
