@@ -33,7 +33,6 @@ from monai.transforms import Transform
 from torch.utils.data import DataLoader
 
 from monai_zsreg.app import cohort, datalist
-from monai_zsreg.app.run import read_pair
 from monai_zsreg.app.settings import FAILED, WRONG_INPUT, Settings
 from monai_zsreg.app.tables import mean_metrics
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
@@ -199,14 +198,19 @@ def print_options(bundle_root: str | os.PathLike) -> None:
 
 
 class ReadPair(Transform):
-    """Preprocessing: `monai_zsreg.app.run.read_pair`; what cannot be read passes on with its ``error``."""
+    """Preprocessing: `monai_zsreg.app.cohort.read_isolated`; what cannot be read passes on with its ``error``."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        # an entry of another program, with a single image, is no pair that could fail alone
-        return cohort.read_isolated(data, self.settings) if "name" in data else read_pair(data, self.settings)
+        if "name" not in data:  # another program's single image, such as MONAI Label's own app gives
+            allowed = "two images, fixed and moving; in MONAI Label use the app of monai_zsreg.label"
+            error = RegistrationError("data", sorted(data), allowed)
+            if "fastapi" in sys.modules:  # that app's server tells its client the reason of this exception alone
+                raise sys.modules["fastapi"].HTTPException(400, str(error)) from error
+            raise error
+        return cohort.read_isolated(data, self.settings)
 
 
 class ReadAhead(DataLoader):
@@ -233,7 +237,7 @@ class ReadAhead(DataLoader):
 
 
 class PairInferer(Inferer):
-    """`monai_zsreg.app.run.register_pair`.
+    """`monai_zsreg.app.cohort.register_isolated`.
 
     The preset makes the network that it needs. Another in its place, such as one exported to TorchScript, serves preset
     ``"paper"``.

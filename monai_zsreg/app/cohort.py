@@ -82,8 +82,8 @@ def _finished(entry: Mapping[str, Any], settings: Settings) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-# the pair that was read last in this process, and what its fixed image depends on
-_last: tuple[Any, dict[str, Any] | None] = (None, None)
+# the fixed image that was read last in this process, and what it depends on
+_last: tuple[Any, Any] = (None, None)
 
 
 def read_isolated(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -92,8 +92,9 @@ def read_isolated(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any
     try:
         made_from = fingerprint(entry, settings)
         depends = [made_from["files"].get(key) for key in ("fixed", "fixed_mask")], settings
-        pair = read_pair(entry, settings, _last[1] if _last[0] == depends else None) | {"made_from": made_from}
-        _last = depends, {key: pair[key] for key in ("files", "prepared")}
+        known = {"prepared": _last[1]} if depends[0][0] is not None and depends == _last[0] else {}
+        pair = read_pair({**entry, **known}, settings) | {"made_from": made_from}
+        _last = depends, pair["prepared"]
         return pair
     except Exception as error:
         return {"name": entry.get("name"), "files": files_of(entry), "error": error}

@@ -57,14 +57,13 @@ def files_of(entry: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(path) for key, path in entry.items() if isinstance(path, (str, os.PathLike)) and key != "name"}
 
 
-def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_pair(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """The images of a pair on their native grids, and what is known about them.
 
     Args:
         entry: ``name``, ``fixed`` and ``moving``, files; further files as `monai_zsreg.app.datalist` names them. With a
-            name alone the demonstration pair is made.
+            name alone the demonstration pair is made. What has been ``prepared`` of the same fixed image serves again.
         settings: of the run.
-        last: the pair before, whose fixed image serves again where it is the same file.
 
     Returns:
         ``name``; ``files``, the paths by key; ``fixed``, ``moving``: `Image`; ``prepared``, the fixed image for the
@@ -74,12 +73,6 @@ def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, A
         RegistrationError: a file that cannot be used, or that the results would overwrite.
     """
     pair = dict(entry)
-    if "name" not in pair:  # another program's single image, such as MONAI Label's own app gives
-        allowed = "two images, fixed and moving; in MONAI Label use the app of monai_zsreg.label"
-        error = RegistrationError("data", sorted(pair), allowed)
-        if "fastapi" in sys.modules:  # that app's server tells its client the reason of this exception alone
-            raise sys.modules["fastapi"].HTTPException(400, str(error)) from error
-        raise error
     folder = settings.folder(pair["name"])
     if "fixed" not in pair:
         from monai_zsreg.app.demo import demo_pair
@@ -96,9 +89,7 @@ def read_pair(entry: Mapping[str, Any], settings: Settings, last: Mapping[str, A
     for key, path in pair["files"].items():
         if Path(path).resolve() in targets:
             raise RegistrationError(key, path, "a file that the results do not overwrite: another name or output_dir")
-    if last is not None and last["files"].get("fixed") == pair["files"]["fixed"] and "prepared" in last:
-        pair["prepared"] = last["prepared"]
-    else:
+    if "prepared" not in pair:
         channel, mask = settings.options.get("fixed_channel", 0), settings.options.get("fixed_mask")
         pair["prepared"] = Prepared(load_image(pair["fixed"], "fixed"), channel, mask)
     pair["fixed"] = pair["prepared"].image
