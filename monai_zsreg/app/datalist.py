@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +11,9 @@ from typing import Any
 
 from monai_zsreg.app.settings import DEMONSTRATION, EVALUATION, INDEX, SUMMARY, TABLE
 from monai_zsreg.errors import RegistrationError
+from monai_zsreg.io.files import rows_of
 
-__all__ = ["bids_pairs", "one_pair", "read_datalist", "rows_of", "text"]
+__all__ = ["bids_pairs", "one_pair", "read_datalist", "text"]
 
 _RESERVED = (SUMMARY, INDEX, TABLE, EVALUATION)
 _TOGETHER = (("fixed", "moving"), ("fixed_mask", "moving_mask"), ("fixed_landmarks", "moving_landmarks"))
@@ -105,25 +104,6 @@ def read_datalist(datalist: Any, dataset_dir: Any = "", must_exist: bool = False
             raise RegistrationError(f"{place}.{error.argument}", error.value, error.allowed) from error
         pairs.append((entry, "name" in given))
     return _numbered(pairs)
-
-
-def rows_of(datalist: Any) -> Sequence[Any]:
-    """What a list of pairs holds: that of a CSV or JSON file, the list under ``"testing"``, or the list itself."""
-    rows: Any = datalist
-    if isinstance(datalist, (str, os.PathLike)):
-        path = Path(datalist)
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-            rows = json.loads(content) if path.suffix.lower() != ".csv" else list(csv.DictReader(content.splitlines()))
-        except (OSError, ValueError, csv.Error) as error:
-            raise RegistrationError("datalist", str(path), f"a CSV or JSON file ({error})") from error
-    if isinstance(rows, Mapping):
-        if "testing" not in rows:
-            raise RegistrationError("datalist", sorted(rows), 'a list of pairs, or one under "testing"')
-        rows = rows["testing"]
-    if isinstance(rows, str) or not isinstance(rows, Sequence) or len(rows) == 0:
-        raise RegistrationError("datalist", rows, "a list with at least one pair")
-    return rows
 
 
 def bids_pairs(folder: str | os.PathLike) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ def read_datalist(source: Path) -> list[Pair]:
     Raises:
         RegistrationError: the file is no such list, an image is missing, or the two images lie on different grids.
     """
-    from monai_zsreg.app.datalist import rows_of
+    from monai_zsreg.io.files import rows_of
 
     items = rows_of(source)
     if not all(isinstance(item, dict) and {"fixed", "moving"} <= item.keys() for item in items):

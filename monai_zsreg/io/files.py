@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a final name never stands for a half-written file."""
+"""Writing files so that a final name never stands for a half-written file, and reading lists of pairs."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from monai_zsreg.errors import RegistrationError, require
 
-__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "require_nifti_name", "write_json"]
+__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "require_nifti_name", "rows_of", "write_json"]
 
 _PARTIAL = ".partial-"
 # what no folder with another process at work in it shows any more, seconds
@@ -108,3 +109,22 @@ def output_folder(path: str | os.PathLike) -> Path:
     with _named(path, "output_dir", "a folder that can be made and written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+def rows_of(datalist: Any) -> Sequence[Any]:
+    """What a list of pairs holds: that of a CSV or JSON file, the list under ``"testing"``, or the list itself."""
+    rows: Any = datalist
+    if isinstance(datalist, (str, os.PathLike)):
+        path = Path(datalist)
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+            rows = json.loads(content) if path.suffix.lower() != ".csv" else list(csv.DictReader(content.splitlines()))
+        except (OSError, ValueError, csv.Error) as error:
+            raise RegistrationError("datalist", str(path), f"a CSV or JSON file ({error})") from error
+    if isinstance(rows, Mapping):
+        if "testing" not in rows:
+            raise RegistrationError("datalist", sorted(rows), 'a list of pairs, or one under "testing"')
+        rows = rows["testing"]
+    if isinstance(rows, str) or not isinstance(rows, Sequence) or len(rows) == 0:
+        raise RegistrationError("datalist", rows, "a list with at least one pair")
+    return rows
