@@ -10,6 +10,7 @@
     python -m monai_zsreg.benchmark cost --output results
     python -m monai_zsreg.benchmark cost --whole-process t1.nii.gz t2.nii.gz --output results
     python -m monai_zsreg.benchmark calibrate FOLDER --output results
+    python -m monai_zsreg.benchmark deformable FOLDER --output results
 
 ``FOLDER`` holds one folder for each subject with co-registered images on one grid, named after their modality
 (``t1.nii.gz``, ``t2.nii.gz``, ...; a prefix ``study1_`` is ignored), and where there are any ``mask.nii.gz`` (brain),
@@ -21,7 +22,8 @@ headers put together. Photographs and retina pairs come with scikit-image.
 Written to the output folder: ``results.jsonl`` (one line a case and method, appended at once: the same command again
 goes on where it stopped), ``results.csv``, ``summary.csv``, ``summary.md``, ``figure4.png`` and ``capture.png``; by
 ``cost``: ``cost.jsonl``, ``cost.csv``, ``cost.md``, ``cost.png``, or ``whole-process.md``; by ``calibrate``, which
-measures the uncertainty and the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``.
+measures the uncertainty and the verdict: ``calibration.jsonl``, ``calibration.md``, ``reliability.png``, ``roc.png``;
+by ``deformable`` (see `monai_zsreg.benchmark.deformable`): ``results.jsonl``, ``deformable.md``.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import zip_longest
@@ -42,29 +44,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from monai_zsreg.benchmark import anatomies, brains, calibrate, cost, pairs, plots, tables
+from monai_zsreg.benchmark import anatomies, brains, calibrate, cost, deformable, pairs, summary, whole
 from monai_zsreg.benchmark.cases import Case
-from monai_zsreg.benchmark.methods import Method, Task, make_methods
-from monai_zsreg.benchmark.peers import PEERS
+from monai_zsreg.benchmark.methods import DEFORMABLE, METHODS, Method, default_caps, make_methods, set_caps
+from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.run import read_results, run_cases
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.io.files import output_folder, write_json
 
 __all__ = ["main"]
 
-_SLOW = ("ours:paper", "ours:keypoints")  # of ours, in 3D
-_METHODS = ("ours:robust", *_SLOW, *PEERS, "none")
+# what the first word may choose, and without one: where results go, what is written of them, which methods run
+_STUDIES = {
+    "": ("results.jsonl", summary.write_report, METHODS),
+    "table": ("results.jsonl", summary.write_report, ()),
+    "calibrate": ("calibration.jsonl", calibrate.write_report, (calibrate.ROBUST, *calibrate.NARROW)),
+    "cost": ("cost.jsonl", cost.write_report, METHODS),
+    "deformable": ("results.jsonl", deformable.write_report, tuple(DEFORMABLE)),
+}
 _QUICK_SECONDS = 420.0
-
-Caps = dict[tuple[str, int], int]
-
-
-def _default_caps(quick: bool) -> Caps:
-    """How many cases of a row a slow method gets, by its name and number of dimensions."""
-    caps = {(name, 3): 0 if quick else 10 for name in _SLOW}
-    for name, peer in PEERS.items():
-        caps |= {(name, dims): cases for dims, cases in (peer.quick_cases if quick else peer.cases).items()}
-    return caps
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,20 +70,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m monai_zsreg.benchmark", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     several = partial(parser.add_argument, nargs="+")
-    slow = " ".join(f"{name}:{dims}={count}" for (name, dims), count in _default_caps(quick=False).items())
-    add("data", nargs="*", help="folders or datalists; `calibrate` and such; `cost`; `table` to redo the tables alone")
+    slow = " ".join(f"{name}:{dims}={count}" for (name, dims), count in default_caps(quick=False).items())
+    add(
+        "data",
+        nargs="*",
+        help="folders or datalists, after `calibrate` or `deformable` if that; `cost`; `table`: no runs",
+    )
     add("--output", required=True, type=Path, help="folder for the results")
     add("--residuals", type=Path, help="CSV with subject, a, b, dx, dy, dz: a(x) ~ b(x + d), mm along the voxel axes")
-    several("--methods", default=_METHODS, help="default: %(default)s; options of ours as in ours:robust,search=none")
+    several(
+        "--methods",
+        help=f"default: {' '.join(METHODS)}; options of ours as in ours:robust,search=none; "
+        f"deformable: {', '.join(DEFORMABLE)}",
+    )
     several(
         "--protocols",
         help="paper mild so3 stress natural between anatomies overlap, or a stress or row by name; "
-        "of --whole-process: processes cohort chain resampling",
+        f"of --whole-process: {' '.join(whole.PARTS)}",
     )
+    several("--rows", help="deformable: beginnings of rows' names; default: all")
     several("--dims", type=int, choices=(2, 3), default=[2, 3])
     several("--pairs", default=["t1-t2", "t1-flair", "t1-t1ce"], help="modalities, both directions run")
     several("--exclude", default=[], metavar="PATTERN", help="leave out subjects, such as 'spm12/*'")
-    add("--cases", type=int, help="cases of every row; each row has a default of its own")
+    add("--cases", type=int, help="cases of every row; each has a default of its own; deformable: 2 a folder")
     several("--cap", default=[], metavar="METHOD:DIMS=N", help=f"cases of slow methods; default: {slow}")
     add("--slices", type=int, default=5, help="slices of a volume (2D)")
     add("--min-side", type=int, default=128, help="leave out smaller slices (2D)")
@@ -94,14 +101,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="where ours runs, such as cpu or cuda; default: its own choice")
     add("--vgg19-weights", help="weights file for the presets that need one")
     add("--time-limit", type=float, help="seconds after which no further registration begins")
-    several("--redo", default=[], help="methods to run again; `failures` for runs without an answer")
+    add("--redo", nargs="*", default=[], help="methods to run again; `failures` for runs without an answer")
     add("--quick", action="store_true", help="a few cases of the main rows, within ten minutes on two cores")
     several("--symmetric", default=[], metavar="PATTERN", help="calibrate: subjects that a mirror leaves as they are")
-    add("--sizes-2d", nargs="*", type=int, help="cost: pixels a side")
-    add("--sizes-3d", nargs="*", type=int, help="cost: voxels a side")
+    add("--sizes-2d", nargs="*", type=int, default=cost.SIZES[2], help="cost: pixels a side")
+    add("--sizes-3d", nargs="*", type=int, default=cost.SIZES[3], help="cost: voxels a side")
     add("--whole-process", nargs="*", type=Path, metavar="FILE", help="cost: of whole processes; a pair, or a phantom")
     add("--bundle", type=Path, default=Path("bundles/zero_shot_affine_registration"), help="cost: the bundle to run")
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.study = args.data.pop(0) if args.data and args.data[0] in _STUDIES else ""
+    limit = _QUICK_SECONDS if args.quick else math.inf
+    args.end = time.monotonic() + (limit if args.time_limit is None else args.time_limit)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,43 +121,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the methods' processes inherit these
     for name in ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(args.threads)
-    mode = args.data[0] if args.data and args.data[0] in ("cost", "calibrate", "table") else "run"
-    args.data = args.data if mode == "run" else args.data[1:]
-    methods: list[Method] = []
     try:
         output_folder(args.output)
-        task = Task(threads=args.threads, seed=args.seed, device=args.device, vgg19_weights=args.vgg19_weights)
-        if mode == "cost":
-            _cost(args, task, methods)
-        elif mode == "calibrate":
-            _calibrate(args, task, methods)
+        if args.whole_process is not None:
+            families = [method.family for method in make_methods(args.methods or METHODS, Task())]
+            page = (args.output, args.threads, args.protocols or whole.PARTS, args.end)
+            print(whole.write_report(args.whole_process, args.bundle, families, *page))
         else:
-            cases, notes = ([], []) if mode == "table" else _cases(args)
-            methods += make_methods(args.methods, task)
-            _run(args, methods, cases, notes)
+            _run(args)
     except RegistrationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    finally:
-        for method in methods:
-            method.close()
     return 0
 
 
+def _run(args: argparse.Namespace) -> None:
+    """Run what has not run yet, and write the report of all results."""
+    name, write_report, usual = _STUDIES[args.study]
+    log = args.output / name
+    task = Task(threads=args.threads, seed=args.seed, device=args.device, vgg19_weights=args.vgg19_weights)
+    if args.study == "deformable":
+        task = replace(task, transform="deformable")
+    methods = make_methods(usual if args.study == "calibrate" else args.methods or usual, task)
+    for method in methods:
+        method.fresh = args.study in ("cost", "deformable")
+    if not args.study:
+        set_caps(methods, args.quick, args.cap)
+    cases, notes = _cases(args)
+    try:
+        if cases:
+            left_out = _left_out(methods)
+            notes += left_out.values()
+            able = [method for method in methods if method not in left_out]
+            notes += run_cases(cases, able, log, args.end, with_similarity=not args.study, redo=args.redo)
+    finally:
+        for method in methods:
+            method.close()
+        # an interrupted run leaves its tables too
+        results = read_results(log)
+        if results:
+            print(write_report(pd.DataFrame(results), args.output, args.threads, notes))
+
+
 def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
+    """Cases of a study, and notes on what was left out."""
+    if args.study == "table":
+        return [], []
+    if args.study == "cost":
+        sizes = {2: args.sizes_2d, 3: args.sizes_3d}
+        return cost.phantom_cases({dims: sizes[dims] for dims in args.dims}, args.seed), []
+    if args.study == "deformable":
+        found = {folder: pairs.find_pairs(folder, [])[0] for folder in map(Path, args.data)}
+        some = [deformable.deformable_cases(p, f.name, args.cases or 2, args.seed) for f, p in found.items()]
+        return [case for cases in some for case in cases if case.row.name.startswith(tuple(args.rows or ("",)))], []
+    if args.study == "calibrate":
+        args.cases = 40 if args.cases is None else args.cases
+    cases, notes = _row_cases(args)
+    _same_settings(args)
+    return calibrate.calibration_cases(cases, args.symmetric) if args.study == "calibrate" else cases, notes
+
+
+def _row_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """Cases of the selected rows, in turn so that a run cut short has some of each, and notes on what was left out."""
     wanted = [tuple(text.split("-")) for text in args.pairs]
-    if any(len(names) != 2 for names in wanted):
-        raise RegistrationError("pairs", args.pairs, "two modalities with a hyphen between, such as t1-t2")
+    two = "two modalities with a hyphen between, such as t1-t2"
+    require(all(len(names) == 2 for names in wanted), "pairs", args.pairs, two)
     rows = [row for row in (*brains.ROWS, *anatomies.ROWS) if row.dims in args.dims]
     if args.protocols is not None:
         names = {name for p in args.protocols for name in (brains.STRESS if p == "stress" else (p,))}
         rows = [row for row in rows if not {row.protocol, row.name}.isdisjoint(names)]
-    if not rows:
-        raise RegistrationError("protocols", args.protocols, "at least one row with these dimensions")
+    require(bool(rows), "protocols", args.protocols, "at least one row with these dimensions")
     found: list[pairs.Pair] = []
     notes: list[str] = []
     manifest = None
@@ -159,7 +206,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             some, left_out = pairs.find_pairs(source, wanted)
             found, notes = found + some, notes + left_out
     if args.residuals is not None:
-        found = pairs.attach_residuals(found, pairs.read_residuals(args.residuals))
+        found = pairs.with_residuals(found, args.residuals)
     found = [pair for pair in found if not any(fnmatch(pair.subject, pattern) for pattern in args.exclude)]
     lists: list[list[Case]] = []
     for row in rows:
@@ -171,48 +218,18 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             lists.append(brains.brain_cases(row, some, count, args.seed, args.slices, args.min_side))
         if count and not lists[-1]:
             notes.append(f"{row.name}: no pair suits this row")
-    if not any(lists) or (not args.data and args.protocols is None):
-        raise RegistrationError("data", args.data, "a folder or datalist with images that suit at least one row")
+    enough = any(lists) and bool(args.data or args.protocols)
+    require(enough, "data", args.data, "a folder or datalist with images that suit at least one row")
     return [case for turn in zip_longest(*lists) for case in turn if case is not None], notes
 
 
-def _usable(methods: list[Method]) -> list[str]:
-    """Close and remove methods that cannot run here; why, a note each."""
+def _left_out(methods: Sequence[Method]) -> dict[Method, str]:
+    """Methods that cannot run here, and why."""
     with ThreadPoolExecutor() as pool:
-        reasons = dict(zip(methods, pool.map(lambda method: method.missing(), methods), strict=True))
-    for method in [method for method in methods if reasons[method]]:
-        method.close()
-        methods.remove(method)
-    notes = [f"{method.name}: {reason}" for method, reason in reasons.items() if reason]
-    print("".join(f"left out: {note}\n" for note in notes), end="", file=sys.stderr)
-    return notes
-
-
-def _end(args: argparse.Namespace) -> float:
-    limit = args.time_limit if args.time_limit is not None else _QUICK_SECONDS if args.quick else math.inf
-    return time.monotonic() + limit
-
-
-def _run(args: argparse.Namespace, methods: list[Method], cases: list[Case], notes: list[str]) -> None:
-    log = args.output / "results.jsonl"
-    try:
-        if cases:
-            caps = _default_caps(args.quick) | _caps(args.cap)
-            _same_settings(args)
-            notes += _usable(methods)
-            notes += run_cases(cases, methods, log, caps, _end(args), redo=args.redo)
-    finally:
-        # an interrupted run leaves its tables too
-        results = pd.DataFrame(read_results(log))
-        if len(results):
-            summary = tables.summarize(results)
-            tables.write_csv(args.output / "results.csv", results.drop(columns="matrix"))
-            tables.write_csv(args.output / "summary.csv", summary)
-            tables.write_summary(args.output / "summary.md", summary, args.threads, notes)
-            shown = results.merge(summary.loc[summary["best"], ["row", "method"]], on=["row", "method"])
-            plots.plot_figure4(shown, args.output / "figure4.png")
-            plots.plot_capture(shown, args.output / "capture.png")
-            print(args.output / "summary.md")
+        reasons = dict(zip(methods, pool.map(Method.missing, methods), strict=True))
+    left_out = {method: f"{method.name}: {reason}" for method, reason in reasons.items() if reason}
+    print("".join(f"left out: {note}\n" for note in left_out.values()), end="", file=sys.stderr)
+    return left_out
 
 
 def _same_settings(args: argparse.Namespace) -> None:
@@ -223,80 +240,8 @@ def _same_settings(args: argparse.Namespace) -> None:
     path = args.output / "settings.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     other = {name: before.get(name) for name in settings if before.get(name) != settings[name]}
-    if other:
-        allowed = f"a folder begun with the same {', '.join(other)} (was {other})"
-        raise RegistrationError("output", str(args.output), allowed)
+    require(not other, "output", str(args.output), f"a folder begun with the same {', '.join(other)} (was {other})")
     write_json(path, settings)
-
-
-def _caps(texts: Sequence[str]) -> Caps:
-    caps: Caps = {}
-    for text in texts:
-        try:
-            key, number = text.split("=")
-            method, dims = key.rsplit(":", 1)
-            caps[method, int(dims)] = int(number)
-        except ValueError as error:
-            raise RegistrationError("cap", text, "METHOD:DIMS=N, such as ants:3=20") from error
-    return caps
-
-
-def _calibrate(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
-    args.cases = 40 if args.cases is None else args.cases
-    cases, notes = _cases(args)
-    _same_settings(args)
-    cases = [case for case in cases if case.row.kind != "between"]
-    turned = [case for case in cases if case.row.protocol == "so3"]
-    methods += make_methods(["ours:robust", *calibrate.NARROW], task)
-    log, end = args.output / "calibration.jsonl", _end(args)
-    try:
-        for some, users in (
-            (cases, methods[:1]),
-            (calibrate.spoiled_cases(cases, args.symmetric), methods[:1]),
-            (turned, methods[1:]),
-        ):
-            notes += run_cases(some, users, log, end=end, with_similarity=False, redo=args.redo)
-    finally:
-        records = read_results(log)
-        if records:
-            report = calibrate.write_report(records, args.output, args.threads, notes)
-            print(report.read_text(encoding="utf-8"), report, sep="\n")
-
-
-def _cost(args: argparse.Namespace, task: Task, methods: list[Method]) -> None:
-    methods += make_methods(args.methods, task)
-    head = ["", *tables.machine(args.threads), ""]
-    if args.whole_process is not None:
-        with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
-            files = args.whole_process or cost.save_phantom(Path(folder))
-            if len(files) != 2:
-                raise RegistrationError("whole-process", [*map(str, files)], "a fixed and a moving image")
-            families = [method.family for method in methods]
-            found, notes = cost.whole_processes(files, args.bundle, families, args.protocols, _end(args))
-        text = [line for table in found if len(table) for line in (*tables.markdown(table), "")]
-        path = args.output / "whole-process.md"
-        title = "# One pair, whole processes from start to the moved image on disk"
-        tables.write_lines(path, [title, *head, *text, *[f"- left out: {note}" for note in notes]])
-        print(path)
-        return
-    notes = _usable(methods)
-    for method in methods:
-        method.close()
-        method.fresh = True
-    given = {2: args.sizes_2d, 3: args.sizes_3d}
-    sizes = {dims: cost.SIZES[dims] if given[dims] is None else given[dims] for dims in args.dims}
-    log = args.output / "cost.jsonl"
-    try:
-        notes += run_cases(cost.phantom_cases(sizes, args.seed), methods, log, end=_end(args), with_similarity=False)
-    finally:
-        results = read_results(log)
-        if results:
-            summary = tables.summarize(pd.DataFrame(results))
-            tables.write_csv(args.output / "cost.csv", summary)
-            text = [*head, *tables.cost_table(summary), "", *[f"- left out: {note}" for note in notes]]
-            tables.write_lines(args.output / "cost.md", ["# Seconds and peak memory against size", *text])
-            plots.plot_cost(summary, args.output / "cost.png")
-            print(args.output / "cost.md")
 
 
 if __name__ == "__main__":

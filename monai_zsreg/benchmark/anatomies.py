@@ -83,8 +83,7 @@ def _make(case: Case, folder: Path, pair: pd.Series, where: int | None) -> Sampl
     motion = about(moving.center, turn(angle, moving.dims, rng), shift * unit(rng, moving.dims))
     # errors are measured where both show something, as far as that is known
     points = fixed.points(foreground(fixed.values))
-    index = transformed(np.linalg.inv(moving.affine), points)
-    inside = ((index > -0.5) & (index < np.array(moving.shape) - 0.5)).all(axis=1)
+    inside = moving.shows(points)
     points = points[inside] if inside.sum() > 50 else points
     moving = Volume(moving.values, motion @ moving.affine)
     consensus = pair["truth"].startswith("consensus")

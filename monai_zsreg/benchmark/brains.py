@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -76,19 +76,17 @@ def brain_cases(
         slices: of a volume (2D).
         min_side: of a slice, pixels: no perturbation in pixels suits smaller ones.
     """
-    by_subject: dict[str, list[tuple[Pair, int | None, int | None]]] = {}
-    for pair in pairs:
-        if pair.kind != row.kind:
-            continue
-        spots: list[tuple[int | None, int | None]] = [(None, None)]
+    by_subject: dict[str, list[Pair]] = {}
+    for pair in [pair for pair in pairs if pair.kind == row.kind]:
+        units = [pair]
         if row.kind != "natural":
             image = read_volume(pair.fixed)
             if image.dims < row.dims or (row.protocol == "skull" and not _has_skull(pair)):
                 continue
             if image.dims > row.dims:
-                spots = [*_axial_slices(image, slices, min_side)]
-        directions = (pair,) if row.kind == "between" else (pair, pair.reversed())
-        by_subject.setdefault(pair.subject, []).extend((p, *spot) for p in directions for spot in spots)
+                units = [replace(pair, slice=spot) for spot in _axial_slices(image, slices, min_side)]
+        back = [] if row.kind == "between" else [unit.reversed() for unit in units]
+        by_subject.setdefault(pair.subject, []).extend([*units, *back])
     queues = []
     for subject, units in sorted(by_subject.items()):
         order = np.random.default_rng([seed, zlib.crc32(f"{row.name}|{subject}".encode())]).permutation(len(units))
@@ -96,16 +94,14 @@ def brain_cases(
     if row.kind == "between":
         # every ordered pair of people once: there is nothing to draw
         count = min(count, len(queues))
-    make = _between if row.kind == "between" else _make
+    group = {"natural": "photographs", "stack": "slabs of heads"}.get(row.protocol, f"brains {row.dims}D")
     cases = []
     for index in range(count if queues else 0):
         queue = queues[index % len(queues)]
-        pair, axis, where = queue[index // len(queues) % len(queue)]
-        name = pair.name if axis is None else f"{pair.name}:{'ijk'[axis]}{where}"
-        group = {"natural": "photographs", "stack": "slabs of heads"}.get(row.protocol, f"brains {row.dims}D")
+        pair = queue[index // len(queues) % len(queue)]
         notes = {"group": group, "fixed_modality": pair.fixed_modality, "moving_modality": pair.moving_modality}
-        maker = partial(make, pair=pair, axis=axis, where=where)
-        cases.append(Case(row, index, pair.subject, name, seed, maker, notes))
+        make = partial(_between if row.kind == "between" else _make, pair=pair)
+        cases.append(Case(row, index, pair.subject, pair.name, seed, make, notes))
     return cases
 
 
@@ -117,9 +113,9 @@ def _has_skull(pair: Pair) -> bool:
     return all(bool((foreground(image) & ~brain).sum() > 0.1 * brain.sum()) for image in images)
 
 
-def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample:
+def _make(case: Case, pair: Pair) -> Sample:
     protocol, dims = case.row.protocol, case.row.dims
-    fixed, moving, mask, brain = _source(pair, axis, where)
+    fixed, moving, mask, brain = pair.images()
     limits = limits_of(protocol, dims)
     pad, affine = padding(fixed, mask | foreground(moving.values), limits)
     truth, info = draw(limits, fixed, case.rng("transform"))
@@ -155,50 +151,14 @@ def _make(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample
     points = one.points(seen)
     if protocol == "stack":
         # beyond the slices the images tell nothing
-        index = transformed(np.linalg.inv(two.affine) @ truth, points)
-        points = points[((index > -0.5) & (index < np.array(two.shape) - 0.5)).all(axis=1)]
+        points = points[two.shows(transformed(truth, points))]
     shift = np.eye(dims + 1)
     if pair.residual is not None:
         steps = np.array(pair.residual) / read_volume(pair.fixed).spacing
-        shift[:-1, -1] = fixed.affine[:-1, :-1] @ (steps if axis is None else np.delete(steps, axis))
+        shift[:-1, -1] = fixed.affine[:-1, :-1] @ (steps if pair.slice is None else np.delete(steps, pair.slice[0]))
     known = pair.residual is not None or case.row.kind != "real"
     corrected = truth @ shift if known else None
     return Sample(one, two, points, truth, corrected, info=info)
-
-
-def _source(pair: Pair, axis: int | None, where: int | None) -> tuple[Volume, Volume, np.ndarray, np.ndarray | None]:
-    """Fixed and moving image before the perturbation, the fixed foreground, and the brain where a file tells it."""
-    if pair.kind == "natural":
-        return *_photograph(pair), None
-
-    def cut(path: Path) -> np.ndarray:
-        values = read_volume(path).values
-        return values if axis is None or where is None else np.take(values, where, axis=axis)
-
-    fixed, moving = cut(pair.fixed), cut(pair.moving)
-    brain = None if pair.mask is None else cut(pair.mask) > 0
-    tissue = None if pair.tissue is None else np.rint(cut(pair.tissue))
-    if pair.kind == "exact":
-        # the brain is where the T1 has signal, also where a mask file is a little larger
-        inside = foreground(fixed) if brain is None else brain & (fixed > background_value(fixed))
-        t2 = damage.simulated_t2(fixed, inside, tissue)
-        fixed, moving = (t2, fixed) if pair.fixed_modality == "t2-sim" else (fixed, t2)
-    mask = foreground(fixed) if brain is None or not brain.any() else brain
-    # a slice is measured in pixels, as the paper does
-    affine = read_volume(pair.fixed).affine if axis is None else np.eye(3)
-    return Volume(fixed, affine), Volume(moving, affine), mask, brain
-
-
-def _photograph(pair: Pair) -> tuple[Volume, Volume, np.ndarray]:
-    from skimage import data
-    from skimage.transform import downscale_local_mean
-
-    image = getattr(data, pair.fixed.name)().astype(np.float32)
-    if max(image.shape[:2]) > 400:
-        image = downscale_local_mean(image, (2, 2, 1)).astype(np.float32)
-    names = ("red", "green", "blue")
-    one, two = (image[..., names.index(name)] for name in (pair.fixed_modality, pair.moving_modality))
-    return Volume(one, np.eye(3)), Volume(two, np.eye(3)), np.ones(one.shape, dtype=bool)
 
 
 def _degrade(case: Case, role: str, modality: str, image: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -216,7 +176,7 @@ def _degrade(case: Case, role: str, modality: str, image: np.ndarray, seen: np.n
     return np.where(support, damage.add_noise(biased, support, 0.03, rng), image).astype(np.float32)
 
 
-def _between(case: Case, pair: Pair, axis: int | None, where: int | None) -> Sample:
+def _between(case: Case, pair: Pair) -> Sample:
     fixed, moving = read_volume(pair.fixed), read_volume(pair.moving)
     assert pair.labels is not None
     labels = read_volume(pair.labels[0]), read_volume(pair.labels[1])

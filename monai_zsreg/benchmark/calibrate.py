@@ -9,12 +9,11 @@ nothing, and a search that is too narrow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,13 +22,13 @@ from scipy.stats import weibull_min
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from monai_zsreg.benchmark.cases import Case, Row, Sample
-from monai_zsreg.benchmark.methods import LEVELS
-from monai_zsreg.benchmark.plots import COLORS, figure, save
-from monai_zsreg.benchmark.tables import machine, markdown, percent, write_lines
+from monai_zsreg.benchmark.peers import LEVELS
+from monai_zsreg.benchmark.report import COLORS, figure, markdown, percent, save, write_page
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
 __all__ = ["FAILURES", "NARROW", "coverage", "fit", "kind_table", "spoiled_cases", "tabulate", "write_report"]
 
+ROBUST = "ours:robust"
 NARROW = ("ours:robust,search=local", "ours:robust,search=none")
 _ENOUGH = 20  # runs to fit constants to
 
@@ -78,12 +77,17 @@ def _moving(sample: Sample, values: np.ndarray) -> Sample:
     return replace(sample, moving=Volume(np.ascontiguousarray(values, dtype=np.float32), sample.moving.affine))
 
 
-FAILURES: dict[str, Callable[[Sample, np.random.Generator], Sample]] = {
-    "noise": _noise,
-    "other": _other,
-    "mirrored": _mirrored,
-    "disjoint": _disjoint,
-}
+FAILURES = {"noise": _noise, "other": _other, "mirrored": _mirrored, "disjoint": _disjoint}
+
+
+def calibration_cases(cases: Iterable[Case], symmetric: Sequence[str] = ()) -> list[Case]:
+    """Those of the rows that have a truth, for the methods that are to run them, and `spoiled_cases` of them.
+
+    A search that is too narrow fails where any rotation may be.
+    """
+    good = [case for case in cases if case.row.kind != "between"]
+    judged = [case if case.row.protocol == "so3" else replace(case, methods=(ROBUST,)) for case in good]
+    return judged + spoiled_cases(good, symmetric)
 
 
 def spoiled_cases(cases: Iterable[Case], symmetric: Sequence[str] = ()) -> list[Case]:
@@ -96,7 +100,7 @@ def spoiled_cases(cases: Iterable[Case], symmetric: Sequence[str] = ()) -> list[
         kind = list(FAILURES)[number % len(FAILURES)]
         if kind != "mirrored" or not any(fnmatch(case.subject, pattern) for pattern in symmetric):
             row = Row(kind, case.row.dims, "wrong", 0, 0, f"{kind} {case.row.name}", case.row.transform)
-            spoiled.append(replace(case, row=row, make=partial(_spoil, inner=case)))
+            spoiled.append(replace(case, row=row, make=partial(_spoil, inner=case), methods=(ROBUST,)))
     return spoiled
 
 
@@ -114,21 +118,15 @@ def fit(runs: pd.DataFrame) -> tuple[float, float]:
     return float(scale * math.sqrt(math.gamma(1 + 2 / shape))), float(shape)
 
 
-def coverage(runs: pd.DataFrame, constants: tuple[float, float] | None = None) -> list[float]:
-    """Fraction of the runs whose error stays below the bound of each level, as predicted or with `fit`'s constants."""
-    if constants is None:
-        bounds = [[bound[str(level)] for bound in runs["bounds"]] for level in LEVELS]
-    else:
-        factor, shape = constants
-        scale = factor * runs["spread"] / math.sqrt(math.gamma(1 + 2 / shape))
-        bounds = [scale * (-math.log1p(-level)) ** (1 / shape) for level in LEVELS]
-    return [float((runs["error_at_point"] <= bound).mean()) for bound in bounds]
+def coverage(runs: pd.DataFrame) -> list[float]:
+    """Fraction of the runs whose error stays below the bound that was predicted for each level."""
+    bounds = pd.DataFrame(list(runs["bounds"]), runs.index)
+    return [float((runs["error_at_point"] <= bounds[str(level)]).mean()) for level in LEVELS]
 
 
-def tabulate(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Records as a table with ``wrong``, ``what`` went wrong and ``judged``: the truth is good enough for intervals."""
-    table = pd.DataFrame(records).reindex(columns=[*dict.fromkeys([k for r in records for k in r]), *_OPTIONAL])
-    table = table.loc[:, ~table.columns.duplicated()]
+def tabulate(results: pd.DataFrame) -> pd.DataFrame:
+    """Results with ``wrong``, ``what`` went wrong and ``judged``: the truth is good enough for intervals."""
+    table = results.reindex(columns=results.columns.union(_OPTIONAL, sort=False))
     made = table["kind"] == "wrong"
     table = table[made | table["right"].notna()]
     table["wrong"] = made | table["right"].eq(False)
@@ -140,8 +138,6 @@ def tabulate(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 _OPTIONAL = ("right", "score", "verdict", "error_at_point", "spread", "bounds")
-
-
 _TRUTHS = {"real": "right, real pairs", "header": "right by the header"}
 
 
@@ -156,12 +152,11 @@ def kind_table(runs: pd.DataFrame) -> pd.DataFrame:
     groups += [("all failures", bad)] if bad["what"].nunique() > 1 else []
     lines = []
     for name, group in groups:
+        passed = "{:.1f} [{:.1f}, {:.1f}]".format(*percent(group["verdict"] == "PASS"))
         counts = {verdict: int((group["verdict"] == verdict).sum()) for verdict in ("PASS", "WARN", "FAIL")}
-        share, low, high = percent(counts["PASS"], len(group))
-        line = {"runs": name, "n": len(group), **counts, "PASS, %": f"{share:.1f} [{low:.1f}, {high:.1f}]"}
+        line = {"runs": name, "n": len(group), **counts, "PASS, %": passed}
         if bool(group["wrong"].iloc[0]) and len(good):
-            both = pd.concat([good, group])
-            line["ROC area"] = f"{roc_auc_score(~both['wrong'].astype(bool), both['score']):.4f}"
+            line["ROC area"] = f"{_roc_area(pd.concat([good, group])):.4f}"
         judged = group[group["judged"]]
         if len(judged):
             held = zip(LEVELS, coverage(judged), strict=True)
@@ -170,6 +165,10 @@ def kind_table(runs: pd.DataFrame) -> pd.DataFrame:
             line |= dict(zip(("factor", "shape"), (f"{number:.2f}" for number in fit(judged)), strict=True))
         lines.append(line | {"seconds": f"{group['seconds'].median():.2f}"})
     return pd.DataFrame(lines).fillna("")
+
+
+def _roc_area(runs: pd.DataFrame) -> float:
+    return float(roc_auc_score(runs["wrong"].astype(bool), -runs["score"]))
 
 
 def _plot_reliability(table: pd.DataFrame, path: Path) -> None:
@@ -197,22 +196,19 @@ def _plot_roc(table: pd.DataFrame, path: Path) -> None:
         wrong = runs["wrong"].astype(bool)
         if wrong.nunique() == 2:
             suspected, found, _ = roc_curve(wrong, -runs["score"])
-            area = f"{roc_auc_score(wrong, -runs['score']):.4f}"
-            label = f"{kind}: {area} ({(~wrong).sum()} good, {wrong.sum()} failures)"
+            label = f"{kind}: {_roc_area(runs):.4f} ({(~wrong).sum()} good, {wrong.sum()} failures)"
             axes[0, 0].plot(suspected, found, color=color, label=label)
     axes[0, 0].set(xlabel="good runs suspected", ylabel="failures found")
     axes[0, 0].legend(fontsize=8, loc="lower right")
     save(made, path)
 
 
-def write_report(records: Sequence[dict[str, Any]], folder: Path, threads: int, notes: Sequence[str] = ()) -> Path:
+def write_report(results: pd.DataFrame, folder: Path, threads: int, notes: Sequence[str] = ()) -> Path:
     """``calibration.md``, ``reliability.png`` and ``roc.png``; the path of the first."""
-    table = tabulate(records)
+    table = tabulate(results)
     _plot_reliability(table, folder / "reliability.png")
     _plot_roc(table, folder / "roc.png")
-    text = ["# Calibration of the uncertainty and of the verdict", "", *machine(threads)]
-    for kind, runs in table.groupby("group"):
-        text += ["", f"## {kind}", "", *markdown(kind_table(runs))]
-    text += ["", "## Left out", "", *[f"- {note}" for note in notes]] if notes else []
-    write_lines(folder / "calibration.md", text)
-    return folder / "calibration.md"
+    kinds = table.groupby("group")
+    text = [line for kind, runs in kinds for line in (f"## {kind}", "", *markdown(kind_table(runs)), "")]
+    title = "Calibration of the uncertainty and of the verdict"
+    return write_page(folder / "calibration.md", title, threads, text[:-1], notes)

@@ -8,13 +8,14 @@ for, and an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from monai_zsreg.benchmark.volumes import Volume
+from monai_zsreg.benchmark.volumes import Volume, labels_dice, moved
+from monai_zsreg.metrics import target_registration_error
 
 __all__ = ["SUCCESS", "Case", "Row", "Sample"]
 
@@ -55,6 +56,7 @@ class Sample:
     info: dict[str, Any] = field(default_factory=dict)  # for the results file
     labels: tuple[Volume, Volume] | None = None
     reference: str | None = None  # the case whose answer by the same method the truth is to be composed with
+    mask: np.ndarray | None = None  # where the fixed image counts, for methods that take one
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -63,6 +65,35 @@ class Sample:
         for role, image in (("fixed", self.fixed), ("moving", self.moving)):
             facts |= {f"{role}_shape": list(image.shape), f"{role}_spacing": image.spacing.round(4).tolist()}
         return facts
+
+    @property
+    def nothing(self) -> np.ndarray:
+        """The answer that leaves the images as they are."""
+        return np.eye(self.fixed.dims + 1)
+
+    def judge(
+        self, given: np.ndarray, point: Sequence[float] | None = None, reference: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """How far off an answer is, mm: mean and maximum over ``points``, and at one more point; Dice of the labels.
+
+        ``reference`` is the same method's answer to the case that this one refers to.
+        """
+        result: dict[str, Any] = {"matrix": given.tolist()}
+        truths = {"tre": self.truth, "tre_corrected": self.corrected}
+        if self.reference is not None and self.truth is not None:
+            truths = {"tre": None if reference is None else self.truth @ reference}
+        for name, truth in truths.items():
+            if truth is not None:
+                gaps = target_registration_error(given, truth, self.points)
+                result |= {name: float(gaps.mean()), f"{name}_max": float(gaps.max())}
+                if point is not None:
+                    result["error_at_point"] = float(target_registration_error(given, truth, np.array([point]))[0])
+        if self.labels is not None:
+            fixed, moving = self.labels
+            for name, matrix in (("label_dice_before", self.nothing), ("label_dice", given)):
+                shown = moved(moving, fixed.shape, fixed.affine, matrix, order=0, fill=0.0)
+                result[name] = labels_dice(fixed, moving, shown.values)
+        return result
 
 
 @dataclass(frozen=True)
@@ -76,6 +107,7 @@ class Case:
     seed: int
     make: Callable[[Case], Sample] = field(compare=False)
     notes: dict[str, Any] = field(default_factory=dict)  # for the results file; ``group`` is the kind of data
+    methods: Sequence[str] | None = None  # names of those that are to run it; None for all
 
     @property
     def name(self) -> str:

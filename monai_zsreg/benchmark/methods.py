@@ -8,108 +8,65 @@ that of one method. The clock starts when the method's own images are made.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
-from monai_zsreg.benchmark.volumes import Volume, foreground
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.benchmark.peers import PEERS, Task
+from monai_zsreg.benchmark.volumes import Volume
+from monai_zsreg.errors import RegistrationError, require
 
-__all__ = ["LEVELS", "Method", "Task", "easy_pair", "make_methods", "none", "ours", "prepare_function", "timed"]
+__all__ = ["DEFORMABLE", "METHODS", "Method", "default_caps", "easy_pair", "make_methods", "set_caps"]
 
-LEVELS = (0.5, 0.9, 0.95)  # of the intervals that are checked
+_ALL = {2: math.inf, 3: math.inf}  # cases that a fast method runs, by number of dimensions
 _TOO_LONG = 900.0  # seconds
 
+_SLOW = ("ours:paper", "ours:keypoints")  # of ours, in 3D
+METHODS = ("ours:robust", *_SLOW, *[name for name, peer in PEERS.items() if peer.starts])
+# family and start of deformable methods, by their names in the table
+DEFORMABLE = {name: (family, start) for family, peer in PEERS.items() for name, start in peer.deformable.items()}
+
 Answer = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a method is asked for."""
-
-    start: str = ""  # where it starts; of ours the preset, options after commas (``robust,search=none``)
-    transform: str = "affine"  # or rigid
-    threads: int = 2
-    seed: int = 0
-    device: str | None = None  # where ours runs; None for its own choice
-    vgg19_weights: str | None = None  # for the presets of ours that need them
-
-
-def ours(fixed: Volume, moving: Volume, task: Task) -> Callable[[], tuple[np.ndarray, Callable[[], Answer]]]:
-    """A preset of ``monai_zsreg.register``, with what it says of itself beside the matrix."""
-    import torch
-
-    from monai_zsreg import register
-    from monai_zsreg.io.images import load_image
-
-    torch.set_num_threads(task.threads)
-    images = [load_image(image.values, affine=image.affine) for image in (fixed, moving)]
-    preset, *more = task.start.split(",")
-    options: dict[str, Any] = dict(item.split("=", 1) for item in more)
-    options |= {"device": task.device, "vgg19_weights": task.vgg19_weights, "seed": task.seed}
-
-    def run() -> tuple[np.ndarray, Callable[[], Answer]]:
-        result = register(*images, preset=preset, transform=task.transform, **options)
-        return result.affine, lambda: _own_word(result, fixed)
-
-    return run
-
-
-def _own_word(result: Any, fixed: Volume) -> Answer:
-    """Verdict, and how far off the result may be at one random point of the foreground."""
-    answer: Answer = {"verdict": result.verdict, "score": float(result.score), "reasons": result.reasons}
-    if result.covariance is not None:
-        inside = fixed.points(foreground(fixed.values))
-        point = inside[np.random.default_rng(len(inside)).integers(len(inside))][None]
-        bounds = {str(level): float(result.uncertainty_at(point, level)[0]) for level in LEVELS}
-        answer |= {"point": point[0].tolist(), "spread": float(result.uncertainty_at(point)[0]), "bounds": bounds}
-    return answer
-
-
-def none(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
-    """What the headers say."""
-    return lambda: np.eye(fixed.dims + 1)
-
-
-def prepare_function(family: str) -> Callable[[Volume, Volume, Task], Callable[[], Any]]:
-    """A method's ``prepare``, see `monai_zsreg.benchmark.peers`; ImportError where it is not installed."""
-    own: dict[str, Callable[[Volume, Volume, Task], Callable[[], Any]]] = {"ours": ours, "none": none}
-    return own.get(family) or importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
 
 
 class Method:
     """One method at one start, in a process that begins when it is first needed.
 
     Args:
-        family: ``ours``, ``none`` or a key of `PEERS`.
+        family: a key of `PEERS`.
         task: start, threads, device, seed.
-        dims: what it can register.
+        cases: how many of a row it runs, by number of dimensions.
+        name: in the tables; of family and start if None.
     """
 
     fresh = False  # a new process for each registration, so that its memory is known
 
-    def __init__(self, family: str, task: Task, dims: tuple[int, ...] = (2, 3)) -> None:
-        self.family, self.task, self.dims = family, task, dims
-        self.name = f"{family}{':' if family == 'ours' else '/'}{task.start}".rstrip("/")
+    def __init__(self, family: str, task: Task, cases: Mapping[int, float] = _ALL, name: str | None = None) -> None:
+        self.family, self.task, self.cases = family, task, cases
+        self.name = name or f"{family}{':' if family == 'ours' else '/'}{task.start}".rstrip("/")
         self._process: Any = None
 
     def missing(self) -> str | None:
         """Why the method cannot run here; None where it can."""
-        answer = self.register(*easy_pair(min(self.dims)))
+        answer = self.register(*easy_pair(min(self.cases)))
         return answer["failure"] if answer.get("cannot_run") else None
 
-    def register(self, fixed: Volume, moving: Volume, transform: str = "affine") -> Answer:
-        """Register in the method's process: ``matrix``, ``seconds``, ``peak_mib`` and what the method has to add; or
-        ``failure``, with ``cannot_run`` where it is not these images that the method cannot do."""
+    def register(
+        self, fixed: Volume, moving: Volume, transform: str = "affine", mask: np.ndarray | None = None
+    ) -> Answer:
+        """Register in the method's process: ``matrix`` (of a deformable transform its displacements), ``seconds``,
+        ``peak_mib`` and what the method has to add; or ``failure``, with ``cannot_run`` where it is not these images
+        that the method cannot do."""
         if self._process is None:
             context = get_context("spawn")
             self._pipe, end = context.Pipe()
@@ -117,7 +74,7 @@ class Method:
             self._process.start()
             end.close()
         try:
-            self._pipe.send((fixed, moving, replace(self.task, transform=transform)))
+            self._pipe.send((fixed, moving, replace(self.task, transform=transform, mask=mask)))
             answer: Answer = {"failure": f"longer than {_TOO_LONG:g} s"}
             if self._pipe.poll(_TOO_LONG):
                 answer = self._pipe.recv()
@@ -148,20 +105,21 @@ def _serve(pipe: Any, family: str) -> None:
         while True:
             fixed, moving, task = pipe.recv()
             try:
-                prepare = prepare_function(family)
+                prepare = importlib.import_module(f"monai_zsreg.benchmark.peers.{family}").prepare
                 if fixed.dims not in warm:
-                    # so that libraries are loaded and threads exist when the clock starts
+                    # so that libraries are loaded and threads exist when the clock starts, for which affine will do
+                    kind = "affine" if task.transform == "deformable" else task.transform
                     with suppress(RuntimeError):
-                        prepare(*easy_pair(fixed.dims), task)()
+                        prepare(*easy_pair(fixed.dims), replace(task, transform=kind, mask=None))()
                     warm.add(fixed.dims)
-                answer = timed(prepare(fixed, moving, task))
+                answer = _timed(prepare(fixed, moving, task))
             except Exception as error:  # a failed registration is a result
                 text = f"{type(error).__name__}: {str(error).strip()}"
                 answer = {"failure": text[:300], "cannot_run": _cannot_run(error)}
             pipe.send(answer)
 
 
-def timed(run: Callable[[], Any]) -> Answer:
+def _timed(run: Callable[[], Any]) -> Answer:
     unit = 2**20 if sys.platform == "darwin" else 1024
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     found = run()
@@ -172,7 +130,9 @@ def timed(run: Callable[[], Any]) -> Answer:
 
 def _cannot_run(error: Exception) -> bool:
     absent = ("device", "preset", "regressor_weights", "transform", "vgg19_weights")
-    return isinstance(error, ImportError) or (isinstance(error, RegistrationError) and error.argument in absent)
+    if isinstance(error, RegistrationError):
+        return error.argument in absent
+    return isinstance(error, (ImportError, NotImplementedError))
 
 
 def easy_pair(dims: int) -> tuple[Volume, Volume]:
@@ -185,22 +145,48 @@ def easy_pair(dims: int) -> tuple[Volume, Volume]:
 
 
 def make_methods(specs: Sequence[str], task: Task) -> list[Method]:
-    """Methods by name: ``family`` for all of its usual starts, ``family/start`` for one, ``ours:preset`` for ours.
+    """Methods by name: ``family`` for all of its usual starts, ``family/start`` for one, ``ours:preset`` for ours; of
+    a deformable task those of `DEFORMABLE`.
 
     Raises:
         RegistrationError: an unknown name.
     """
-    from monai_zsreg.benchmark.peers import PEERS
-
     methods: list[Method] = []
     for spec in specs:
+        if task.transform == "deformable":
+            require(spec in DEFORMABLE, "methods", spec, f"of {list(DEFORMABLE)}")
+            family, start = DEFORMABLE[spec]
+            methods.append(Method(family, replace(task, start=start), {3: math.inf}, spec))
+            continue
         family, _, start = spec.replace(":", "/", 1).partition("/")
         peer = PEERS.get(family)
-        if (family == "ours" and start) or (family == "none" and not start):
-            methods.append(Method(family, replace(task, start=start)))
-        elif peer is not None and (not start or start in peer.starts + peer.extra_starts):
-            starts = (start,) if start else peer.starts
-            methods += [Method(family, replace(task, start=s), peer.dims) for s in starts]
-        else:
-            raise RegistrationError("methods", spec, f"none, ours:<preset>, or of {sorted(PEERS)}")
+        starts = (start,) if start else peer.starts if peer else ()
+        if not peer or not starts or not (family == "ours" or {*starts} <= {*peer.starts, *peer.extra_starts}):
+            raise RegistrationError("methods", spec, f"ours:<preset>, or of {sorted({*PEERS} - {'ours'})}")
+        methods += [Method(family, replace(task, start=s), dict.fromkeys(peer.cases, math.inf)) for s in starts]
     return methods
+
+
+def default_caps(quick: bool) -> dict[tuple[str, int], float]:
+    """How many cases of a row a slow method gets, by its name or family and the number of dimensions."""
+    caps = {(name, dims): most[quick] for name, peer in PEERS.items() for dims, most in peer.cases.items()}
+    caps |= {(name, 3): 0 if quick else 10 for name in _SLOW}
+    return {key: most for key, most in caps.items() if most < math.inf}
+
+
+def set_caps(methods: Sequence[Method], quick: bool, given: Sequence[str] = ()) -> None:
+    """Limit slow methods to the first cases of a row: the default ones, and those ``given`` as ``ants:3=20``.
+
+    Raises:
+        RegistrationError: a text of another form.
+    """
+    caps = default_caps(quick)
+    for text in given:
+        try:
+            key, number = text.split("=")
+            name, dims = key.rsplit(":", 1)
+            caps[name, int(dims)] = int(number)
+        except ValueError as error:
+            raise RegistrationError("cap", text, "METHOD:DIMS=N, such as ants:3=20") from error
+    for m in methods:
+        m.cases = {dims: caps.get((m.name, dims), caps.get((m.family, dims), most)) for dims, most in m.cases.items()}

@@ -9,9 +9,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import ndimage
 
-from monai_zsreg.errors import RegistrationError
+from monai_zsreg.errors import require
+from monai_zsreg.geometry import Grid
+from monai_zsreg.io.images import Image, load_image
+from monai_zsreg.metrics import label_dice
 
 __all__ = ["Volume", "background_value", "foreground", "labels_dice", "moved", "read_volume", "transformed"]
 
@@ -32,16 +36,30 @@ class Volume:
         return self.values.shape
 
     @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, torch.from_numpy(np.asarray(self.affine, dtype=np.float64)))
+
+    @property
     def spacing(self) -> np.ndarray:
-        return np.linalg.norm(self.affine[:-1, :-1], axis=0)
+        return np.array(self.grid.spacing)
 
     @property
     def center(self) -> np.ndarray:
-        return transformed(self.affine, (np.array(self.shape) - 1) / 2)
+        return self.grid.center.numpy()
+
+    @property
+    def image(self) -> Image:
+        """As our own method takes it."""
+        return load_image(np.asarray(self.values, dtype=np.float32), affine=self.affine)
 
     def points(self, mask: np.ndarray) -> np.ndarray:
         """World coordinates ``[N, D]`` of the voxels of a mask."""
         return transformed(self.affine, np.argwhere(mask))
+
+    def shows(self, points: np.ndarray) -> np.ndarray:
+        """Which of some points ``[N, D]``, world, lie in the image's field of view: ``[N]`` bool."""
+        index = transformed(np.linalg.inv(self.affine), points)
+        return np.all((index > -0.5) & (index < np.array(self.shape) - 0.5), axis=1)
 
 
 def transformed(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -56,11 +74,8 @@ def read_volume(path: Path) -> Volume:
     Raises:
         RegistrationError: the file cannot be read or holds more than one channel.
     """
-    from monai_zsreg.io.images import load_image
-
     image = load_image(path)
-    if len(image.values) != 1:
-        raise RegistrationError("data", str(path), "images with one channel")
+    require(len(image.values) == 1, "data", str(path), "images with one channel")
     values = np.nan_to_num(image.values[0].numpy().astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     values.setflags(write=False)
     return Volume(values, image.affine.numpy())
@@ -124,12 +139,7 @@ def moved(
     return Volume(out, affine)
 
 
-def labels_dice(fixed: Volume, moving: Volume, matrix: np.ndarray) -> float:
-    """Mean Dice over the labels that both images have, the moving labels by nearest neighbor on the fixed grid."""
-    import torch
-
-    from monai_zsreg.metrics import label_dice
-
-    shown = moved(moving, fixed.shape, fixed.affine, matrix, order=0, fill=0.0)
+def labels_dice(fixed: Volume, moving: Volume, shown: np.ndarray) -> float:
+    """Mean Dice over the labels that both label images have; ``shown`` is the moving one on the fixed grid."""
     still = np.where(np.isin(fixed.values, moving.values), fixed.values, 0)
-    return label_dice(torch.from_numpy(still), torch.from_numpy(shown.values))
+    return label_dice(torch.from_numpy(still), torch.from_numpy(shown))

@@ -22,8 +22,7 @@ SMALL = {"slices": 2, "min_side": 30}
 
 @pytest.fixture(scope="module")
 def found(subjects: Path) -> list[pairs.Pair]:
-    known = pairs.read_residuals(subjects / "residuals.csv")
-    return pairs.attach_residuals(pairs.find_pairs(subjects, [("t1", "t2")])[0], known)
+    return pairs.with_residuals(pairs.find_pairs(subjects, [("t1", "t2")])[0], subjects / "residuals.csv")
 
 
 def row_of(name: str) -> Row:

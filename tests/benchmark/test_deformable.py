@@ -7,11 +7,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from phantoms import pooled, template
 
-from monai_zsreg.benchmark.deformable import METHODS, main, score, trials
+from monai_zsreg.benchmark.deformable import deformable_cases, main, write_report
+from monai_zsreg.benchmark.methods import DEFORMABLE
+from monai_zsreg.benchmark.pairs import find_pairs
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_truth_has_no_error_and_nothing_has_all_of_it(folder: Path) -> None:
-    made = {row: make() for row, _, make in trials([folder], 1) if not row.startswith("between")}
+    cases = deformable_cases(find_pairs(folder, [])[0], "people", 1)
+    made = {case.row.name: case.build() for case in cases if not case.row.name.startswith("between")}
     assert list(made) == ["known", "resection", "resection masked", "rigid"]
-    for row, trial in made.items():
-        assert trial.truth is not None
-        nothing, right = score(trial, np.zeros_like(trial.truth)), score(trial, trial.truth)
+    for row, sample in made.items():
+        assert sample.displacement is not None
+        nothing, right = sample.judge(sample.nothing), sample.judge(sample.displacement)
         assert right["folded"] == 0 and max(v for k, v in right.items() if "folded" not in k) == 0
         assert row == "rigid" or min(v for k, v in nothing.items() if "folded" not in k) > 0.5
     assert made["resection"].mask is None and not made["resection masked"].mask.all()
     # the image shows at x what the other shows at x + truth
     known = made["resection masked"]
-    steps = np.einsum("ij,j...->i...", np.linalg.inv(known.fixed.affine[:3, :3]), known.truth)
+    steps = np.einsum("ij,j...->i...", np.linalg.inv(known.fixed.affine[:3, :3]), known.displacement)
     place = torch.from_numpy(np.indices(known.fixed.shape) + steps)
     index = [p.round().long().clamp(0, n - 1) for p, n in zip(place, known.moving.shape, strict=True)]
     shown = torch.from_numpy(known.moving.values)[tuple(index)].numpy()
@@ -50,16 +54,16 @@ def test_the_truth_has_no_error_and_nothing_has_all_of_it(folder: Path) -> None:
 
 
 def test_labels_are_moved_by_the_field(folder: Path) -> None:
-    row, name, make = next(trials([folder], 1))
-    assert row.endswith("t1-t1") and name == "one-two"
-    trial = make()
-    field = np.zeros((3, *trial.fixed.shape), dtype=np.float32)
-    assert score(trial, field)["dice"] > 0.85
+    case = deformable_cases(find_pairs(folder, [])[0], "people", 1)[0]
+    assert case.row.name == "between people t1-t1" and case.images == "one-two"
+    sample = case.build()
+    field = sample.nothing
+    assert sample.judge(field)["dice"] > 0.85
     field[0] = 24.0
-    assert score(trial, field)["dice"] < 0.6
+    assert sample.judge(field)["dice"] < 0.6
     # left becomes right
     field[0] = -12.0 * np.arange(field.shape[1])[:, None, None]
-    assert score(trial, field)["folded inside"] > 100
+    assert sample.judge(field)["folded inside"] > 100
 
 
 def test_the_command_writes_a_table_and_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -68,4 +72,15 @@ def test_the_command_writes_a_table_and_goes_on(folder: Path, tmp_path: Path) ->
         assert main([*words, "affine alone"]) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
     assert "| rigid | affine alone | 1 |" in (tmp_path / "deformable.md").read_text()
-    assert set(METHODS) > {"ours", "SyN", "SyNQuick", "elastix B-spline", "ConvexAdam"}
+    assert set(DEFORMABLE) > {"ours", "SyN", "SyNQuick", "elastix B-spline", "ConvexAdam"}
+
+
+def test_a_run_that_failed_is_told_and_not_averaged(tmp_path: Path) -> None:
+    run = {"row": "rigid", "failure": "", "median": 0.5, "95 %": 1.0, "folded": 0.0, "folded inside": 0.0}
+    run |= {"seconds": 2.0, "peak_mib": 10.0}
+    lost = run | {"failure": "RuntimeError: no", "median": 9.0, "seconds": None}
+    results = pd.DataFrame([run | {"method": "SyN"}, lost | {"method": "SyN"}, lost | {"method": "greedy NCC"}])
+    text = write_report(results, tmp_path, 1, ["ConvexAdam: no module"]).read_text()
+    assert "| rigid | SyN | 1 | median, 95 % | 0.500, 1.000 | 0 | 0 | 2.0 | 10 |" in text
+    assert "| greedy NCC |" not in text and "- greedy NCC in rigid: RuntimeError: no" in text
+    assert "- ConvexAdam: no module" in text

@@ -11,6 +11,7 @@ import pytest
 
 from monai_zsreg.benchmark import pairs
 from monai_zsreg.benchmark.brains import _axial_slices, full_slices
+from monai_zsreg.benchmark.cases import Sample
 from monai_zsreg.benchmark.volumes import Volume, foreground, labels_dice, read_volume
 from monai_zsreg.errors import RegistrationError
 
@@ -22,11 +23,11 @@ def test_find_pairs_ignores_the_prefix_and_attaches_residuals(subjects: Path) ->
     assert [p.name for p in found if p.kind == "real"] == ["a:t1-t2", "b:t1-t2", "c:t1-t2"]
     assert [p.name for p in found if p.kind == "exact"] == ["a:t1-t2-sim", "b:t1-t2-sim", "c:t1-t2-sim"]
     assert left_out == []
-    known = pairs.read_residuals(subjects / "residuals.csv")
+    known = subjects / "residuals.csv"
     real = [p for p in found if p.kind == "real"]
-    attached = pairs.attach_residuals(real, known)
+    attached = pairs.with_residuals(real, known)
     assert attached[0].residual == RESIDUAL and attached[2].residual is None
-    turned = pairs.attach_residuals([real[0].reversed()], known)[0]
+    turned = pairs.with_residuals([real[0].reversed()], known)[0]
     assert turned.residual == tuple(-r for r in RESIDUAL)
     assert attached[0].reversed() == turned
 
@@ -70,7 +71,7 @@ def test_datalist(subjects: Path) -> None:
 def test_residuals_file_with_other_columns(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("subject,from,to\n1,2,3\n")
     with pytest.raises(RegistrationError, match="residuals"):
-        pairs.read_residuals(tmp_path / "r.csv")
+        pairs.with_residuals([], tmp_path / "r.csv")
 
 
 def test_slices(subjects: Path) -> None:
@@ -98,4 +99,12 @@ def test_label_dice_follows_the_matrix() -> None:
     labels[5:10, 5:15], labels[10:15, 5:15] = 1, 2
     one, two = Volume(labels, np.eye(3)), Volume(np.roll(labels, 3, axis=1), np.eye(3))
     back = np.array([[1, 0, 0], [0, 1, 3], [0, 0, 1.0]])
-    assert labels_dice(one, two, back) == 1.0 and labels_dice(one, two, np.eye(3)) == pytest.approx(0.7)
+    dice = []
+    for matrix in (back, np.eye(3)):
+        result = Sample(one, two, np.zeros((1, 2)), None, labels=(one, two)).judge(matrix)
+        assert result["label_dice_before"] == pytest.approx(0.7)
+        dice.append(result["label_dice"])
+    assert dice == [1.0, pytest.approx(0.7)]
+    # a label that is moved out of view counts as 0, one that the moving image does not have not at all
+    shown = np.where(labels == 2, 0, labels)
+    assert labels_dice(one, one, shown) == 0.5 and labels_dice(one, Volume(shown, np.eye(3)), shown) == 1.0

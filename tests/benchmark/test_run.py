@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from monai_zsreg.benchmark import cost, pairs, tables
-from monai_zsreg.benchmark.__main__ import _caps, main
+from monai_zsreg.benchmark import cost, pairs, summary, whole
+from monai_zsreg.benchmark.__main__ import main
 from monai_zsreg.benchmark.brains import ROWS, brain_cases
 from monai_zsreg.benchmark.cases import Case, Row, Sample
-from monai_zsreg.benchmark.methods import Method, Task
+from monai_zsreg.benchmark.methods import Method, set_caps
+from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.run import read_results, run_cases
 from monai_zsreg.benchmark.volumes import Volume
 
@@ -30,7 +31,7 @@ class Answers(Method):
         self.name, self.answer, self.calls = name, answer, 0
         self.family = name.partition("/")[0]
 
-    def register(self, fixed: Volume, moving: Volume, transform: str = "affine") -> dict[str, Any]:
+    def register(self, *_: Any) -> dict[str, Any]:
         self.calls += 1
         return self.answer()
 
@@ -51,7 +52,7 @@ def right(case: Case, **more: Any) -> Answers:
 @pytest.fixture(scope="module")
 def case(subjects: Path) -> Case:
     found, _ = pairs.find_pairs(subjects, [("t1", "t2")])
-    found = pairs.attach_residuals(found, pairs.read_residuals(subjects / "residuals.csv"))
+    found = pairs.with_residuals(found, subjects / "residuals.csv")
     return brain_cases(next(r for r in ROWS if r.name == "mild-3d-real"), found, 1, seed=0)[0]
 
 
@@ -121,11 +122,13 @@ def test_resume_redo_and_half_written_line(case: Case, tmp_path: Path) -> None:
 def test_time_limit_and_caps(case: Case, tmp_path: Path) -> None:
     method = none()
     assert "1 runs" in run_cases([case], [method], tmp_path / "a.jsonl", end=time.monotonic() - 1)[0]
-    run_cases([case], [method], tmp_path / "a.jsonl", _caps(["none:3=0"]))
+    set_caps([method], False, ["none:3=0"])
+    run_cases([case], [method], tmp_path / "a.jsonl")
     assert method.calls == 0
     # the name counts where the family is given too
     good = right(case)
-    run_cases([case], [good], tmp_path / "a.jsonl", _caps(["answer:3=0", "answer/right:3=1"]), with_similarity=False)
+    set_caps([good], False, ["answer:3=0", "answer/right:3=1"])
+    run_cases([case], [good], tmp_path / "a.jsonl", with_similarity=False)
     assert good.calls == 1
 
 
@@ -145,7 +148,7 @@ def test_summary_counts_failures_and_takes_the_better_start() -> None:
         _result("ours:robust", 1.0, "b", failure="gone", verdict="FAIL"),
         _result("ours:paper", 9.0, "b", verdict="PASS"),
     ]
-    table = tables.summarize(pd.DataFrame(results))
+    table = summary.summarize(pd.DataFrame(results))
     assert table["method"].tolist() == ["ours:paper", "ours:robust", "elastix/default", "elastix/mass"]
     lines = table.set_index("method")
     assert lines["best"].to_dict() == {
@@ -172,8 +175,8 @@ def test_command_end_to_end(subjects: Path, tmp_path: Path, capsys: pytest.Captu
     assert {json.loads(line)["row"] for line in lines} == rows
     assert main(args) == 0
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
-    summary = pd.read_csv(tmp_path / "summary.csv")
-    assert len(summary) == 6 and (summary["success"] == 0).all()
+    lines = pd.read_csv(tmp_path / "summary.csv")
+    assert len(lines) == 6 and (lines["success"] == 0).all()
     text = (tmp_path / "summary.md").read_text()
     for part in ("| exact |", "Not comparable", "SimpleElastix | +0.263", "processor", "command", "0 % [0, 66]"):
         assert part in text, part
@@ -234,18 +237,18 @@ def test_whole_processes_are_timed_and_what_fails_is_left_out(tmp_path: Path) ->
     copy = ["python", "-c", "import shutil, sys; shutil.copy(*sys.argv[1:])", "MOVING", "OUTPUT"]
     fail = ["python", "-c", "raise SystemExit('no such option')"]
     lazy = ["python", "-c", "print('done')", "FOLDER"]
-    found, notes = cost.timed({"copy": copy, "fail": fail, "lazy": lazy}, moving, moving, repeats=2)
+    found, notes = whole.timed({"copy": copy, "fail": fail, "lazy": lazy}, moving, moving, repeats=2)
     assert found.keys() == {"copy"} and 0 < found["copy"]["seconds"] < 20 and found["copy"]["peak MB"] > 1
     assert found["copy"]["MB written"] == found["copy"]["moved MB"] == 0.024
     assert notes == ["fail: status 1, no such option", "lazy: status 0, done"]
 
 
 def test_the_rows_of_the_table_of_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_SHAPES", ((40, 40, 30), (200, 200)))
-    commands, _ = cost._commands(tmp_path, ["ours", "none"], ["processes", "cohort", "chain", "resampling"])
+    monkeypatch.setattr(whole, "_SHAPES", ((40, 40, 30), (200, 200)))
+    commands, _ = whole._commands(tmp_path, ["ours", "none"], ["processes", "cohort", "chain", "resampling"])
     names = ["zsreg --help", "a wrong argument", *[name for name in commands if name.endswith("]")]]
-    found, notes = cost.timed({name: commands[name] for name in names}, tmp_path, tmp_path, repeats=1)
+    found, notes = whole.timed({name: commands[name] for name in names}, tmp_path, tmp_path, repeats=1)
     assert [note for note in notes if "SimpleITK" not in note] == []
-    lines = [line[0] for line in cost._ratios(found)]
+    lines = [line[0] for line in whole._ratios(found)]
     assert lines[:2] == names[:2] and {"register, in Python", "bundle"} <= commands.keys()
     assert len(lines) == (2 if notes else 6) and found["ours [200, 200]"]["value"] > 0

@@ -10,9 +10,10 @@ from typing import Any
 import ants
 import numpy as np
 
-from monai_zsreg.benchmark.methods import Task
-from monai_zsreg.benchmark.peers import lattice_of, matrix_of
+from monai_zsreg.benchmark.peers import Task, matrix_of
 from monai_zsreg.benchmark.volumes import Volume
+from monai_zsreg.geometry import itk_lattice
+from monai_zsreg.io.displacement import read_displacement
 
 __all__ = ["WHOLE", "prepare"]
 
@@ -24,24 +25,28 @@ ants.image_write(ants.registration(*images, type_of_transform="Affine")["warpedm
 
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
-    images = [_image(image) for image in (fixed, moving)]
+    deformable = task.transform == "deformable"
+    options = {
+        "fixed": _image(fixed),
+        "moving": _image(moving),
+        "mask": None if task.mask is None else _image(Volume(task.mask, fixed.affine)),
+        "type_of_transform": task.start if deformable else task.transform.capitalize(),
+        "initial_transform": "Identity" if deformable or task.start == "identity" else None,
+        "random_seed": task.seed + 1,
+    }
 
     def run() -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
-            done = ants.registration(
-                *images,
-                type_of_transform=task.transform.capitalize(),
-                initial_transform="Identity" if task.start == "identity" else None,
-                outprefix=f"{folder}/",
-                random_seed=task.seed + 1,
-            )
-            found = ants.read_transform(done["fwdtransforms"][0])
+            files = ants.registration(**options, outprefix=f"{folder}/")["fwdtransforms"]
+            if deformable:
+                return read_displacement(next(file for file in files if file.endswith("Warp.nii.gz")))[0].numpy()
+            found = ants.read_transform(files[0])
         return matrix_of(found.apply_to_point, fixed.dims)
 
     return run
 
 
 def _image(image: Volume) -> Any:
-    spacing, origin, direction = lattice_of(image)
+    spacing, origin, direction = itk_lattice(image.grid)
     values = np.ascontiguousarray(image.values, dtype=np.float32)
     return ants.from_numpy(values, origin=origin.tolist(), spacing=spacing.tolist(), direction=direction)

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import itk
 import numpy as np
 
-from monai_zsreg.benchmark.methods import Task
-from monai_zsreg.benchmark.peers import lattice_of, matrix_of
+from monai_zsreg.benchmark.peers import Task, field_of, itk_image, matrix_of
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["WHOLE", "prepare"]
@@ -31,9 +30,10 @@ itk.imwrite(moved, output)
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     if not hasattr(itk, "ElastixRegistrationMethod"):
         raise ImportError("the itk that is installed has no elastix, which is the package itk-elastix")
-    images = [_image(image) for image in (fixed, moving)]
+    images = [itk_image(image, itk.image_from_array, itk.matrix_from_array) for image in (fixed, moving)]
+    deformable = task.transform == "deformable"
     parameters = itk.ParameterObject.New()
-    settings = parameters.GetDefaultParameterMap(task.transform)
+    settings = parameters.GetDefaultParameterMap(task.start if deformable else task.transform)
     # the moved image is not part of what is timed
     settings["WriteResultImage"] = ["false"]
     if task.start == "mass":
@@ -46,18 +46,22 @@ def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarra
         method.SetParameterObject(parameters)
         method.SetLogToConsole(False)
         method.SetNumberOfThreads(task.threads)
+        if task.mask is not None:
+            mask = itk.image_from_array(np.ascontiguousarray(task.mask.T.astype(np.uint8)))
+            mask.CopyInformation(images[0])
+            method.SetFixedMask(mask)
         method.Update()
+        if deformable:
+            found = method.GetTransformParameterObject()
+            shown = itk.TransformixFilter.New(images[1], transform_parameter_object=found)
+            shown.ComputeDeformationFieldOn()
+            with tempfile.TemporaryDirectory(prefix="zsreg-") as folder:
+                # it writes the field to a file as well
+                shown.SetOutputDirectory(folder)
+                shown.Update()
+            return field_of(itk.array_from_image(shown.GetOutputDeformationField()))
         found = method.ConvertToItkTransform(method.GetCombinationTransform())
         point = itk.Point[itk.D, fixed.dims]
         return matrix_of(lambda place: list(found.TransformPoint(point(place))), fixed.dims)
 
     return run
-
-
-def _image(image: Volume) -> Any:
-    spacing, origin, direction = lattice_of(image)
-    made = itk.image_from_array(np.ascontiguousarray(image.values.T, dtype=np.float32))
-    made.SetSpacing(spacing.tolist())
-    made.SetOrigin(origin.tolist())
-    made.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
-    return made

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from monai_zsreg.benchmark.methods import Task
+from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]

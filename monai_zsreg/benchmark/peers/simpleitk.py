@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from monai_zsreg.benchmark.methods import Task
-from monai_zsreg.benchmark.peers import matrix_of, sitk_image
+from monai_zsreg.benchmark.peers import Task, matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
 __all__ = ["prepare"]
