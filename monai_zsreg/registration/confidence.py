@@ -73,7 +73,7 @@ class Limits:
         overlap: least fraction of the foregrounds in the other's field of view.
         scale: largest factor between the sizes of the two, or its inverse.
         stretch: largest ratio of the scales along different directions.
-        error: largest expected error in the foreground, shortest sides of the coarser image's voxels.
+        error: largest expected error in the foreground, voxels of the coarser image (sides of a cube of their volume).
         second: least lead over another transform that is no reflection, standard errors of the difference.
         mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
     """

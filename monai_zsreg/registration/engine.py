@@ -213,8 +213,8 @@ class Found:
         answer: the best hypothesis.
         rivals: the others that ended apart from it, each as of the last level where it was followed.
         costs: of the answer at each level, coarse to fine.
-        blocks: of the finest level.
-        evidence: what they say of the answer.
+        lattices: blocks of each level, coarse to fine.
+        evidence: what those of the level that is surest say of the answer.
         agreement: see `Evidence`, at the resolution of the coarser image.
         margin: how far the correlation's score of the answer stands above the best score apart from it; None where
             candidates came from elsewhere.
@@ -224,7 +224,7 @@ class Found:
     answer: Hypothesis
     rivals: list[Hypothesis]
     costs: list[float]
-    blocks: Blocks
+    lattices: list[Blocks]
     evidence: Evidence
     agreement: float
     margin: float | None = None
@@ -251,7 +251,7 @@ class Found:
         pair, stage = self.pair, _STAGES[self.pair.dims][0]
         step = min(stage.step * pair.base, 2 * pair.extent / _SIDE)
         within = self.answer.transform[None]
-        blocks = Blocks(pair, self.blocks.describe, step, stage.size, 2 * stage.blocks, within=within)
+        blocks = Blocks(pair, self.lattices[-1].describe, step, stage.size, 2 * stage.blocks, within=within)
         return standing(blocks, self.answer.transform)
 
     @property
@@ -281,7 +281,7 @@ class Found:
     def measures(self) -> dict[str, float]:
         """What the verdict rests on; see `monai_zsreg.registration.confidence.Limits`."""
         found = {
-            "step": max(self.pair.base, *(min(side.grid.spacing) for side in (self.pair.fixed, self.pair.moving))),
+            "step": max(self.pair.base, self.pair.detail),
             "agreement": self.agreement,
             "cost": self.costs[-1],
             "coarse_cost": self.costs[0],
@@ -309,7 +309,7 @@ class Found:
         shown = weight.values if bool(weight.values.any()) else torch.ones_like(weight.values)
         to_frame = torch.linalg.inv(self.pair.fixed_frame.to_index(weight.grid)).cpu().double()
         points = apply_affine(to_frame, shown.nonzero().cpu().double())
-        free = loose(self.blocks, self.answer.transform, self.answer.cost, self.evidence.basis, points)
+        free = loose(self.lattices, self.answer.transform, self.evidence, points)
         return self._in_world(self.evidence.covariance + free)
 
     def _in_world(self, covariance: Tensor) -> Tensor:
@@ -366,8 +366,11 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             costs += [going[0].cost] * (number + 1 - len(costs))
         lattices.append(blocks)
     answer, margin = going[0], candidates.margin(going[0].transform)
-    every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices[levels.index(shown) :]]
-    evidence, agreement = every[-1], every[0].agreement
+    every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices]
+    # voxels may be finer than what an image shows: the level that tells most tells how sure it is
+    evidence = min(reversed(every), key=lambda one: one.spread)
+    every = every[levels.index(shown) :]
+    agreement = every[0].agreement
     together = settled(answer.transform, every) if len(every) > 1 else answer.transform
     if float(distance(together, answer.transform)) <= shown[1].step * pair.base / pair.unit:
         answer = replace(answer, transform=together)
@@ -375,7 +378,7 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         sharper = _sharpened(pair, answer.transform, settings, stages[-1])
         if sharper is not None:
             answer, evidence.covariance = replace(answer, transform=sharper[0]), sharper[1]
-    return Found(pair, answer, going[1:] + beaten, costs, blocks, evidence, agreement, margin)
+    return Found(pair, answer, going[1:] + beaten, costs, lattices, evidence, agreement, margin)
 
 
 def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Tensor] | None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,6 +33,8 @@ _FARTHEST = 2.0
 _TRIED = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # what tells a displaced place from the answer: the part of its likeness that is lost, and standard errors of that
 _LOST, _ERRORS = 0.07, 2.0
+# less of it must be lost where twice the displacement loses so much more: part of that
+_GROWS = 0.5
 # distance of blocks that may move together, block widths; what they have in common of how far they move, as measured on
 # brains that were bent smoothly by 0.5 to 2 voxels
 _NEAR, _COMMON = 2.0, 0.6
@@ -104,6 +108,14 @@ class Evidence:
     beyond: float
     basis: Tensor
     update: Tensor
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the error over the object, frame units; see `distance`."""
+        dims = self.basis.shape[-1] - 1
+        linear, shift = self.basis[:, :dims, :dims].flatten(1), self.basis[:, :dims, dims]
+        square = float((self.covariance * (linear @ linear.mT / dims + shift @ shift.mT)).sum())
+        return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf
 
 
 class _Memory:
@@ -214,7 +226,11 @@ def lead_of(blocks: Blocks, transforms: Tensor) -> tuple[Tensor, Tensor]:
         Mean difference of the costs, ``[K]``, and the same in standard errors, from how it varies between the blocks;
         positive where the first is better.
     """
-    sums, weight = blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)]))
+    return _ahead(*blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)])))
+
+
+def _ahead(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `lead_of`, of what `Blocks.differences` says."""
     total = weight.sum().clamp(min=1e-9)
     gap = sums - sums[:1]
     mean = gap.sum(1) / total
@@ -320,48 +336,65 @@ def _beyond(shift: Tensor, stiff: Tensor, apart: Tensor) -> float:
     return (common / scale) ** 0.5 / _COMMON if sure else 0.0
 
 
-def loose(blocks: Blocks, final: Tensor, cost: float, basis: Tensor, points: Tensor) -> Tensor:
-    """Covariance ``[P, P]`` of the rigid motions that the images do not tell from none: of a disc, along a tube.
+def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points: Tensor) -> Tensor:
+    """What the covariance ``[P, P]`` lacks of motions that the images do not tell from none: of a disc, along a tube.
 
     Slopes say how a cost begins to rise, and edges of single voxels or noise have slopes too. Here the object is
-    displaced, about and along its principal axes, farther and farther until the images are seen to differ more.
+    displaced, about and along its principal axes, farther and farther until the images are seen to differ more, at one
+    of several resolutions: voxels may be finer than what an image shows.
 
     Args:
-        blocks: of both images.
+        lattices: blocks of both images, coarse to fine.
         final: ``(D+1, D+1)``, fixed frame to moving frame.
-        cost: of it.
-        basis: ``[P, D+1, D+1]``, motions of the fixed frame.
+        evidence: at the finest level.
         points: ``[N, D]``, the object in the fixed frame.
     """
     own = torch.eye(points.shape[1] + 1, dtype=torch.float64)
     own[:-1, -1] = points.mean(0)
     centered = points - points.mean(0)
     own[:-1, :-1] = torch.linalg.eigh(centered.mT @ centered).eigenvectors
-    motions = own @ generators("rigid", blocks.dims) @ torch.linalg.inv(own)
+    step = lattices[-1].step
+    motions = own @ generators("rigid", lattices[-1].dims) @ torch.linalg.inv(own)
     size = apply_affine(motions, points).square().sum(2).mean(1).sqrt()
-    motions = motions * (blocks.step / size.clamp(min=blocks.step))[:, None, None]
-    free = torch.zeros(len(motions), dtype=torch.float64)
-    least = _LOST * max(blocks.chance - cost, 0.0)
-    some = blocks.half()
-
-    def told(displaced: Tensor) -> Tensor:
-        """How clearly, 1 where just so."""
-        lost, errors = lead_of(some, torch.cat([final[None], final @ torch.linalg.matrix_exp(displaced)]))
-        return torch.minimum(lost[1:] / max(least, 1e-12), errors[1:] / _ERRORS)
-
+    motions = motions * (step / size.clamp(min=step))[:, None, None]
+    tried = []
     going = torch.arange(len(motions))
     for reach in _TRIED:
-        ahead = told(reach * motions[going])
+        told = torch.full((2, len(lattices), len(motions)), torch.nan, dtype=torch.float64)
+        told[..., going] = _told(lattices, final, reach * motions[going])
+        tried.append(told)
         # what is told twice as clearly as it must be on one side is told on the other
-        going = going[~(ahead >= 2.0)]
-        ahead = ahead[~(ahead >= 2.0)]
+        going = going[~(told[..., going].amin(0).amax(0) >= 2.0)]
         if len(going):
-            going = going[~(torch.minimum(ahead, told(-reach * motions[going])) >= 1.0)]
+            told[..., going] = torch.minimum(told[..., going], _told(lattices, final, -reach * motions[going]))
+            going = going[~(told[..., going].amin(0).amax(0) >= 1.0)]
         if not len(going):
             break
-        free[going] = _PART * reach
-    parts = torch.linalg.lstsq(basis.flatten(1).mT, motions.flatten(1).mT).solution * free
-    return parts @ parts.mT
+    free = torch.zeros(len(motions), dtype=torch.float64)
+    beyond, farther = torch.full_like(tried[0][0], torch.nan), torch.zeros_like(tried[0][0], dtype=torch.bool)
+    for reach, (lost, errors) in zip(_TRIED[len(tried) - 1 :: -1], reversed(tried), strict=True):
+        # edges of voxels and noise cost at once what they cost, structure the more the farther it is displaced
+        farther = (errors >= 1.0) & ((lost >= 1.0) | (farther & (lost <= _GROWS * beyond)))
+        free = torch.where(~farther.any(0) & ~lost[0].isnan(), free.clamp(min=_PART * reach), free)
+        beyond = lost
+    parts = torch.linalg.lstsq(evidence.basis.flatten(1).mT, motions.flatten(1).mT).solution
+    along = torch.linalg.pinv(parts)
+    known = (along @ evidence.covariance @ along.mT).diagonal()
+    return (parts * (free.square() - known).clamp(min=0.0)) @ parts.mT
+
+
+def _told(lattices: Sequence[Blocks], final: Tensor, displaced: Tensor) -> Tensor:
+    """How clearly blocks tell motions ``[K, D+1, D+1]``: likeness lost and its standard errors, ``[2, L, K]``, 1 where
+    just so.
+    """
+    transforms = torch.cat([final[None], final @ torch.linalg.matrix_exp(displaced)])
+    told = []
+    for blocks in lattices:
+        sums, weight = blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)]))
+        likeness = blocks.chance - float(sums[0].sum() / weight.sum().clamp(min=1e-9))
+        lost, errors = _ahead(sums, weight)
+        told.append(torch.stack([lost[1:] / max(_LOST * likeness, 1e-12), errors[1:] / _ERRORS]))
+    return torch.stack(told, dim=1)
 
 
 def _strain(transforms: Tensor) -> Tensor:
