@@ -57,7 +57,7 @@ class Calibration:
 
 
 #: by number of dimensions
-CALIBRATION = {2: Calibration(2.2, 0.01, 1.7), 3: Calibration(1.6, 0.01, 1.9)}
+CALIBRATION = {2: Calibration(2.2, 0.04, 1.7), 3: Calibration(1.6, 0.01, 1.9)}
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class Limits:
     """Of the verdict; ``warn`` is passed before ``fail``. How far they are passed adds up.
 
     Attributes:
-        agreement: least agreement of the descriptors' slopes. It, the cost, the lead and a second position do not count
-            where the correlation of the coarse stage has one place that stands out from all others.
+        agreement: least agreement of the descriptors' slopes. Where the correlation of the coarse stage has one place
+            that stands out from all others, less of it and of the lead will do, and cost and a second position do not
+            count.
         cost: largest difference of the descriptors at the finest level. Neither this nor the agreement makes a FAIL.
         lead: least lead over places at random, standard errors, of an answer at which the images do not look alike.
             Noise within the same outline leads too.
@@ -92,8 +93,10 @@ class Limits:
 #: by descriptor; warn, fail. Those of a descriptor that is not here are unknown.
 LIMITS = {"mind": Limits()}
 
-# margin of the correlation that speaks for an answer at which the images do not look alike
+# margin of the correlation that speaks for an answer at which the images do not look alike, and the limits there of what
+# it does not speak for alone: noise within the same outline stands out too
 _MARGIN = 0.1
+_VOUCHED = {"agreement": (0.1, -3.0), "lead": (3.0, -6.0)}
 
 _TEXTS = {
     "agreement": "the local structures of the two images agree by {percent:.0f} % only",
@@ -158,9 +161,11 @@ def judge(
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
-        if name not in measures or (vouched and name in ("agreement", "cost", "lead", "second")):
+        if name not in measures or (vouched and name in ("cost", "second")):
             continue
         value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
+        if vouched:
+            warn, fail = _VOUCHED.get(name, (warn, fail))
         # distance to the first limit, in widths between the two
         distance = (warn - value) / (fail - warn)
         if math.isnan(distance):

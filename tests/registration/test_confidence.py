@@ -97,9 +97,15 @@ def test_each_limit_warns_and_fails(name: str, dims: int) -> None:
     assert beyond.verdict == FAIL and beyond.score < middle.score < good.score and beyond.reasons
 
 
-@pytest.mark.parametrize("unlike", [{"agreement": 0.1, "lead": -1.0}, {"second": -5.0, "second_distance": 9.0}])
+@pytest.mark.parametrize("unlike", [{"agreement": 0.15, "lead": 3.5}, {"cost": 0.2, "second": 1.0}])
 def test_one_place_that_stands_out_is_right_however_little_the_contrasts_share(unlike: dict[str, float]) -> None:
-    assert verdict_on(3, **unlike).verdict == FAIL and verdict_on(3, **unlike, margin=0.2).verdict == PASS
+    unlike = {"second_distance": 9.0} | unlike
+    assert verdict_on(3, **unlike).verdict == WARN and verdict_on(3, **unlike, margin=0.2).verdict == PASS
+
+
+@pytest.mark.parametrize("unrelated", [{"agreement": 0.06, "lead": 12.0}, {"agreement": 0.2, "lead": 2.2}])
+def test_noise_in_the_same_outline_and_a_mirror_image_stand_out_too(unrelated: dict[str, float]) -> None:
+    assert verdict_on(2, **unrelated, margin=0.3).verdict == WARN
 
 
 def test_doubts_that_each_warn_together_fail() -> None:
