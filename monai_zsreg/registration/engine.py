@@ -366,11 +366,13 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             costs += [going[0].cost] * (number + 1 - len(costs))
         lattices.append(blocks)
     answer, margin = going[0], candidates.margin(going[0].transform)
-    every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices]
-    # voxels may be finer than what an image shows: the level that tells most tells how sure it is
-    evidence = min(reversed(every), key=lambda one: one.spread)
-    every = every[levels.index(shown) :]
+    first = levels.index(shown)
+    every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices[first:]]
     agreement = every[0].agreement
+    # voxels may be finer than what images show that have little in common: who tells most tells how sure it is
+    coarser = lattices[:first] if agreement < _AGREE else []
+    others = [weigh(blocks, answer.transform, settings.transform) for blocks in coarser]
+    evidence = min([*reversed(every), *others], key=lambda one: one.spread)
     together = settled(answer.transform, every) if len(every) > 1 else answer.transform
     if float(distance(together, answer.transform)) <= shown[1].step * pair.base / pair.unit:
         answer = replace(answer, transform=together)

@@ -357,29 +357,35 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     motions = own @ generators("rigid", lattices[-1].dims) @ torch.linalg.inv(own)
     size = apply_affine(motions, points).square().sum(2).mean(1).sqrt()
     motions = motions * (step / size.clamp(min=step))[:, None, None]
-    tried = []
-    going = torch.arange(len(motions))
-    for reach in _TRIED:
-        told = torch.full((2, len(lattices), len(motions)), torch.nan, dtype=torch.float64)
-        told[..., going] = _told(lattices, final, reach * motions[going])
-        tried.append(told)
-        # what is told twice as clearly as it must be on one side is told on the other
-        going = going[~(told[..., going].amin(0).amax(0) >= 2.0)]
-        if len(going):
-            told[..., going] = torch.minimum(told[..., going], _told(lattices, final, -reach * motions[going]))
-            going = going[~(told[..., going].amin(0).amax(0) >= 1.0)]
-        if not len(going):
-            break
-    free = torch.zeros(len(motions), dtype=torch.float64)
-    beyond, farther = torch.full_like(tried[0][0], torch.nan), torch.zeros_like(tried[0][0], dtype=torch.bool)
-    for reach, (lost, errors) in zip(_TRIED[len(tried) - 1 :: -1], reversed(tried), strict=True):
-        # edges of voxels and noise cost at once what they cost, structure the more the farther it is displaced
-        farther = (errors >= 1.0) & ((lost >= 1.0) | (farther & (lost <= _GROWS * beyond)))
-        free = torch.where(~farther.any(0) & ~lost[0].isnan(), free.clamp(min=_PART * reach), free)
-        beyond = lost
     parts = torch.linalg.lstsq(evidence.basis.flatten(1).mT, motions.flatten(1).mT).solution
     along = torch.linalg.pinv(parts)
     known = (along @ evidence.covariance @ along.mT).diagonal()
+
+    some, going, tried = [lattices[-1].half()], torch.arange(len(motions)), []
+    for reach in _TRIED:
+        told = torch.full((2, len(motions)), torch.nan, dtype=torch.float64)
+        told[:, going] = _told(some, final, reach * motions[going])[:, 0]
+        tried.append(told)
+        # what is told twice as clearly as it must be on one side is told on the other
+        going = going[~(told[:, going].amin(0) >= 2.0)]
+        if len(going):
+            told[:, going] = torch.minimum(told[:, going], _told(some, final, -reach * motions[going])[:, 0])
+            going = going[~(told[:, going].amin(0) >= 1.0)]
+        if not len(going):
+            break
+    untold = torch.zeros(len(tried), len(motions), dtype=torch.bool)
+    farther, beyond = untold[0], torch.full_like(tried[0][0], torch.nan)
+    for number, (lost, errors) in reversed(list(enumerate(tried))):
+        # edges of voxels and noise cost at once what they cost, structure the more the farther it is displaced
+        farther = (errors >= 1.0) & ((lost >= 1.0) | (farther & (lost <= _GROWS * beyond)))
+        untold[number], beyond = ~farther & ~lost.isnan(), lost
+    # what would widen the bound is asked of all blocks
+    for number, reach in reversed(list(enumerate(_TRIED[: len(tried)]))):
+        doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((_PART * reach) ** 2 <= known)
+        if bool(doubtful.any()):
+            sides = [_told(lattices, final, sign * reach * motions[doubtful]) for sign in (1, -1)]
+            untold[number, doubtful] = ~(torch.minimum(*sides).amin(0).amax(0) >= 1.0)
+    free = _PART * (untold * torch.tensor(_TRIED[: len(tried)], dtype=torch.float64)[:, None]).amax(0)
     return (parts * (free.square() - known).clamp(min=0.0)) @ parts.mT
 
 
