@@ -93,8 +93,8 @@ class Limits:
 #: by descriptor; warn, fail. Those of a descriptor that is not here are unknown.
 LIMITS = {"mind": Limits()}
 
-# margin of the correlation that speaks for an answer at which the images do not look alike, and the limits there of what
-# it does not speak for alone: noise within the same outline stands out too
+# margin of the correlation that speaks for an answer at which the images do not look alike, and the limits there of
+# what it does not speak for alone: noise within the same outline stands out too
 _MARGIN = 0.1
 _VOUCHED = {"agreement": (0.1, -3.0), "lead": (3.0, -6.0)}
 

@@ -33,7 +33,7 @@ _FARTHEST = 2.0
 _TRIED = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # what tells a displaced place from the answer: the part of its likeness that is lost, and standard errors of that
 _LOST, _ERRORS = 0.07, 2.0
-# less of it must be lost where twice the displacement loses so much more: part of that
+# where structure is displaced half as far it loses at most this part
 _GROWS = 0.5
 # distance of blocks that may move together, block widths; what they have in common of how far they move, as measured on
 # brains that were bent smoothly by 0.5 to 2 voxels
@@ -373,12 +373,11 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
             going = going[~(told[:, going].amin(0) >= 1.0)]
         if not len(going):
             break
-    untold = torch.zeros(len(tried), len(motions), dtype=torch.bool)
-    farther, beyond = untold[0], torch.full_like(tried[0][0], torch.nan)
-    for number, (lost, errors) in reversed(list(enumerate(tried))):
-        # edges of voxels and noise cost at once what they cost, structure the more the farther it is displaced
-        farther = (errors >= 1.0) & ((lost >= 1.0) | (farther & (lost <= _GROWS * beyond)))
-        untold[number], beyond = ~farther & ~lost.isnan(), lost
+    lost, errors = torch.stack(tried, dim=1)  # [tried, P] each
+    # edges of voxels and noise cost at once what they cost, structure the more the farther it is displaced
+    grows = ~(lost[:-1] > _GROWS * lost[1:]).any(0)
+    grows[going] = False  # nothing was told at all
+    untold = ~((errors >= 1.0) & ((lost >= 1.0) | grows)) & ~lost.isnan()
     # what would widen the bound is asked of all blocks
     for number, reach in reversed(list(enumerate(_TRIED[: len(tried)]))):
         doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((_PART * reach) ** 2 <= known)
