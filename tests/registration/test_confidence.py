@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from phantoms import diagonal, moved_by, simulated, tissue_shares, turn
+from phantoms import diagonal, moved_by, simulated, template, tissue_shares, turn
 from scipy import ndimage
 
 from monai_zsreg import RegistrationError, RegistrationWarning, register
@@ -156,6 +156,17 @@ def test_what_the_images_do_not_tell_is_named(shape: str, transform: str, weakes
     assert result.weakest_direction.startswith(weakest) and result.measures["error"] > 0.5
     if result.measures["error"] > 1:
         assert any(result.weakest_direction in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize("blur", [4, 6])
+def test_a_smooth_image_is_no_disc(blur: int) -> None:
+    """A displacement by one pixel costs it little, but one by two costs four times as much."""
+    t1, t2 = (ndimage.gaussian_filter(template(name)[0, ..., 94].numpy(), blur) for name in ("t1", "t2"))
+    result = register(t1, t2, transform="rigid")
+    places = np.argwhere(t1 > 0.2 * t1.max())
+    off = np.linalg.norm(places @ result.affine[:2, :2].T + result.affine[:2, 2] - places, axis=1)
+    assert result.verdict == PASS
+    assert off.mean() < result.uncertainty_at(places, 0.95).mean() < 1.0
 
 
 @pytest.mark.parametrize("bend", [0.0, 1.5])
