@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The deformable kind beside SyN, SyNQuick, elastix' B-spline, greedy and ConvexAdam.
 
-    python -m monai_zsreg.benchmark.deformable DATA ... --output FOLDER
+    python -m monai_zsreg.benchmark deformable DATA ... --output FOLDER
 
 DATA are folders as in ``python -m monai_zsreg.benchmark``, whose options hold here too. Every method gets the same two
 images on one grid, the moving one put there by our affine stage, and a process of its own. Rows:
@@ -17,7 +17,6 @@ Written to FOLDER: ``results.jsonl`` (the same command goes on where it stopped)
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +38,7 @@ from monai_zsreg.benchmark.report import markdown, write_page
 from monai_zsreg.benchmark.volumes import Volume, foreground, labels_dice, moved, read_volume, transformed
 from monai_zsreg.registration.displacement import determinant
 
-__all__ = ["FieldSample", "deformable_cases", "main", "write_report"]
+__all__ = ["FieldSample", "deformable_cases", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -160,15 +159,3 @@ def write_report(results: pd.DataFrame, folder: Path, threads: int, notes: Seque
     meaning = "Means over n trials (folded voxels, MiB: the largest; seconds: the median); errors in mm."
     body = [meaning, "", *markdown(pd.DataFrame(lines))]
     return write_page(folder / "deformable.md", "Benchmark of deformable registration", threads, body, notes)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    from monai_zsreg.benchmark.__main__ import main as benchmark
-
-    given = sys.argv[1:] if argv is None else argv
-    return benchmark(["deformable", "--threads", "2", *given])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from phantoms import pooled, template
 
-from monai_zsreg.benchmark.deformable import deformable_cases, main, write_report
+from monai_zsreg.benchmark.__main__ import main
+from monai_zsreg.benchmark.deformable import deformable_cases, write_report
 from monai_zsreg.benchmark.methods import DEFORMABLE
 from monai_zsreg.benchmark.pairs import find_pairs
 
@@ -67,7 +68,19 @@ def test_labels_are_moved_by_the_field(folder: Path) -> None:
 
 
 def test_the_command_writes_a_table_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    words = [str(folder), "--output", str(tmp_path), "--rows", "rigid", "--cases", "1", "--threads", "1", "--methods"]
+    words = [
+        "deformable",
+        str(folder),
+        "--output",
+        str(tmp_path),
+        "--rows",
+        "rigid",
+        "--cases",
+        "1",
+        "--threads",
+        "1",
+        "--methods",
+    ]
     for _ in range(2):
         assert main([*words, "affine alone"]) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
