@@ -100,8 +100,9 @@ class _Likeness:
     chance: dict[int, float]
 
 
-_INTENSITY = _Likeness(0.8, 1.5, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1})
-_DESCRIPTORS = _Likeness(2.0, 2.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04})
+# more smoothing of the equations keeps noise out, less of the map follows what is there
+_INTENSITY = _Likeness(0.8, 2.0, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1})
+_DESCRIPTORS = _Likeness(1.4, 4.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04})
 # how intensities are freed of their surroundings: see `_local`
 _AROUND = (2.4, 0.1)
 
@@ -119,7 +120,7 @@ def register_deformable(
         result: of `monai_zsreg.register`.
         stiffness: standard deviation, mm, of the Gaussian that the map is smoothed with after each step at the finest
             level (coarser levels smooth more): larger is smoother. None for 0.8 finest steps where intensities agree,
-            2 where only descriptors do.
+            1.4 where only descriptors do.
         fixed_mask: where the fixed image counts, an image or an array as in `register`; elsewhere, such as in a
             resected region, the map is carried by its surroundings. None for the mask that the result was made with.
         moving_mask: likewise for the moving image.

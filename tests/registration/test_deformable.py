@@ -82,6 +82,23 @@ def test_a_known_deformation_of_a_volume_is_found(volumes, contrast: str) -> Non
     assert found.folds() == 0
 
 
+def test_noise_adds_little_to_a_smooth_displacement(load_volume) -> None:
+    image = pooled(load_volume(modality="t1"), 2)
+    field = waves(tuple(image.shape[1:]), 3.0, 8.0)
+    clean = bent(image, field)
+    fixed, moving = (
+        MetaTensor(
+            scan.as_tensor() + 20 * torch.randn(scan.shape, generator=torch.Generator().manual_seed(seed)),
+            affine=scan.affine,
+        )
+        for seed, scan in enumerate((clean, image))
+    )
+    after, before = errors(deform(side(fixed), side(moving), identity(fixed)), clean, field)
+    assert np.median(before) > 1.2
+    assert np.median(after) < 0.26
+    assert np.quantile(after, 0.95) < 0.65
+
+
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
 def test_a_head_that_only_moved_is_not_deformed(volumes, contrast: str) -> None:
     truth = turn(volumes.t1, 10, (3.0, -2.0, 4.0), shear=0.0)
