@@ -176,7 +176,7 @@ def _plot_reliability(table: pd.DataFrame, path: Path) -> None:
     kinds = list(table[table["judged"]].groupby("group"))
     if not kinds:
         return
-    made, axes = figure(math.ceil(len(kinds) / 3), min(3, len(kinds)), 4.5, 4.5)
+    made, axes = figure(math.ceil(len(kinds) / 4), min(4, len(kinds)), 4.5, 4.5)
     for ax, (kind, runs) in zip(axes.ravel(), kinds, strict=False):
         ax.plot([0, 1], [0, 1], color="0.6", lw=0.8)
         for color, (real, mine) in zip(COLORS, runs.groupby(runs["kind"] == "real"), strict=False):
@@ -186,6 +186,8 @@ def _plot_reliability(table: pd.DataFrame, path: Path) -> None:
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, loc="upper left")
+    for ax in axes.ravel()[len(kinds) :]:
+        ax.set_axis_off()
     save(made, path)
 
 
