@@ -346,7 +346,7 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     Args:
         lattices: blocks of both images, coarse to fine.
         final: ``(D+1, D+1)``, fixed frame to moving frame.
-        evidence: at the finest level.
+        evidence: of the level that is surest.
         points: ``[N, D]``, the object in the fixed frame.
     """
     own = torch.eye(points.shape[1] + 1, dtype=torch.float64)
