@@ -93,10 +93,10 @@ class Limits:
 #: by descriptor; warn, fail. Those of a descriptor that is not here are unknown.
 LIMITS = {"mind": Limits()}
 
-# margin of the correlation that speaks for an answer at which the images do not look alike, and the limits there of
-# what it does not speak for alone: noise within the same outline stands out too
+# margin of the correlation that speaks for an answer at which the images do not look alike, and the limits there: none
+# of what it speaks for alone, others of the rest, because noise within the same outline stands out too
 _MARGIN = 0.1
-_VOUCHED = {"agreement": (0.1, -3.0), "lead": (3.0, -6.0)}
+_VOUCHED = {"agreement": (0.1, -3.0), "lead": (3.0, -6.0), "cost": None, "second": None}
 
 _TEXTS = {
     "agreement": "the local structures of the two images agree by {percent:.0f} % only",
@@ -161,11 +161,11 @@ def judge(
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
-        if name not in measures or (vouched and name in ("cost", "second")):
+        limit = getattr(limits or Limits(), name)
+        limit = _VOUCHED.get(name, limit) if vouched else limit
+        if name not in measures or limit is None:
             continue
-        value, (warn, fail) = measures[name], getattr(limits or Limits(), name)
-        if vouched:
-            warn, fail = _VOUCHED.get(name, (warn, fail))
+        value, (warn, fail) = measures[name], limit
         # distance to the first limit, in widths between the two
         distance = (warn - value) / (fail - warn)
         if math.isnan(distance):
