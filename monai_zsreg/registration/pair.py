@@ -181,7 +181,13 @@ def register(
         device=str(where),
         masks=(_on_cpu(one.mask), _on_cpu(two.mask)),
         deformation=deformation,
+        repeat=_blackening,
     )
+
+
+def _blackening(result: RegistrationResult) -> Any:
+    """What a result's ``uncertainty`` is made by, whatever its preset."""
+    return import_module(_ELSEWHERE["paper"]).blackening(result)
 
 
 def _no_better(deformed: Judgement, before: Judgement) -> Judgement:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -58,6 +59,7 @@ class RegistrationResult:
         masks: of the fixed and of the moving image, ``[1, *spatial]`` bool on their grids; None where none was given.
         deformation: the whole map of transform ``"deformable"``, of which ``affine`` is the second half; None for the
             others. How far off it may be is not known.
+        repeat: from a result to its ``uncertainty``; None where the pair cannot be registered again.
     """
 
     affine: np.ndarray
@@ -76,6 +78,7 @@ class RegistrationResult:
     device: str = "cpu"
     masks: tuple[Tensor | None, Tensor | None] = field(default=(None, None), repr=False)
     deformation: Deformation | None = field(default=None, repr=False)
+    repeat: Callable[[RegistrationResult], Any] | None = field(default=None, repr=False)
 
     @property
     def success(self) -> bool:
@@ -117,11 +120,9 @@ class RegistrationResult:
 
         It repeats the estimate ten times, and does so when first asked for.
         """
-        if not self.success or self.deformation is not None:
+        if not self.success or self.deformation is not None or self.repeat is None:
             return None
-        from monai_zsreg.paper import blackening
-
-        return blackening(self)
+        return self.repeat(self)
 
     def uncertainty_at(self, points: Any, level: float | None = None) -> np.ndarray:
         """How far off the displacement may be at points of the fixed world.
