@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["RegistrationError", "RegistrationFailure", "RegistrationWarning", "require"]
-
 _LONGEST_VALUE = 200
 
 

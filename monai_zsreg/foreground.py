@@ -10,17 +10,6 @@ from torch import Tensor
 
 from monai_zsreg.errors import require
 
-__all__ = [
-    "Appearance",
-    "all_finite",
-    "appearance",
-    "background_value",
-    "foreground_mask",
-    "grown",
-    "scale_intensity",
-    "seen_region",
-]
-
 # quantiles between which intensities count as ordinary
 _LOW, _HIGH = 0.005, 0.995
 # a quantile of this many voxels is as good as one of all

@@ -30,33 +30,6 @@ from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError, require
 
-__all__ = [
-    "AffineParameters",
-    "Grid",
-    "apply_affine",
-    "checked_affine",
-    "checked_matrix",
-    "compose_parameters",
-    "decompose_affine",
-    "flip_points",
-    "fraction_inside",
-    "freesurfer_grid",
-    "freesurfer_volume",
-    "fsl_from_world",
-    "homogeneous",
-    "itk_lattice",
-    "lps_from_ras",
-    "lps_to_ras",
-    "moved_header",
-    "nearest_axes",
-    "plane_of_slice",
-    "pooled_grid",
-    "ras_to_lps",
-    "widened",
-    "without_obliquity",
-    "world_from_itk",
-]
-
 
 def homogeneous(matrix: Tensor) -> Tensor:
     """Append the row (0, ..., 0, 1) to ``[..., D, D+1]`` matrices."""

@@ -45,17 +45,6 @@ from monai_zsreg.resample import resample
 if TYPE_CHECKING:
     from monai.data import MetaTensor
 
-__all__ = [
-    "PRESETS",
-    "Uncertainty",
-    "blacken",
-    "blackening",
-    "build_network",
-    "check_settings",
-    "estimate",
-    "keypoint_start",
-]
-
 # options beside the parameters of `ZeroShotAffineNet`
 _GIVEN = ("network", "regressor_weights", "vgg19_weights")
 #: parameters of `ZeroShotAffineNet` by preset

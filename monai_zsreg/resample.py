@@ -22,8 +22,6 @@ from monai_zsreg.errors import require
 from monai_zsreg.foreground import all_finite, background_value
 from monai_zsreg.geometry import Grid
 
-__all__ = ["MODES", "outside_value", "resample"]
-
 #: interpolations, and how many voxels before and after the one at or below a point they use along each axis
 MODES = {"nearest": (0, 1), "bilinear": (0, 1), "bicubic": (1, 2)}
 

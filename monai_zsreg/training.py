@@ -30,18 +30,6 @@ from monai_zsreg.networks.coordinates import map_points
 from monai_zsreg.networks.least_squares import LeastSquaresAffine, check_kind
 from monai_zsreg.networks.regressors import AffineRegressor, load_regressor, training_facts
 
-__all__ = [
-    "BestModelSaver",
-    "RandomPointPairs",
-    "begin_distributed",
-    "end_distributed",
-    "evaluation_table",
-    "latest_checkpoint",
-    "perturbation_matrices",
-    "random_matrices",
-    "random_points",
-]
-
 # the image of section 2.8 and the frame that is left when it is padded by 50 pixels on every side, pixels
 _IMAGE_SIDE, _PADDED_SIDE = 240, 340
 

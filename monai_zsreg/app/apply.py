@@ -26,8 +26,6 @@ from monai_zsreg.io import (
 from monai_zsreg.io.displacement import bends
 from monai_zsreg.registration.displacement import Deformation, Transform, compose, map_points, move
 
-__all__ = ["apply_files", "compose_transforms", "move_points"]
-
 
 def compose_transforms(
     paths: Sequence[str | os.PathLike],

@@ -38,19 +38,6 @@ from monai_zsreg.app.tables import mean_metrics
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.registration.prepared import is_number
 
-__all__ = [
-    "PairInferer",
-    "PairWriter",
-    "ReadAhead",
-    "ReadPair",
-    "check",
-    "entries",
-    "local_device",
-    "print_options",
-    "run",
-    "settings",
-]
-
 _PAIR = ("fixed", "moving", "labels", "name")
 
 

@@ -19,8 +19,6 @@ from monai_zsreg import __version__
 from monai_zsreg.app.settings import FAILED, PRESETS, REPORT, TRANSFORMS, WRONG_INPUT, Settings
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 
-__all__ = ["main"]
-
 _NIIVUE = "node_modules/@niivue/niivue/dist/niivue.umd.js"
 
 # files that are options, of which the first three go to `monai_zsreg.register` as its further arguments

@@ -27,19 +27,6 @@ from monai_zsreg.app.settings import REPORT, Settings
 from monai_zsreg.errors import RegistrationError, RegistrationWarning
 from monai_zsreg.io import output_folder, write_json
 
-__all__ = [
-    "Progress",
-    "ahead",
-    "fingerprint",
-    "finish",
-    "finish_pair",
-    "read_isolated",
-    "register_isolated",
-    "remaining",
-    "run_cohort",
-    "run_on_cluster",
-]
-
 # pairs that a scheduler is told of at once: more than a cluster has workers, and little memory however long the list
 _IN_FLIGHT = 1000
 

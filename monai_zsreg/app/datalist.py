@@ -13,8 +13,6 @@ from monai_zsreg.app.settings import DEMONSTRATION, EVALUATION, INDEX, SUMMARY, 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.files import rows_of
 
-__all__ = ["bids_pairs", "one_pair", "read_datalist", "text"]
-
 _RESERVED = (SUMMARY, INDEX, TABLE, EVALUATION)
 _TOGETHER = (("fixed", "moving"), ("fixed_mask", "moving_mask"), ("fixed_landmarks", "moving_landmarks"))
 _KEYS = (*(key for keys in _TOGETHER for key in keys), "labels", "fixed_labels", "moving_labels", "truth", "name")

@@ -21,8 +21,6 @@ from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_p
 from monai_zsreg.io import Image, output_folder, write_image
 from monai_zsreg.resample import resample
 
-__all__ = ["DemoPair", "bent", "demo_pair"]
-
 # signal relative to the brightest tissue, in the order of a T2-weighted scan
 _SIGNAL = {"csf": 1.0, "gm": 0.6, "wm": 0.35}
 _BRIGHTEST = 1000.0  # of the stored integers

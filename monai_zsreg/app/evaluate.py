@@ -25,8 +25,6 @@ from monai_zsreg.registration import RegistrationResult
 from monai_zsreg.registration.displacement import Transform, move
 from monai_zsreg.resample import resample
 
-__all__ = ["measure_deformation", "measure_pair", "read_known"]
-
 # what a deformed pair's reader must not take for granted
 _NOT_KNOWN = (
     "How far off this map is at a point is not known: there are no error bars. Its verdict is at best that of the "

@@ -32,8 +32,6 @@ from monai_zsreg.registration import Prepared, RegistrationResult, register
 from monai_zsreg.registration.displacement import Deformation
 from monai_zsreg.resample import outside_value
 
-__all__ = ["describe_pair", "draw_anew", "files_of", "read_pair", "register_pair", "write_pair"]
-
 # what a pair's folder may hold beside the report
 _FILES = {
     "transform": "transform.tfm",

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Settings"]
-
 # those of `monai_zsreg.registration`, which imports torch
 PRESETS = ("robust", "keypoints", "paper")
 TRANSFORMS = ("rigid", "similarity", "affine", "deformable")

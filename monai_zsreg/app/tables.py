@@ -17,8 +17,6 @@ from monai_zsreg.app.settings import EVALUATION, INDEX, REPORT, SUMMARY, TABLE, 
 from monai_zsreg.io import atomic_path, output_folder, write_json
 from monai_zsreg.metrics.statistics import success_rate
 
-__all__ = ["in_words", "mean_metrics", "read_report", "save_evaluation", "save_summary", "worst_first"]
-
 # measures of a pair, each before and after; the last two only where a true transform or landmarks are given
 MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse", "tre", "landmark_tre")
 WHEN = ("before", "after")

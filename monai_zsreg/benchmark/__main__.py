@@ -52,8 +52,6 @@ from monai_zsreg.benchmark.run import read_results, run_cases
 from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.io.files import output_folder, write_json
 
-__all__ = ["main"]
-
 # what the first word may choose, and without one: where results go, what is written of them, which methods run
 _STUDIES = {
     "": ("results.jsonl", summary.write_report, METHODS),

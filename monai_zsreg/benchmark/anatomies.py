@@ -21,8 +21,6 @@ from monai_zsreg.benchmark.cases import SUCCESS, Case, Row, Sample
 from monai_zsreg.benchmark.perturb import about, turn, unit
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved, read_volume, transformed
 
-__all__ = ["ROWS", "anatomy_cases", "is_anatomies", "retina_pair"]
-
 # degrees from and to, mm
 _POSES = {"given": (0, 0, 0), "p10": (10, 10, 10), "p30": (30, 30, 20), "any": (90, 180, 20), "cut": (10, 10, 10)}
 _COLUMNS = ("pair", "fixed", "moving", "kind", "truth", "tolerance_mm")

@@ -17,8 +17,6 @@ from monai_zsreg.benchmark.pairs import Pair
 from monai_zsreg.benchmark.perturb import draw, limits_of, padding
 from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, moved, read_volume, transformed
 
-__all__ = ["ROWS", "STRESS", "brain_cases", "full_slices", "head_foot"]
-
 STRESS = {
     "noise": "5 % noise in both images",
     "bias": "40 % bias field in both images",

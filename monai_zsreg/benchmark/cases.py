@@ -17,8 +17,6 @@ import numpy as np
 from monai_zsreg.benchmark.volumes import Volume, labels_dice, moved
 from monai_zsreg.metrics import target_registration_error
 
-__all__ = ["SUCCESS", "Case", "Row", "Sample"]
-
 SUCCESS = 2.0  # mm, pixels in 2D
 
 

@@ -17,8 +17,6 @@ from monai_zsreg.benchmark.report import figure, looks, markdown, save, seconds,
 from monai_zsreg.benchmark.summary import summarize
 from monai_zsreg.benchmark.volumes import Volume, foreground, moved
 
-__all__ = ["SIZES", "phantom_cases", "phantom_pair", "write_report"]
-
 SIZES = {2: (128, 256, 512, 1024), 3: (64, 96, 128, 192, 240, 320)}
 _FIELD_OF_VIEW = 240.0  # mm
 _NOTE = """

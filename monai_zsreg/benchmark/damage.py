@@ -16,8 +16,6 @@ from scipy.cluster.vq import kmeans2
 
 from monai_zsreg.benchmark.volumes import Volume, background_value, moved, transformed
 
-__all__ = ["add_bias", "add_noise", "bias_field", "blacken_cavity", "crop", "cut_end", "simulated_t2", "thick_slices"]
-
 # relative signal of a T2-weighted spin echo: cerebrospinal fluid, gray matter, white matter
 _T2_SIGNAL = (1.0, 0.62, 0.42)
 

@@ -26,8 +26,6 @@ from monai_zsreg.benchmark.peers import PEERS, Task
 from monai_zsreg.benchmark.volumes import Volume
 from monai_zsreg.errors import RegistrationError, require
 
-__all__ = ["DEFORMABLE", "METHODS", "Method", "default_caps", "easy_pair", "make_methods", "set_caps"]
-
 _ALL = {2: math.inf, 3: math.inf}  # cases that a fast method runs, by number of dimensions
 _TOO_LONG = 900.0  # seconds
 

@@ -19,8 +19,6 @@ from monai_zsreg.benchmark.volumes import Volume, background_value, foreground, 
 from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.io.files import rows_of
 
-__all__ = ["Pair", "find_pairs", "photographs", "read_datalist", "with_residuals"]
-
 _LABELS = {"seg", "mask", "tissue"}
 _SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
 _PREFIX = "study1_"

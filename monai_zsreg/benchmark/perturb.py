@@ -15,8 +15,6 @@ from scipy.spatial.transform import Rotation
 
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-__all__ = ["PROTOCOLS", "Limits", "about", "draw", "limits_of", "padding", "turn", "unit"]
-
 
 @dataclass(frozen=True)
 class Limits:

@@ -22,8 +22,6 @@ from monai_zsreg.benchmark.peers import PEERS
 from monai_zsreg.io.files import atomic_path
 from monai_zsreg.metrics import success_rate
 
-__all__ = ["COLORS", "figure", "looks", "markdown", "percent", "save", "seconds", "write_csv", "write_page"]
-
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#f0e442")
 
 

@@ -21,8 +21,6 @@ from monai_zsreg.benchmark.methods import Method
 from monai_zsreg.benchmark.volumes import moved
 from monai_zsreg.metrics import similarity
 
-__all__ = ["read_results", "run_cases", "score"]
-
 Result = dict[str, Any]
 Key = tuple[str, str, int]
 

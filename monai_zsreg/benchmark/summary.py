@@ -13,8 +13,6 @@ import pandas as pd
 from monai_zsreg.benchmark.brains import STRESS
 from monai_zsreg.benchmark.report import figure, looks, markdown, percent, save, seconds, write_csv, write_page
 
-__all__ = ["summarize", "write_report"]
-
 _CHANGES = ("dice", "mi", "nmi", "ssim", "mse")
 _LABELS = ("label_dice_before", "label_dice")
 _VERDICTS = ("PASS", "WARN", "FAIL")

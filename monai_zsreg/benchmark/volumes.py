@@ -17,8 +17,6 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.io.images import Image, load_image
 from monai_zsreg.metrics import label_dice
 
-__all__ = ["Volume", "background_value", "foreground", "labels_dice", "moved", "read_volume", "transformed"]
-
 
 @dataclass(frozen=True)
 class Volume:

@@ -23,8 +23,6 @@ from monai_zsreg.benchmark.report import markdown, write_page
 from monai_zsreg.errors import require
 from monai_zsreg.io.images import write_image
 
-__all__ = ["PARTS", "timed", "write_report"]
-
 PARTS = ("processes", "cohort", "chain", "resampling")
 
 # scripts read the names ``fixed``, ``moving`` and ``output``, as the peers' own do; figures are printed as a dictionary

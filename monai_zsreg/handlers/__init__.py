@@ -13,8 +13,6 @@ from monai.handlers import IgniteMetricHandler
 from monai_zsreg.errors import require
 from monai_zsreg.metrics.pairwise import PairMetric
 
-__all__ = ["PairMetricHandler"]
-
 
 class PairMetricHandler(IgniteMetricHandler):
     """MONAI's ``IgniteMetricHandler`` for a `PairMetric`, whose output may hold more than ``(y_pred, y)``.

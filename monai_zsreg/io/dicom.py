@@ -23,8 +23,6 @@ import numpy as np
 from monai_zsreg.geometry import flip_points
 from monai_zsreg.io.readers import Stored, from_nibabel, read_itk
 
-__all__ = ["is_dicom", "read_dicom_file", "read_dicom_folder"]
-
 _TAGS = [
     "SOPClassUID",
     "BitsAllocated",

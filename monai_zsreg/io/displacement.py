@@ -30,8 +30,6 @@ from monai_zsreg.geometry import (
 from monai_zsreg.io.files import atomic_path, exists, require_nifti_name
 from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
 
-__all__ = ["bends", "read_composite", "read_displacement", "write_composite", "write_displacement"]
-
 _VECTOR = 1007
 # how far from orthogonal the axes of a lattice may be, cosine; NIfTI readers round more
 _SQUARE = 1e-4

@@ -17,8 +17,6 @@ from typing import Any
 
 from monai_zsreg.errors import RegistrationError, require
 
-__all__ = ["atomic_path", "exists", "output_folder", "remove_leftovers", "require_nifti_name", "rows_of", "write_json"]
-
 _PARTIAL = ".partial-"
 # what no folder with another process at work in it shows any more, seconds
 _OLD = 3600.0

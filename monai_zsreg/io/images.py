@@ -31,8 +31,6 @@ from monai_zsreg.io.readers import Stored, from_nibabel, read_itk, read_picture
 if TYPE_CHECKING:
     from monai.data import MetaTensor
 
-__all__ = ["Image", "ImageLike", "load_image", "read_image", "write_image"]
-
 _SMALLEST_AXIS = 4
 _LARGEST_IN_FLOAT32 = 2**24
 # characters; what a library says may fill pages

@@ -15,8 +15,6 @@ import numpy as np
 from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.geometry import flip_points
 
-__all__ = ["Landmarks", "pair_landmarks", "read_landmarks"]
-
 _FORMATS = "a readable .csv (header x,y,z, RAS mm), .fcsv or .mrk.json file with finite points"
 
 

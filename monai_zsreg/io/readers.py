@@ -20,8 +20,6 @@ from nibabel.spatialimages import SpatialImage
 
 from monai_zsreg.geometry import world_from_itk
 
-__all__ = ["Stored", "from_nibabel", "read_itk", "read_picture"]
-
 
 @dataclass
 class Stored:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from monai_zsreg.io.files import atomic_path
 
-__all__ = ["app_folder"]
-
 _MAIN = "main.py"
 
 

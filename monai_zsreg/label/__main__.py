@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.label import app_folder
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """

@@ -22,8 +22,6 @@ MONAILabelApp, _ = optional_import(
 )
 HTTPException, _ = optional_import("fastapi", name="HTTPException", descriptor=MISSING)
 
-__all__ = ["MyApp"]
-
 logger = logging.getLogger(__name__)
 
 _SETTINGS = ("device", "vgg19_weights")

@@ -31,8 +31,6 @@ InferTask, _ = optional_import(
 )
 _LocalDatastore, _ = optional_import("monailabel.datastore.local", name="LocalDatastore", descriptor=MISSING)
 
-__all__ = ["MISSING", "PARAMETERS", "RETURNS", "TRANSFORM_TAGS", "RegisterTask", "image_path", "label_path"]
-
 logger = logging.getLogger(__name__)
 
 #: what a request may say

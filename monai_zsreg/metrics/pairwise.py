@@ -19,8 +19,6 @@ from monai_zsreg.errors import require
 from monai_zsreg.metrics.similarity import MEASURES, REGIONS, similarity
 from monai_zsreg.metrics.tre import TRE_STATISTICS, foreground_tre
 
-__all__ = ["PairMetric", "SimilarityMetric", "TREMetric"]
-
 
 class PairMetric(CumulativeIterationMetric):
     """Base class: called as ``metric(y_pred, y, **further)``, it returns ``[B, 1]`` and keeps the values.

@@ -20,8 +20,6 @@ from monai_zsreg.errors import RegistrationWarning, require
 from monai_zsreg.foreground import foreground_mask, plain_image, scale_intensity
 from monai_zsreg.geometry import Grid
 
-__all__ = ["MEASURES", "REGIONS", "label_dice", "mutual_information", "similarity", "structural_similarity"]
-
 MEASURES = ("dice", "ssim", "mi", "nmi", "mse", "rmse")
 REGIONS = ("foreground", "image")
 _SSIM_WINDOW = 11

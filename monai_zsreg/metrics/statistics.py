@@ -10,8 +10,6 @@ import numpy as np
 
 from monai_zsreg.errors import require
 
-__all__ = ["SuccessRate", "success_rate"]
-
 
 class SuccessRate(NamedTuple):
     """A proportion with its Wilson limits."""

@@ -18,8 +18,6 @@ from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.metrics.similarity import plain_mask
 from monai_zsreg.registration.displacement import Deformation, Transform, map_points
 
-__all__ = ["TRE_STATISTICS", "foreground_tre", "landmark_tre", "target_registration_error"]
-
 TRE_STATISTICS = ("mean", "median", "p95", "max", "rms")
 _MOST_POINTS = 20_000
 

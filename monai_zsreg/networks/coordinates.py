@@ -10,16 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "AffineResampler",
-    "compose",
-    "index_to_unit",
-    "map_points",
-    "shrunk_to_index",
-    "theta_from_unit",
-    "without_padding",
-]
-
 
 def map_points(matrix: Tensor, points: Tensor) -> Tensor:
     """Points ``[..., N, D]`` through matrices ``[..., D, D+1]``."""

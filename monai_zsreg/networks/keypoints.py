@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from monai_zsreg.errors import require
 from monai_zsreg.networks.coordinates import shrunk_to_index
 
-__all__ = ["CenterOfMass", "KeypointDetector"]
-
 
 class CenterOfMass(nn.Module):
     """One keypoint a map: the center of mass of what exceeds a fraction of the map's maximum.

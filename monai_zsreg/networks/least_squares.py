@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from monai_zsreg.errors import require
 from monai_zsreg.networks.coordinates import map_points
 
-__all__ = ["TRANSFORMS", "LeastSquaresAffine"]
-
 TRANSFORMS = ("rigid", "similarity", "affine")
 _SCALES = (0.6, 1.6)
 _SUBSETS = 4096

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.networks.least_squares import TRANSFORMS, check_kind
 
-__all__ = ["AffineRegressor", "load_regressor", "number_of_outputs", "shipped_weights", "training_facts"]
-
 
 def number_of_outputs(transform: str, spatial_dims: int) -> int:
     """How many raw numbers the last layer gives for a transform (a RegistrationError for others); no two give the same.

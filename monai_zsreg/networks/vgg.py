@@ -13,15 +13,6 @@ from torch import Tensor, nn
 from monai_zsreg.errors import RegistrationError, RegistrationWarning, require
 from monai_zsreg.io.files import atomic_path
 
-__all__ = [
-    "IMAGENET",
-    "UNTRAINED_FOR_CHECKS_ONLY",
-    "VGG19Features",
-    "bundled_vgg19",
-    "cached_weights_path",
-    "vgg19_filters",
-]
-
 IMAGENET = "imagenet"
 UNTRAINED_FOR_CHECKS_ONLY = "UNTRAINED_RANDOM_FILTERS_FOR_TOOL_CHECKS_ONLY"
 

@@ -26,8 +26,6 @@ from monai_zsreg.networks.least_squares import LeastSquaresAffine
 from monai_zsreg.networks.regressors import AffineRegressor
 from monai_zsreg.networks.vgg import VGG19Features
 
-__all__ = ["AffineEstimate", "Status", "ZeroShotAffineNet", "equalize", "foreground", "scale_to_unit_range"]
-
 ESTIMATORS = ("mlp", "least_squares", "consensus")
 
 

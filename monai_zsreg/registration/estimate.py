@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Estimate"]
-
 
 @dataclass
 class Estimate:

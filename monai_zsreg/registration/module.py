@@ -14,8 +14,6 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.io.images import Image
 from monai_zsreg.registration.pair import check_options, register
 
-__all__ = ["AffineRegistration"]
-
 
 class AffineRegistration(nn.Module):
     """Registers pairs that lie on one grid. It has no parameters; every pair gets what it would get alone.

@@ -30,8 +30,6 @@ from monai_zsreg.registration.prepared import Prepared, is_number, resolve_devic
 from monai_zsreg.registration.result import RegistrationResult
 from monai_zsreg.registration.side import Pair, finest_step, longest_extent
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "check_options", "refuse_unknown", "register"]
-
 DEFAULT_PRESET = "robust"
 #: where the other presets live: modules with ``estimate`` and ``check_settings``, imported when one is asked for
 _ELSEWHERE = {"paper": "monai_zsreg.paper", "keypoints": "monai_zsreg.paper"}

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["full_precision"]
-
 _lock = threading.Lock()
 _inside = 0
 _before: list[str] = []

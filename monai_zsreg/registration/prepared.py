@@ -16,8 +16,6 @@ from monai_zsreg.io.images import Image, ImageLike, load_image
 from monai_zsreg.registration.side import Side
 from monai_zsreg.resample import resample
 
-__all__ = ["Prepared", "resolve_device", "whole_number"]
-
 # sides of an image that are kept: one for each scale that moving images may ask for
 _KEPT = 3
 

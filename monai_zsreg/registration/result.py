@@ -31,8 +31,6 @@ from monai_zsreg.registration.displacement import Deformation, Transform, map_po
 if TYPE_CHECKING:
     from monai.data import MetaTensor
 
-__all__ = ["RegistrationResult"]
-
 
 @dataclass(eq=False)
 class RegistrationResult:

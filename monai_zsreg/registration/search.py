@@ -12,8 +12,6 @@ from torch import Tensor
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.side import Pair, Side
 
-__all__ = ["PoseSearch", "apart", "even_rotations", "from_quaternions", "rotation_matrices"]
-
 _BINS = 16
 # part of the samples that must fall into the moving image before the rest is forgiven
 _ENOUGH = 0.6

@@ -12,8 +12,6 @@ from torch import Tensor
 from monai_zsreg.foreground import appearance
 from monai_zsreg.geometry import Grid, apply_affine, nearest_axes, pooled_grid
 
-__all__ = ["Frame", "Level", "Pair", "Side", "finest_step", "pool"]
-
 # voxels along the longest side: beyond it images are averaged first, so the cost stops growing
 _FINEST = {2: 512, 3: 256}
 _COARSEST = {2: 80, 3: 40}

@@ -38,16 +38,6 @@ from monai_zsreg.registration.engine import TRANSFORMS
 from monai_zsreg.registration.prepared import is_number
 from monai_zsreg.resample import MODES, outside_value
 
-__all__ = [
-    "AFFINE_KEY",
-    "REASONS_KEY",
-    "VERDICT_KEY",
-    "ApplyAffineRegistration",
-    "RegisterAffine",
-    "RegisterDeformable",
-    "SaveAffine",
-]
-
 #: what a registered image carries in its ``meta``
 AFFINE_KEY = "registration_affine"
 VERDICT_KEY = "registration_verdict"

@@ -36,8 +36,6 @@ from monai_zsreg.registration import DEFAULT_PRESET, RegistrationResult
 from monai_zsreg.registration.confidence import LIMITS, Limits
 from monai_zsreg.resample import resample
 
-__all__ = ["save_html_report", "save_index", "save_interactive"]
-
 _ORDER = {"FAIL": 0, "WARN": 1, "PASS": 2}
 
 

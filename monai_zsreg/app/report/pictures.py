@@ -28,8 +28,6 @@ from monai_zsreg.io import Image, atomic_path
 from monai_zsreg.registration.displacement import Deformation, Transform, move
 from monai_zsreg.resample import resample
 
-__all__ = ["Plane", "Views", "planes_of", "save_overview", "save_spread"]
-
 _TILES = 8
 # lines of a grid along the longer side of a picture
 _LINES = 24

@@ -21,8 +21,6 @@ import numpy as np
 from monai_zsreg.benchmark.volumes import Volume
 from monai_zsreg.geometry import flip_points, itk_lattice
 
-__all__ = ["ALL", "LEVELS", "PEERS", "Peer", "Task", "field_of", "itk_image", "matrix_of", "sitk_image"]
-
 
 @dataclass(frozen=True)
 class Task:

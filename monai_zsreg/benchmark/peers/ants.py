@@ -15,8 +15,6 @@ from monai_zsreg.benchmark.volumes import Volume
 from monai_zsreg.geometry import itk_lattice
 from monai_zsreg.io.displacement import read_displacement
 
-__all__ = ["WHOLE", "prepare"]
-
 WHOLE = """
 import ants
 images = ants.image_read(fixed), ants.image_read(moving)

@@ -12,8 +12,6 @@ from convexAdam.convex_adam_MIND import convex_adam_pt
 from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["prepare"]
-
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     torch.set_num_threads(task.threads)

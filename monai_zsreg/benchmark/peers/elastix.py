@@ -15,8 +15,6 @@ import numpy as np
 from monai_zsreg.benchmark.peers import Task, field_of, itk_image, matrix_of
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["WHOLE", "prepare"]
-
 WHOLE = """
 import itk
 images = itk.imread(fixed, itk.F), itk.imread(moving, itk.F)

@@ -13,8 +13,6 @@ import SimpleITK as sitk
 from monai_zsreg.benchmark.peers import Task, field_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["WHOLE", "prepare"]
-
 WHOLE = """
 import os, tempfile
 from picsl_greedy import Greedy3D

@@ -10,8 +10,6 @@ import numpy as np
 from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["prepare"]
-
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     if task.transform == "deformable":

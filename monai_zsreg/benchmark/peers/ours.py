@@ -15,8 +15,6 @@ from monai_zsreg.benchmark.peers import LEVELS, Task
 from monai_zsreg.benchmark.volumes import Volume, foreground
 from monai_zsreg.registration.displacement import map_points, sampled
 
-__all__ = ["prepare"]
-
 Answer = dict[str, Any]
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from monai_zsreg.benchmark.peers import Task
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["prepare"]
-
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     images = [_bytes(image.values) for image in (fixed, moving)]

@@ -12,8 +12,6 @@ import SimpleITK as sitk
 from monai_zsreg.benchmark.peers import Task, matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["prepare"]
-
 
 def prepare(fixed: Volume, moving: Volume, task: Task) -> Callable[[], np.ndarray]:
     if not hasattr(sitk, "ElastixImageFilter"):

@@ -16,8 +16,6 @@ import SimpleITK as sitk
 from monai_zsreg.benchmark.peers import Task, matrix_of, sitk_image
 from monai_zsreg.benchmark.volumes import Volume
 
-__all__ = ["prepare"]
-
 # steps on each side of zero, by number of dimensions: 30 degrees apart in 2D, 45 in 3D
 _STEPS = {2: 6, 3: 4}
 

@@ -43,8 +43,6 @@ from monai_zsreg.io.files import atomic_path, exists
 from monai_zsreg.io.transforms import afni, elastix, fsl, itk, json_file, lta, minc, text, x5
 from monai_zsreg.io.transforms.images import GridLike, Images
 
-__all__ = ["FORMATS", "TRANSFORM_FORMATS", "GridLike", "read_transform", "write_transform"]
-
 
 class Format(NamedTuple):
     """How the files of one tool are known, read and written.

@@ -15,8 +15,6 @@ from monai_zsreg.geometry import lps_from_ras, without_obliquity
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import matrix_rows, spelled
 
-__all__ = ["read", "world", "write"]
-
 
 def read(path: Path, images: Images) -> np.ndarray:
     rows = matrix_rows(path)

@@ -13,8 +13,6 @@ from monai_zsreg.geometry import itk_lattice
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.itk import centered_matrix
 
-__all__ = ["read", "sniff", "write"]
-
 _KINDS = {
     "TranslationTransform": "TranslationTransform",
     "EulerTransform": "Euler{}DTransform",

@@ -11,8 +11,6 @@ from monai_zsreg.geometry import fsl_from_world
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import matrix_rows, rows_of
 
-__all__ = ["read", "sniff", "world", "write"]
-
 
 def sniff(content: bytes) -> bool:
     return [len(row) for row in rows_of(content)] == [4] * 4

@@ -17,8 +17,6 @@ from monai_zsreg.errors import RegistrationError, require
 from monai_zsreg.geometry import Grid, checked_affine
 from monai_zsreg.io.images import Image, load_image
 
-__all__ = ["GridLike", "Images", "Volume"]
-
 #: what tells where an image lies: a file, an image of nibabel or MONAI or ours, or its grid
 GridLike = str | os.PathLike | SpatialImage | Tensor | Image | Grid
 

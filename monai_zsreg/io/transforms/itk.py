@@ -23,8 +23,6 @@ from monai_zsreg.geometry import flip_points, lps_from_ras
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import spelled
 
-__all__ = ["centered_matrix", "linear_matrix", "read", "read_hdf5", "sniff", "world", "write", "write_hdf5"]
-
 _TEXT = b"#Insight Transform File"
 _HDF5 = (".h5", ".hdf5")
 

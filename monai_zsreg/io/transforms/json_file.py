@@ -12,8 +12,6 @@ import numpy as np
 from monai_zsreg.errors import RegistrationWarning
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["read", "sniff", "write"]
-
 _MAPS = "points of the fixed image to points of the moving image"
 
 

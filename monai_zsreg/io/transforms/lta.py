@@ -15,8 +15,6 @@ import numpy as np
 from monai_zsreg.geometry import Grid, freesurfer_grid, freesurfer_volume
 from monai_zsreg.io.transforms.images import Images, Volume
 
-__all__ = ["read", "sniff", "write"]
-
 _VOXELS, _RAS = 0, 1
 _TYPES = "type 0 (LINEAR_VOX_TO_VOX) or 1 (LINEAR_RAS_TO_RAS)"
 # geometry in an LTA has four decimals in older files, which leaves hundredths of a millimeter at a far corner

@@ -11,8 +11,6 @@ import numpy as np
 from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import spelled
 
-__all__ = ["read", "sniff", "write"]
-
 _FIRST_LINE = "MNI Transform File"
 
 

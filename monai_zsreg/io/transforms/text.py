@@ -10,8 +10,6 @@ import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["matrix_rows", "read", "read_mrtrix", "rows_of", "sniff", "sniff_greedy", "spelled", "write"]
-
 
 def matrix_rows(path: Path) -> list[list[float]]:
     """The numbers of every line that has any; ``#`` starts a comment."""

@@ -10,8 +10,6 @@ import numpy as np
 
 from monai_zsreg.io.transforms.images import Images
 
-__all__ = ["read", "sniff", "write"]
-
 
 def sniff(content: bytes) -> bool:
     return content.startswith(b"\x89HDF") and b"DimensionKinds" in content

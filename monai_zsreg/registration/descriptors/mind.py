@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from monai_zsreg.errors import RegistrationError
 
-__all__ = ["MINDSSC"]
-
 
 class MINDSSC(nn.Module):
     """Modality independent neighborhood descriptor, self-similarity context (Heinrich et al., MICCAI 2013).

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LocalScores"]
-
 # half the width of the surroundings, lattice steps
 _AROUND = 3
 # deviation of what varies by noise alone, parts of the range from background to tissue

@@ -8,8 +8,6 @@ import os
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VGG19Patches"]
-
 
 class VGG19Patches(nn.Module):
     """The 64 responses of conv1_2 to an image and to its negative, added, so that the sign of an edge does not count.
