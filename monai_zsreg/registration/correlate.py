@@ -64,6 +64,8 @@ _BATCH = {False: 500_000, True: 20_000_000}
 # most points that a transform may have; the lattice gets coarser where a small image is looked for in a large one
 _LARGEST = {2: 250_000, 3: 250_000}
 _LARGEST_ALL = {2: 250_000, 3: 100_000}
+# lattice points along an axis below which overlap changes with each of them
+_THIN = 8
 # widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
 # (logarithm)
 _ROUNDS = (
@@ -293,60 +295,95 @@ def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales:
         box = tuple(math.ceil(float(n)) for n in boxes.amax(0) - 1e-6)
         # translations with hardly any overlap may wrap around
         size = [_good_size(a + b - max(1, int(0.15 * min(a, b)))) for a, b in zip(shape, box, strict=True)]
-        spectra = _transformed(channels, seen, size)
+        # overlap and energies hardly change from one translation to the next
+        every = [2 if min(a, b) >= _THIN else 1 for a, b in zip(shape, box, strict=True)]
+        spectra, energies = _transformed(channels, size), _energies(channels, seen, size, every)
         cells = math.prod(size)
         batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * cells))
         for part in turns.split(batch):
             maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
-            other = _transformed(maps, mask, size).conj()
-            some = max(1, _BATCH[device.type == "cuda"] // (4 * len(part) * cells))
+            other, others = _transformed(maps, size).conj(), _energies(maps, mask, size, every).conj()
+            some = max(1, _BATCH[device.type == "cuda"] // (2 * len(part) * cells))
             for number in range(0, len(group), some):
                 those = slice(number, number + some)
-                score = _normalized(spectra[those], other, seen[those], mask, size)
-                best = score.flatten(2).max(-1)
-                place = torch.stack(torch.unravel_index(best.indices.cpu(), size), dim=-1)
+                weight = _weights(energies[those], others, seen[those], mask, size, every)
+                score, place = _best(spectra[those], other, weight, size, every)
                 shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
                 moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
                 moved[..., :dims, dims] = -shift.double()
                 transform = world[:, None] @ moved @ torch.linalg.inv(still_world[those])
                 found.append(transform.flatten(0, 1))
-                scores.append(best.values.cpu().double().flatten())
+                scores.append(score.flatten())
     return torch.cat(found), torch.cat(scores)
 
 
-def _transformed(channels: Tensor, seen: Tensor, size: list[int]) -> Tensor:
-    """Spectra of the channels, of what is seen, and of the channels' square: ``[N, C + 2, *half]``."""
-    stack = torch.cat([channels, seen[:, None], channels.square().sum(1, keepdim=True)], dim=1)
-    return torch.fft.rfftn(stack, s=size, dim=tuple(range(-len(size), 0)))
+def _transformed(maps: Tensor, size: list[int]) -> Tensor:
+    """Spectra of maps ``[..., *shape]``, filled up with zeros: ``[..., *half]``."""
+    return torch.fft.rfftn(maps, s=size, dim=tuple(range(-len(size), 0)))
 
 
-def _normalized(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int]) -> Tensor:
-    """Scores of all translations, ``[N, G, *size]``, for N rotations and G turns of the still lattice.
+def _energies(channels: Tensor, seen: Tensor, size: list[int], every: list[int]) -> Tensor:
+    """Spectra of what is seen and of the channels' square, summed over cells of ``every`` points: ``[N, 2, *half]``."""
+    total = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
+    stack = torch.stack([seen, channels.square().sum(1)], dim=1)
+    stack = total(stack, every, ceil_mode=True, divisor_override=1)
+    return _transformed(stack, [n // e for n, e in zip(size, every, strict=True)])
+
+
+def _weights(
+    still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int], every: list[int]
+) -> Tensor:
+    """What makes a score of a sum of products, for all cells of translations, ``[N, G, *cells]``; 0 for no overlap.
 
     Args:
-        still: spectra ``[G, C + 2, *half]``.
-        turned: conjugate spectra ``[N, C + 2, *half]``.
+        still: spectra ``[G, 2, *half]``, see `_energies`.
+        turned: conjugate spectra ``[N, 2, *half]``.
         still_seen: ``[G, *shape]``.
         turned_seen: ``[N, *box]``.
         size: of the transforms.
+        every: see `_energies`.
     """
-    axes = tuple(range(-len(size), 0))
-    # a sum in place: einsum and the product of whole stacks are slower by half
-    total = still[None, :, 0] * turned[:, None, 0]
-    for channel in range(1, still.shape[1] - 2):
-        total.addcmul_(still[None, :, channel], turned[:, None, channel])
-    kinds = (
-        total,
-        still[None, :, -2] * turned[:, None, -2],
-        still[None, :, -1] * turned[:, None, -2],
-        still[None, :, -2] * turned[:, None, -1],
+    cells = [n // e for n, e in zip(size, every, strict=True)]
+    kinds = [still[None, :, i] * turned[:, None, j] for i, j in ((0, 0), (1, 0), (0, 1))]
+    overlap, one, two = (
+        torch.fft.irfftn(kind, s=cells, dim=tuple(range(-len(cells), 0))).div_(math.prod(every)) for kind in kinds
     )
-    common, overlap, one, two = (torch.fft.irfftn(kind, s=size, dim=axes) for kind in kinds)
     least = torch.minimum(still_seen.flatten(1).sum(1)[None], turned_seen.flatten(1).sum(1)[:, None]).clamp(min=1)
     share = overlap.div_(least.view(*least.shape, *[1] * len(size)))
     squares = one.clamp_(min=1e-3).mul_(two.clamp_(min=1e-3))
-    score = common.mul_(squares.rsqrt_()).mul_(share.clamp(min=1e-3).sqrt_().sqrt_())
-    return score.masked_fill_(share <= _LEAST, -1.0)
+    weight = squares.rsqrt_().mul_(share.clamp(min=1e-3).sqrt_().sqrt_())
+    return weight.masked_fill_(share <= _LEAST, 0.0)
+
+
+def _best(still: Tensor, turned: Tensor, weight: Tensor, size: list[int], every: list[int]) -> tuple[Tensor, Tensor]:
+    """Best score ``[N, G]`` float64, and its translation ``[N, G, D]``, lattice points, both on the CPU.
+
+    Args:
+        still: spectra ``[G, C, *half]``.
+        turned: conjugate spectra ``[N, C, *half]``.
+        weight: ``[N, G, *cells]``, see `_weights`.
+        size: of the transforms.
+        every: see `_energies`.
+    """
+    # a sum in place: einsum and the product of whole stacks are slower by half
+    total = still[None, :, 0] * turned[:, None, 0]
+    for channel in range(1, still.shape[1]):
+        total.addcmul_(still[None, :, channel], turned[:, None, channel])
+    common = torch.fft.irfftn(total, s=size, dim=tuple(range(-len(size), 0)))
+    highest = common
+    for axis, step in enumerate(every, start=2):
+        if step > 1:
+            highest = torch.maximum(*highest.unflatten(axis, (-1, step)).unbind(axis + 1))
+    score = highest.mul_(weight).flatten(2) if highest is not common else (highest * weight).flatten(2)
+    best = score.amax(-1, keepdim=True)
+    place = torch.stack(torch.unravel_index((score >= best).int().argmax(-1), weight.shape[2:]), dim=-1)
+    # where in the cell
+    corners = torch.cartesian_prod(*[torch.arange(e, device=place.device) for e in every]).view(-1, len(every))
+    places = place[:, :, None] * torch.tensor(every, device=place.device) + corners
+    strides = torch.tensor([math.prod(size[axis + 1 :]) for axis in range(len(size))], device=place.device)
+    which = common.flatten(2).gather(2, (places * strides).sum(-1)).argmax(-1)
+    place = places.gather(2, which[:, :, None, None].expand(-1, -1, 1, len(size)))[:, :, 0]
+    return best[..., 0].cpu().double(), place.cpu()
 
 
 def _good_size(least: int) -> int:
