@@ -75,7 +75,7 @@ def in_words(report: Mapping[str, Any]) -> str:
     if "expected_error" in report:
         expected = report["expected_error"]
         lines.append(
-            "  expected error in the middle of the fixed image: "
+            "  expected error in the center of the fixed image: "
             f"below {expected['below_in_50_percent']:.2f} {unit} in half of such cases, "
             f"below {expected['below_in_95_percent']:.2f} {unit} in 95 %"
         )
@@ -98,7 +98,7 @@ def in_words(report: Mapping[str, Any]) -> str:
     if report.get("uncertainty"):
         spread = report["uncertainty"]["std_mm_at_center"]
         told = "unknown, too few repeats succeeded" if spread is None else f"{spread:.2f} {unit}"
-        lines.append(f"  standard deviation of the displacement in the middle of the fixed image: {told}")
+        lines.append(f"  standard deviation of the displacement in the center of the fixed image: {told}")
     lines.append(f"  results in {Path(report['output']['moved']).parent}")
     return "\n".join(lines)
 

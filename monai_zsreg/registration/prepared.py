@@ -40,8 +40,8 @@ class Prepared:
 
     def __init__(self, source: ImageLike, channel: int = 0, mask: ImageLike | None = None, name: str = "fixed") -> None:
         self.image: Image = load_image(source, name)
-        self.channel = _channel(self.image, channel, name)
-        self.values, self.seen = self.image.channel(self.channel, name), self.image.seen
+        self.values, self.seen = self.image.channel(channel, name), self.image.seen
+        self.channel = int(channel)
         self.mask = None if mask is None else _mask_on(mask, self.image, f"{name}_mask")
         self._sides: dict[tuple[Any, ...], Side] = {}
 
@@ -85,14 +85,6 @@ def whole_number(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
-
-
-def _channel(image: Image, index: Any, name: str) -> int:
-    number = whole_number(index)
-    count = len(image.values)
-    if number is None or not -count <= number < count:
-        raise RegistrationError(f"{name}_channel", index, f"a channel of {name}, which has {count}")
-    return number
 
 
 def _mask_on(mask: ImageLike, image: Image, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.side import Pair, Side
 
 _BINS = 16
-# part of the samples that must fall into the moving image before the rest is forgiven
+# fraction of the samples that must fall into the moving image before the rest is forgiven
 _ENOUGH = 0.6
 # samples that are looked up at once: what fits a processor's cache; a GPU has room
 _CHUNK = (300_000, 16_000_000)

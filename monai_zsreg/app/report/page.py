@@ -16,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader
+from scipy.ndimage import binary_fill_holes
 
 from monai_zsreg.app.report.pictures import (
     Plane,
@@ -25,7 +26,6 @@ from monai_zsreg.app.report.pictures import (
     colored,
     data_url,
     edges,
-    filled,
     grid_lines,
 )
 from monai_zsreg.foreground import quantiles
@@ -202,7 +202,7 @@ def _figure(plane: Plane, picture: np.ndarray, caption: str = "", **more: Any) -
 
 def _colored(title: str, views: Views, maps: list[np.ndarray], unit: str) -> dict[str, Any]:
     """A map over the fixed image, with its scale."""
-    masks = [filled(gray > 0.05) for gray in views.fixed]
+    masks = [binary_fill_holes(gray > 0.05) for gray in views.fixed]
     inside = [values[mask] if mask.any() else values.ravel() for values, mask in zip(maps, masks, strict=True)]
     limits = min(float(values.min()) for values in inside), max(float(values.max()) for values in inside)
     figures = [

@@ -19,7 +19,7 @@ import torch
 from nibabel.orientations import io_orientation
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
-from scipy.ndimage import convolve1d
+from scipy.ndimage import binary_fill_holes, convolve1d
 from torch import Tensor
 
 from monai_zsreg.foreground import background_value, foreground_mask, quantiles
@@ -224,16 +224,6 @@ def grid_lines(deformation: Deformation, plane: Plane, below: np.ndarray) -> np.
     return np.where(lines[..., None], np.array([1.0, 0.85, 0.0]), 0.7 * below[..., None])
 
 
-def filled(mask: np.ndarray) -> np.ndarray:
-    """A mask without holes: between its first and its last pixel of the row, and of the column."""
-    inside = np.ones_like(mask)
-    for axis in (0, 1):
-        after = np.maximum.accumulate(mask, axis=axis)
-        before = np.flip(np.maximum.accumulate(np.flip(mask, axis), axis=axis), axis)
-        inside &= after & before
-    return inside
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # files
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,7 +261,7 @@ def save_spread(fixed: Image, values: Tensor, path: str | os.PathLike, channel: 
     rows: list[list[tuple[Plane, np.ndarray]]] = []
     for plane, gray in zip(views.planes, views.fixed, strict=True):
         above = plane.picture(resample(values.cpu(), fixed.grid, plane.grid, fill=0.0)[0])
-        rows.append([(plane, gray), (plane, colored(gray, above, limits, filled(gray > 0.05)))])
+        rows.append([(plane, gray), (plane, colored(gray, above, limits, binary_fill_holes(gray > 0.05)))])
     _save_sheet(path, rows, ["fixed", f"standard deviation, mm: blue {limits[0]:.3g}, red {limits[1]:.3g}"])
 
 
