@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import math
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
-from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from nibabel.affines import apply_affine as nibabel_apply
 from nibabel.affines import voxel_sizes
+from phantoms import diagonal, sitk_affine, sitk_image, sitk_moved
 
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import (
@@ -291,26 +291,13 @@ def test_itk_puts_the_moved_header_where_it_puts_the_transform(dims: int, case: 
     transform[:dims, dims] = torch.tensor([1.0, -2.0, 0.5])[:dims]
     voxels = torch.zeros(1, *shape)
     voxels[(slice(None),) + (slice(2, -2),) * dims] = torch.rand(1, *[n - 4 for n in shape])
-    fixed = metatensor_to_itk_image(
-        MetaTensor(
-            torch.zeros(1, 20, 20, 20)[(...,) + (0,) * (3 - dims)],
-            affine=torch.diag(torch.tensor([0.8] * dims + [1.0], dtype=torch.float64)),
-        )
-    )
+    fixed = sitk_image(MetaTensor(torch.zeros(1, *[20] * dims), affine=diagonal(*[0.8] * dims)))
 
-    lps = ras_to_lps(transform.numpy())
-    itk_transform = itk.AffineTransform[itk.D, dims].New()
-    itk_transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:dims, :dims])))
-    itk_transform.SetOffset(lps[:dims, dims].tolist())
+    def resample(header: torch.Tensor, matrix: np.ndarray) -> np.ndarray:
+        return sitk_moved(sitk_image(MetaTensor(voxels, affine=header)), fixed, sitk_affine(matrix))
 
-    def resample(header: torch.Tensor, **options) -> np.ndarray:
-        image = metatensor_to_itk_image(MetaTensor(voxels, affine=header))
-        return itk.array_from_image(
-            itk.resample_image_filter(image, reference_image=fixed, use_reference_image=True, **options)
-        )
-
-    through_transform = resample(affine, transform=itk_transform)
-    through_header = resample(moved_header(affine, transform))
+    through_transform = resample(affine, transform.numpy())
+    through_header = resample(moved_header(affine, transform), np.eye(dims + 1))
     assert (through_transform > 0).mean() > 0.02
     np.testing.assert_allclose(through_header, through_transform, atol=1e-3)
 
@@ -331,7 +318,7 @@ def test_flip_points_goes_from_nibabel_to_itk(tmp_path) -> None:
     affine = compose_parameters(PARAMETERS[3][0])
     affine[:3, :3] = affine[:3, :3] @ np.linalg.inv(np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T)
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), affine), tmp_path / "i.nii")
-    image = itk.imread(str(tmp_path / "i.nii"))
+    image = sitk.ReadImage(str(tmp_path / "i.nii"))
     itk_point = np.array(image.TransformIndexToPhysicalPoint([3, 1, 5]))
     np.testing.assert_allclose(flip_points(nibabel_apply(affine, [[3, 1, 5]]))[0], itk_point, atol=1e-4)
 

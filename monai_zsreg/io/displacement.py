@@ -28,7 +28,7 @@ from monai_zsreg.geometry import (
     world_from_itk,
 )
 from monai_zsreg.io.files import atomic_path, exists, require_nifti_name
-from monai_zsreg.io.transforms.itk import linear_matrix, read_hdf5, write_hdf5
+from monai_zsreg.io.transforms.itk import centered_matrix, parts, write_hdf5
 
 _VECTOR = 1007
 # how far from orthogonal the axes of a lattice may be, cosine; NIfTI readers round more
@@ -92,23 +92,20 @@ def bends(path: str | os.PathLike) -> bool:
 def write_composite(path: str | os.PathLike, displacement: Tensor, grid: Grid, affine: Tensor) -> None:
     """Write a displacement field as of `write_displacement`, and the matrix ``(D+1, D+1)``, RAS, that follows it, as a
     composite transform of ITK; ``path`` ends in ``.h5``."""
-    import itk
-
     _check_square(grid)
     dims = grid.dims
-    vectors = flip_points(displacement.detach().cpu().numpy().transpose(*range(dims, 0, -1), 0))
-    # vectors of doubles cannot be made in Python
-    image = itk.image_from_array(
-        np.ascontiguousarray(vectors, dtype=np.float32), ttype=itk.Image[itk.Vector[itk.F, dims], dims]
-    )
+    vectors = flip_points(displacement.detach().cpu().numpy().transpose(*range(dims, 0, -1), 0)).astype(np.float32)
     spacing, origin, direction = itk_lattice(grid)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(origin.tolist())
-    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
-    field = itk.DisplacementFieldTransform[itk.F, dims].New()
-    field.SetDisplacementField(image)
+    lattice = np.concatenate([grid.shape, origin, spacing, direction.ravel()])
+    matrix = ras_to_lps(affine.numpy())
+    parameters = np.concatenate([matrix[:dims, :dims].ravel(), matrix[:dims, dims]])
+    transforms = {
+        "CompositeTransform": (np.zeros(0), np.zeros(0)),
+        "AffineTransform": (parameters, np.zeros(dims)),
+        "DisplacementFieldTransform": (vectors.ravel(), lattice),
+    }
     with atomic_path(path) as partial:
-        write_hdf5(partial, ras_to_lps(affine.numpy()), None, field)
+        write_hdf5(partial, [(f"{kind}_double_{dims}_{dims}", *numbers) for kind, numbers in transforms.items()])
 
 
 def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]]:
@@ -121,25 +118,21 @@ def read_composite(path: str | os.PathLike) -> list[Tensor | tuple[Tensor, Grid]
     Raises:
         RegistrationError: it holds something else.
     """
-    import itk
-
-    parts: list[Tensor | tuple[Tensor, Grid]] = []
+    found: list[Tensor | tuple[Tensor, Grid]] = []
     try:
-        for transform in read_hdf5(Path(path)):
-            dims = int(transform.GetInputSpaceDimension())
-            if not hasattr(transform, "GetDisplacementField"):
-                parts.append(torch.from_numpy(lps_to_ras(linear_matrix(transform))))
+        for kind, parameters, fixed in reversed(parts(Path(path))):
+            if "DisplacementField" not in kind:
+                found.append(torch.from_numpy(lps_to_ras(centered_matrix(kind, parameters, fixed))))
                 continue
-            shape, origin, spacing, direction = np.split(
-                np.array(list(transform.GetFixedParameters())), [dims, 2 * dims, 3 * dims]
-            )
+            dims = int(kind[-1])
+            shape, origin, spacing, direction = np.split(fixed, [dims, 2 * dims, 3 * dims])
             affine = world_from_itk(spacing, origin, direction.reshape(dims, dims))
-            values = itk.array_from_vnl_vector(transform.GetParameters()).reshape(dims, *shape.astype(int), order="F")
+            values = parameters.reshape(dims, *shape.astype(int), order="F")
             grid = Grid(tuple(map(int, shape)), torch.tensor(affine))
-            parts.append((_from_lps(np.moveaxis(values, 0, -1)), grid))
-    except ValueError as error:
+            found.append((_from_lps(np.moveaxis(values, 0, -1)), grid))
+    except (OSError, ValueError) as error:
         raise RegistrationError("path", str(path), f"matrices and displacement fields of ITK ({error})") from error
-    return parts
+    return found
 
 
 def _from_lps(vectors: np.ndarray) -> Tensor:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from phantoms import sitk_moved
 from scipy import ndimage
 
 from monai_zsreg.app.apply import compose_transforms, move_points
@@ -52,13 +53,8 @@ def pair(tmp_path: Path) -> SimpleNamespace:
 
 def itk_moved(pair: SimpleNamespace, source: str, transform: Path, nearest: bool = False) -> np.ndarray:
     """What ITK makes of the moving image with ``transform``, array axes as nibabel has them."""
-    moving, fixed = itk.imread(source, itk.F), itk.imread(pair.fixed, itk.F)
-    kind = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
-    resample = itk.ResampleImageFilter.New(moving, reference_image=fixed, use_reference_image=True)
-    resample.SetTransform(itk.transformread(str(transform))[0])
-    resample.SetInterpolator(kind.New(moving))
-    resample.Update()
-    return np.asarray(itk.array_from_image(resample.GetOutput())).T
+    moving, fixed = (sitk.ReadImage(str(path), sitk.sitkFloat32) for path in (source, pair.fixed))
+    return sitk_moved(moving, fixed, sitk.ReadTransform(str(transform)), nearest)
 
 
 def test_composition_moves_an_image_as_itk_does(pair: SimpleNamespace) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from phantoms import sitk_affine
 
 from monai_zsreg.app.demo import DemoPair, demo_pair
 from monai_zsreg.errors import RegistrationError
@@ -40,18 +41,10 @@ def _map(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _resample_by_itk(pair: DemoPair, pull: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The fixed image, every ``step``-th voxel, and the moving image there, through ITK, whose world is LPS."""
-    dims = len(pull) - 1
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0] if dims == 3 else [-1.0, -1.0, 1.0])
-    lps = flip @ pull @ flip
-    transform = itk.AffineTransform[itk.D, dims].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:dims, :dims])))
-    transform.SetOffset(lps[:dims, dims].tolist())
-    fixed, moving = (itk.imread(str(pair[key]), itk.F) for key in ("fixed", "moving"))
-    fixed = itk.shrink_image_filter(fixed, shrink_factors=[step] * dims)
-    resampled = itk.resample_image_filter(
-        moving, transform=transform, use_reference_image=True, reference_image=fixed, default_pixel_value=0
-    )
-    return itk.array_from_image(fixed), itk.array_from_image(resampled)
+    fixed, moving = (sitk.ReadImage(str(pair[key]), sitk.sitkFloat32) for key in ("fixed", "moving"))
+    fixed = sitk.Shrink(fixed, [step] * (len(pull) - 1))
+    resampled = sitk.Resample(moving, fixed, sitk_affine(pull))
+    return sitk.GetArrayFromImage(fixed), sitk.GetArrayFromImage(resampled)
 
 
 def _correlation(pair: DemoPair, pull: np.ndarray) -> float:
@@ -107,9 +100,9 @@ def test_moving_head_lies_inside_its_field_of_view(pair: DemoPair) -> None:
 
 @pytest.mark.parametrize("key", ["fixed", "moving"])
 def test_itk_and_nibabel_read_the_same(pair: DemoPair, key: str) -> None:
-    by_nibabel, by_itk = nib.load(pair[key]), itk.imread(str(pair[key]))
+    by_nibabel, by_itk = nib.load(pair[key]), sitk.ReadImage(str(pair[key]))
     assert by_nibabel.get_data_dtype() == np.int16
-    np.testing.assert_array_equal(itk.array_from_image(by_itk).T, np.asarray(by_nibabel.dataobj))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(by_itk).T, np.asarray(by_nibabel.dataobj))
     dims = len(pair["truth"]) - 1
     flip = np.array([-1.0, -1.0, 1.0])[:dims]
     last = np.array(by_nibabel.shape) - 1

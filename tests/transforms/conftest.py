@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import itk
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.data.itk_torch_bridge import metatensor_to_itk_image
+from phantoms import sitk_affine, sitk_image, sitk_moved
 
 from monai_zsreg.geometry import AffineParameters, compose_parameters
 
@@ -89,16 +88,6 @@ def pair_of() -> Callable[..., KnownPair]:
     return make_pair
 
 
-def _itk_affine(affine: np.ndarray) -> itk.AffineTransform:
-    # RAS to LPS by hand: the judge must not use our conversion
-    dims = len(affine) - 1
-    flip = np.diag([-1.0, -1.0, 1.0][:dims])
-    transform = itk.AffineTransform[itk.D, dims].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(flip @ affine[:dims, :dims] @ flip)))
-    transform.SetOffset((flip @ affine[:dims, dims]).tolist())
-    return transform
-
-
 @pytest.fixture
 def itk_resample() -> Callable[..., np.ndarray]:
     """``itk_resample(image, grid, affine, nearest=False)``: what ITK makes of it, ``[C, *grid spatial]``.
@@ -106,26 +95,8 @@ def itk_resample() -> Callable[..., np.ndarray]:
     ``affine`` maps the world of ``grid`` to the world of ``image``.
     """
 
-    def plain(image: MetaTensor, channel: int) -> MetaTensor:
-        dims = image.ndim - 1
-        affine = image.affine.clone()
-        if affine.shape[-1] == 4 and dims == 2:
-            affine = affine[[0, 1, 3]][:, [0, 1, 3]]
-        return MetaTensor(image.as_tensor()[channel : channel + 1].float(), affine=affine)
-
     def resample(image: MetaTensor, grid: MetaTensor, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
-        kind = itk.Image[itk.F, image.ndim - 1]
-        interpolators = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
-        channels = [
-            itk.resample_image_filter(
-                metatensor_to_itk_image(plain(image, channel)),
-                transform=_itk_affine(affine),
-                interpolator=interpolators[kind, itk.D].New(),
-                reference_image=metatensor_to_itk_image(plain(grid, 0)),
-                use_reference_image=True,
-            )
-            for channel in range(image.shape[0])
-        ]
-        return np.stack([itk.array_from_image(c).T for c in channels])
+        images = [sitk_image(image, channel) for channel in range(image.shape[0])]
+        return np.stack([sitk_moved(one, sitk_image(grid), sitk_affine(affine), nearest) for one in images])
 
     return resample

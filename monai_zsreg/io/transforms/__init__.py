@@ -18,7 +18,7 @@ afni       .aff12.1D .1D             ``3dAllineate -1Dmatrix_save``: twelve numb
                                      image were oblique
 minc       .xfm                      MINC, and FreeSurfer's ``talairach.xfm``: **moving to fixed**, RAS
 elastix    .txt                      ``TransformParameters.0.txt``, with the transforms it starts from; 2D and 3D
-x5         .x5 .h5                   NiTransforms: the rows of our matrix (needs h5py)
+x5         .x5 .h5                   NiTransforms: the rows of our matrix
 =========  ========================  ==================================================================================
 
 A name that several formats share is decided by the content, and where that may be either by ``format=``. Formats that

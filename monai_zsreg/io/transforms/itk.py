@@ -2,8 +2,8 @@
 """ITK's transform files: ``.tfm`` and ``.txt`` (text), ``.mat`` (Matlab 4), ``.h5`` and ``.hdf5`` (HDF5).
 
 ITK, SimpleITK, ANTs, Convert3D and 3D Slicer write them. Such a transform maps points of the fixed image to points of
-the moving image, as ours does, but in LPS coordinates. Text and Matlab files are read and written here, because
-importing ITK takes seconds, and its Python does not know every class; HDF5 goes through ITK.
+the moving image, as ours does, but in LPS coordinates. They are read and written here, because ITK takes more than ten
+seconds to import what does, and its Python does not know every class.
 
 The world of a file without orientation, such as PNG, is not the same to every reader: MONAI's ``PILReader`` calls the
 pixel axes RAS and ITK calls them LPS. A transform between such images is right in ITK only if they were loaded as here,
@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from monai_zsreg.io.transforms.images import Images
 from monai_zsreg.io.transforms.text import spelled
 
 _TEXT = b"#Insight Transform File"
+_COMPOSITE = "CompositeTransform"
 _HDF5 = (".h5", ".hdf5")
 
 
@@ -39,16 +39,7 @@ def world(images: Images, name: str, dims: int) -> np.ndarray:
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    if path.suffix.lower() in _HDF5:
-        return reduce(lambda total, one: one @ total, map(linear_matrix, read_hdf5(path)))
-    content = path.read_bytes()
-    stated = _parse_text(content.decode()) if content.startswith(_TEXT) else _parse_matlab(path)
-    composite = len(stated) > 1 and stated[0][0].startswith("CompositeTransform")
-    matrices = [centered_matrix(*one) for one in stated if not one[0].startswith("CompositeTransform")]
-    if not matrices or len(matrices) > 1 and not composite:
-        raise ValueError(f"{len(matrices)} transforms instead of one")
-    # of a composite the last one acts first
-    return reduce(np.matmul, matrices)
+    return reduce(np.matmul, (centered_matrix(*one) for one in parts(path)))
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
@@ -59,7 +50,7 @@ def write(path: Path, matrix: np.ndarray, images: Images) -> None:
     parameters = np.array([*linear.ravel(), *(matrix[:dims, dims] + linear @ center - center)])
     kind = f"AffineTransform_double_{dims}_{dims}"
     if path.suffix.lower() in _HDF5:
-        write_hdf5(path, matrix, center)
+        write_hdf5(path, [(kind, parameters, center)])
     elif path.suffix.lower() == ".mat":
         from scipy.io import savemat
 
@@ -170,6 +161,19 @@ def _rotation(name: str, part: np.ndarray, fixed: np.ndarray) -> np.ndarray:
 Stated = list[tuple[str, np.ndarray, np.ndarray]]
 
 
+def parts(path: Path) -> Stated:
+    """The transform of a file, or those that its composite consists of, of which the last one acts first."""
+    if path.suffix.lower() in _HDF5:
+        stated = _parse_hdf5(path)
+    else:
+        content = path.read_bytes()
+        stated = _parse_text(content.decode()) if content.startswith(_TEXT) else _parse_matlab(path)
+    found = [one for one in stated if not one[0].startswith(_COMPOSITE)]
+    if not found or len(found) > 1 and len(found) == len(stated):
+        raise ValueError(f"{len(found)} transforms instead of one")
+    return found
+
+
 def _parse_text(content: str) -> Stated:
     found: list[dict[str, str]] = []
     for one in content.splitlines():
@@ -204,50 +208,31 @@ def _parse_matlab(path: Path) -> Stated:
     return [(kinds[0], parameters, fixed)]
 
 
-def read_hdf5(path: Path) -> list[Any]:
-    """The transforms of a file, ITK's, as they act on points of the fixed image one after another."""
-    import itk
+def _parse_hdf5(path: Path) -> Stated:
+    import h5py
 
+    found = []
     try:
-        transforms = itk.transformread(str(path))
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if "ERROR" in line]
-        reason = lines[0].split("): ", 1)[-1] if lines else str(error)
-        raise ValueError(f"ITK cannot read it: {reason}") from error
-    if len(transforms) != 1:
-        raise ValueError(f"{len(transforms)} transforms instead of one")
-    whole = transforms[0]
-    if not hasattr(whole, "GetNthTransform"):
-        return [whole]
-    # of a composite the last one acts first
-    return [itk.down_cast(whole.GetNthTransform(n)) for n in reversed(range(whole.GetNumberOfTransforms()))]
+        with h5py.File(path, "r") as file:
+            group = file["TransformGroup"]
+            for number in sorted(group, key=int):
+                node = group[number]
+                # "Tranform" is how ITK 4 spells it; a composite has neither
+                given = [node.get(f"Transform{n}", node.get(f"Tranform{n}")) for n in ("Parameters", "FixedParameters")]
+                numbers = [np.zeros(0) if some is None else np.array(some, dtype=np.float64) for some in given]
+                found.append((node["TransformType"].asstr()[0], *numbers))
+    except Exception as error:  # it raises many things for what is none
+        raise ValueError(f"it is no HDF5 file of ITK ({error})") from error
+    return found
 
 
-def linear_matrix(transform: Any) -> np.ndarray:
-    """The matrix, LPS, of a linear transform of ITK."""
-    dims = int(transform.GetInputSpaceDimension())
-    if dims not in (2, 3) or not transform.IsLinear():
-        raise ValueError(f"a linear 2D or 3D transform is needed, it holds {type(transform).__name__}")
-    # by the points it maps: every linear transform of ITK has TransformPoint, not every one has GetMatrix
-    matrix = np.eye(dims + 1)
-    origin, *units = (transform.TransformPoint(p.tolist()) for p in np.vstack([np.zeros(dims), np.eye(dims)]))
-    matrix[:dims, dims] = origin
-    matrix[:dims, :dims] = (np.array([list(unit) for unit in units]) - matrix[:dims, dims]).T
-    return matrix
+def write_hdf5(path: Path, transforms: Stated) -> None:
+    """Write an HDF5 file. A composite comes before its parts, of which the last one acts first."""
+    import h5py
 
-
-def write_hdf5(path: Path, matrix: np.ndarray, center: np.ndarray | None = None, first: Any = None) -> None:
-    """A matrix, LPS; composed with what acts ``first``, a transform of ITK in single precision."""
-    import itk
-
-    dims = len(matrix) - 1
-    kind, dtype = (itk.D, np.float64) if first is None else (itk.F, np.float32)
-    transform: Any = itk.AffineTransform[kind, dims].New()
-    transform.SetCenter([0.0] * dims if center is None else center.tolist())
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(matrix[:dims, :dims], dtype=dtype)))
-    transform.SetOffset(matrix[:dims, dims].tolist())
-    if first is not None:
-        affine, transform = transform, itk.CompositeTransform[kind, dims].New()
-        transform.AddTransform(affine)
-        transform.AddTransform(first)
-    itk.transformwrite(transform, str(path))
+    with h5py.File(path, "w") as file:
+        for number, (kind, parameters, fixed) in enumerate(transforms):
+            node = file.create_group(f"TransformGroup/{number}")
+            node.create_dataset("TransformType", data=[kind], dtype=h5py.string_dtype("ascii"))
+            if not kind.startswith(_COMPOSITE):
+                node["TransformParameters"], node["TransformFixedParameters"] = parameters, fixed

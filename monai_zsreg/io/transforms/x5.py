@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""X5, the HDF5 files of NiTransforms: fixed to moving, RAS. Needs h5py, which comes with NiTransforms."""
+"""X5, the HDF5 files of NiTransforms: fixed to moving, RAS."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,9 @@ def sniff(content: bytes) -> bool:
 
 
 def read(path: Path, images: Images) -> np.ndarray:
-    with _open(path, "r") as file:
+    import h5py
+
+    with h5py.File(path, "r") as file:
         group = file.get("TransformGroup")
         if group is None:
             raise ValueError("it holds no TransformGroup, as the X5 files of NiTransforms do; fslpy's are others")
@@ -32,17 +33,11 @@ def read(path: Path, images: Images) -> np.ndarray:
 
 
 def write(path: Path, matrix: np.ndarray, images: Images) -> None:
-    with _open(path, "w") as file:
+    import h5py
+
+    with h5py.File(path, "w") as file:
         file.attrs["Format"], file.attrs["Version"] = "X5", np.uint16(1)
         node = file.create_group("TransformGroup").create_group("0")
         node.attrs["Type"], node.attrs["ArrayLength"] = "linear", 1
         node.create_dataset("Transform", data=matrix)
         node.create_dataset("DimensionKinds", data=np.array(["space", "space", "space", "vector"], dtype="S"))
-
-
-def _open(path: Path, mode: str) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("X5 transform files need the package h5py") from error
-    return h5py.File(path, mode)
