@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import permutations, product
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from monai_zsreg.foreground import grown, seen_region
 from monai_zsreg.geometry import Grid, nearest_axes, pooled_grid
 from monai_zsreg.registration.search import from_quaternions, rotation_matrices
+from monai_zsreg.registration.separable import blurred
 from monai_zsreg.registration.side import Level
 
 __all__ = ["Candidates", "correlate"]
@@ -77,8 +78,6 @@ _ROUNDS = (
     (0.7, 0.07, 0.004),
 )
 _TRIALS = 16
-# voxels on each side that smoothing reaches to, at most
-_WIDEST = 1000
 # candidates that take part in each round, and points that they are compared at
 _KEEP = (24, 16, 12, 8, 6, 4)
 _POINTS = 1200
@@ -162,7 +161,7 @@ class _Maps:
         typical = (energy * weight).sum() / weight.sum().clamp(min=1)
         gradient = gradient / (energy + _FAINT * typical + 1e-30).sqrt()
         tensor = torch.stack([gradient[i] * gradient[j] for i, j in _upper(dims)] + [torch.ones_like(values)])
-        smooth = _smoothed(tensor * weight, [0.5 * step / s for s in grid.spacing])
+        smooth = blurred(tensor * weight, [0.5 * step / s for s in grid.spacing], zeros=True)
         share = smooth[-1:]
         return cls(torch.cat([smooth[:-1] / share.clamp(min=1e-6), share]), grid)
 
@@ -194,16 +193,29 @@ class _Maps:
         Returns:
             Channels ``[N, C, S]`` and what is seen, ``[N, S]``, 1 or 0.
         """
-        n, dims = len(points), self.dims
         sizes = torch.tensor(self.values.shape[1:], dtype=torch.float32, device=points.device)
         where = (2 * points + 1) / sizes - 1
-        inside = (where.abs() <= 1).all(-1)
-        grid = where.flip(-1).view(n, *[1] * (dims - 1), -1, dims)
-        found = F.grid_sample(
-            self.values.expand(n, *self.values.shape), grid, mode, padding_mode="border", align_corners=False
-        ).flatten(2)
+        found = self._nearest(points) if mode == "nearest" else self._linear(where)
         channels = _to_channels(turns).to(found) @ found[:, :-1]
+        inside = (where.abs() <= 1).all(-1)
         return channels, (inside & (found[:, -1] > 0.5)).to(found)
+
+    def _linear(self, where: Tensor) -> Tensor:
+        n, dims = len(where), self.dims
+        grid = where.flip(-1).view(n, *[1] * (dims - 1), -1, dims)
+        maps = self.values.expand(n, *self.values.shape)
+        return F.grid_sample(maps, grid, "bilinear", padding_mode="border", align_corners=False).flatten(2)
+
+    def _nearest(self, points: Tensor) -> Tensor:
+        # all channels of a place lie together: faster than grid_sample, which goes through the image for each
+        place = torch.zeros(points.shape[:-1], dtype=torch.int32, device=points.device)
+        for axis, size in enumerate(self.values.shape[1:]):
+            place = place.mul_(size).add_(points[..., axis].round().clamp_(0, size - 1).int())
+        return self._together.index_select(0, place.flatten()).view(*place.shape, -1).mT
+
+    @cached_property
+    def _together(self) -> Tensor:
+        return self.values.flatten(1).mT.contiguous()
 
 
 def _sides(grid: Grid) -> Tensor:
@@ -213,21 +225,6 @@ def _sides(grid: Grid) -> Tensor:
 
 def _upper(dims: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(dims) for j in range(i, dims)]
-
-
-def _smoothed(maps: Tensor, widths: list[float]) -> Tensor:
-    """A Gaussian along each axis of ``[C, *spatial]``, widths in voxels, zeros outside."""
-    for axis, width in enumerate(widths, start=1):
-        if width < 0.2:
-            continue
-        # an image that is a point on the lattice is not blurred any further
-        reach = min(math.ceil(2.5 * width), _WIDEST)
-        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=maps.device) / width) ** 2)
-        kernel = (kernel / kernel.sum()).to(maps).view(1, 1, -1)
-        lines = maps.movedim(axis, -1)
-        smooth = F.conv1d(lines.reshape(-1, 1, lines.shape[-1]), kernel, padding=reach)
-        maps = smooth.view(lines.shape).movedim(-1, axis)
-    return maps.contiguous()
 
 
 @lru_cache

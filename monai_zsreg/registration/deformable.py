@@ -38,6 +38,12 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared, is_number, resolve_device
+from monai_zsreg.registration.separable import (
+    along as _along,
+    blurred as _blurred,
+    kernel as _kernel,
+    resized as _resized,
+)
 from monai_zsreg.registration.side import finest_step
 
 __all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
@@ -685,52 +691,6 @@ def _without_folds(shift: Tensor) -> Tensor:
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
-
-
-def _along(values: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """Multiply ``[C, *n]`` with a matrix ``[m, n]`` along each axis; None leaves it."""
-    for axis, matrix in enumerate(matrices, start=1):
-        if matrix is None:
-            continue
-        matrix = matrix.to(values)
-        if axis == values.ndim - 1:
-            values = values @ matrix.mT
-        else:
-            shape = values.shape
-            flat = torch.matmul(matrix, values.reshape(*shape[: axis + 1], -1))
-            values = flat.view(*shape[:axis], len(matrix), *shape[axis + 1 :])
-    return values
-
-
-def _blurred(values: Tensor, widths: Sequence[float]) -> Tensor:
-    """``[C, *n]`` smoothed by a Gaussian of so many points along each axis."""
-    return _along(values, [_kernel(n, n, round(w, 4)) for n, w in zip(values.shape[1:], widths, strict=True)])
-
-
-def _resized(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """``[C, *n]`` on as many points over the same extent: averaged where there are fewer, interpolated where more."""
-    return _along(values, [_kernel(n, m, 0.0) for n, m in zip(values.shape[1:], shape, strict=True)])
-
-
-@lru_cache(maxsize=256)
-def _kernel(n: int, m: int, width: float) -> Tensor | None:
-    """From ``n`` to ``m`` points, ``[m, n]``, rows that sum to 1; None where nothing changes."""
-    factor = n / m
-    at = (torch.arange(m, dtype=torch.float64) + 0.5) * factor - 0.5
-    distance = at[:, None].clamp(0, n - 1) - torch.arange(n, dtype=torch.float64)
-    if m > n and width == 0.0:
-        kernel = (1 - distance.abs()).clamp(min=0)
-    else:
-        # as wide as the average over a point of the result
-        variance = width**2 + max(0.0, factor**2 - 1) / 12
-        if variance < 0.09:
-            if m == n:
-                return None
-            variance = 0.09
-        kernel = torch.exp(-0.5 * distance.square() / variance)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    # far tails would be subnormal numbers, which products take fifteen times as long for
-    return torch.where(kernel < 1e-9, 0.0, kernel).float()
 
 
 def _each(axes: Sequence[Tensor]) -> list[Tensor]:
