@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import monai.bundle
+import fire
+import monai.bundle.__main__
 import nibabel as nib
 import numpy as np
 import pytest
@@ -105,11 +106,26 @@ def test_command_registers_a_pair_from_another_folder(pair: SimpleNamespace, tmp
     assert "ignite" not in done.stdout
 
 
-def test_command_refuses_a_mistyped_option_with_the_nearest(pair: SimpleNamespace, tmp_path: Path) -> None:
-    done = command(tmp_path, "--fixed", str(pair.fixed), "--moving", str(pair.moving), "--ouput_dir", "x")
-    assert done.returncode == WRONG_INPUT
-    assert "--ouput_dir" in done.stderr and "did you mean --output_dir?" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """The command as typed, from another working directory, in this process."""
+
+    def run_typed(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [monai.bundle.__main__.__file__, "run", *words, "--config_file", INFERENCE])
+        monkeypatch.chdir(tmp_path)
+        fire.Fire({"run": monai.bundle.run}, sys.argv[1:])
+
+    return run_typed
+
+
+def test_command_refuses_a_mistyped_option_with_the_nearest(
+    pair: SimpleNamespace, tmp_path: Path, typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        typed("--fixed", str(pair.fixed), "--moving", str(pair.moving), "--ouput_dir", "x")
+    assert ended.value.code == WRONG_INPUT
+    told = capsys.readouterr().err
+    assert "--ouput_dir" in told and "did you mean --output_dir?" in told and "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,13 +138,14 @@ def test_help_tells_every_option_and_no_other(capsys: pytest.CaptureFixture[str]
     assert config["help"] == "$app.print_options(@bundle_root)"
 
 
-def test_help_is_found_from_any_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_help_is_found_from_any_folder(
+    tmp_path: Path, typed: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "README.md").write_text("of something else")
-    words = [sys.executable, "-m", "monai.bundle", "run", "help", "--config_file", INFERENCE]
-    environment = os.environ | {"PYTHONPATH": str(BUNDLE.parents[1])}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--demonstration_dims" in done.stdout, done.stderr
+    typed("help")
+    assert "--demonstration_dims" in capfd.readouterr().out
+    sys.argv[:] = ["another program"]
     with pytest.raises(SystemExit) as ended:
         print_options(tmp_path)
     assert ended.value.code == WRONG_INPUT and f"bundle_root: got '{tmp_path}'" in capfd.readouterr().err
