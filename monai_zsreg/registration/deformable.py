@@ -38,12 +38,10 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared, is_number, resolve_device
-from monai_zsreg.registration.separable import (
-    along as _along,
-    blurred as _blurred,
-    kernel as _kernel,
-    resized as _resized,
-)
+from monai_zsreg.registration.separable import along as _along
+from monai_zsreg.registration.separable import blurred as _blurred
+from monai_zsreg.registration.separable import kernel as _kernel
+from monai_zsreg.registration.separable import resized as _resized
 from monai_zsreg.registration.side import finest_step
 
 __all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
