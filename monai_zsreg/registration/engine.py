@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine
+from monai_zsreg.geometry import apply_affine, decompose_affine
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
@@ -70,6 +70,8 @@ _SAME = 0.35
 _EDGES = {2: 256, 3: 80}
 # lattice steps between two answers that are not the same
 _APART = 3.0
+# difference of costs that tells nothing
+_TIE = 5e-4
 # standard errors that a rival is behind by where it is given up
 _BEATEN = 5.0
 
@@ -218,6 +220,7 @@ class Found:
         agreement: see `Evidence`, at the resolution of the coarser image.
         margin: how far the correlation's score of the answer stands above the best score apart from it; None where
             candidates came from elsewhere.
+        given_up: whether nothing corresponded at the first level, so that it was the last.
     """
 
     pair: Pair
@@ -228,10 +231,13 @@ class Found:
     evidence: Evidence
     agreement: float
     margin: float | None = None
+    given_up: bool = False
 
     @property
     def convincing(self) -> bool:
         """Whether the images look so alike at the answer that there is no need to look further."""
+        if self.given_up:
+            return False
         cost = self.costs[-1]
         alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
         # of images with much that is flat any place costs little
@@ -258,6 +264,24 @@ class Found:
     def stands_out(self) -> bool:
         """Whether the correlation has one best place, and the answer is there."""
         return self.margin is not None and self.margin >= _MARGIN
+
+    def supersedes(self, earlier: Found) -> bool:
+        """Whether this answer is the better one of two attempts, of which it had the earlier one's to compare with."""
+        if self.given_up or earlier.given_up:
+            return earlier.given_up
+        return self.stands_out or (not earlier.stands_out and self.costs[-1] < earlier.costs[-1] + _TIE)
+
+    def meets(self, earlier: Found) -> bool:
+        """Whether the correlation, by itself, says first what an earlier attempt found from other candidates."""
+        there = self.pair.to_frames(earlier.affine())
+        near = float(distance(self.answer.transform, there)) <= _APART * self.lattices[-1].step
+        return near and not earlier.given_up and self.margin is not None and self.margin > 0
+
+    def beyond_reach(self, effort: Effort) -> bool:
+        """Whether the answer, of which its blocks are sure, is turned too far for an effort to come upon it."""
+        if effort.reach is None or self.given_up or self.spread() > _SURE:
+            return False
+        return decompose_affine(self.affine()).angle_deg > effort.reach
 
     def spread(self) -> float:
         """How far off the blocks say that the answer is where both images show something, steps of the finest level."""
@@ -321,7 +345,9 @@ class Found:
         return change.mT @ covariance @ change
 
 
-def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None) -> Found:
+def find(
+    pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None, only_chance: bool = True
+) -> Found:
     """One attempt: candidates, then level by level down to the images' own resolution.
 
     1. Candidates come from one of `SOURCES`. Where the user or the headers put the images is one too.
@@ -334,6 +360,8 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         settings: options of the method.
         effort: how hard to look.
         earlier: what an earlier attempt found, ``[K, D+1, D+1]``, fixed world to moving world.
+        only_chance: whether no other attempt follows; else this one is given up where nothing corresponds after its
+            first level.
     """
     describe = DESCRIPTORS[settings.features](pair.dims, settings.vgg19_weights).to(pair.fixed.coarse.values.device)
     stages = list(_STAGES[pair.dims])
@@ -365,8 +393,10 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
             # a level that was left out shows the next one's
             costs += [going[0].cost] * (number + 1 - len(costs))
         lattices.append(blocks)
+        if number == 0 and not only_chance and _hopeless(blocks, going, candidates, settings.transform):
+            break
     answer, margin = going[0], candidates.margin(going[0].transform)
-    first = levels.index(shown)
+    first = min(levels.index(shown), len(lattices) - 1)
     every = [weigh(blocks, answer.transform, settings.transform) for blocks in lattices[first:]]
     agreement = every[0].agreement
     # voxels may be finer than what images show that have little in common: who tells most tells how sure it is
@@ -380,7 +410,8 @@ def find(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None 
         sharper = _sharpened(pair, answer.transform, settings, stages[-1])
         if sharper is not None:
             answer, evidence.covariance = replace(answer, transform=sharper[0]), sharper[1]
-    return Found(pair, answer, going[1:] + beaten, costs, lattices, evidence, agreement, margin)
+    given_up = len(lattices) < len(levels)
+    return Found(pair, answer, going[1:] + beaten, costs, lattices, evidence, agreement, margin, given_up)
 
 
 def _sharpened(pair: Pair, answer: Tensor, settings: Settings, stage: _Stage) -> tuple[Tensor, Tensor] | None:
@@ -501,6 +532,14 @@ def _compared(
         going[:1] + [rival for rival in rivals if rival.errors < _BEATEN],
         [rival for rival in rivals if rival.errors >= _BEATEN],
     )
+
+
+def _hopeless(blocks: Blocks, going: list[Hypothesis], candidates: _Candidates, transform: str) -> bool:
+    """Whether nothing corresponds at the answer, and the correlation says another place first."""
+    answer = going[0].transform
+    if (candidates.margin(answer) or 0) > 0:
+        return False
+    return weigh(blocks, answer, transform).agreement < _RELATED
 
 
 def _against(blocks: Blocks, going: list[Hypothesis]) -> list[Hypothesis]:

@@ -39,8 +39,6 @@ PRESETS = (DEFAULT_PRESET, *_ELSEWHERE)
 _OF_THE_PAIR = ("regressor_weights", "fixed_channel", "moving_channel", "fixed_mask", "moving_mask", "initial")
 # voxels along the longest side that a working spacing may make
 _SPACING_LIMITS = {2: (8, 2048), 3: (8, 512)}
-# difference of costs that tells nothing
-_TIE = 5e-4
 
 
 def register(
@@ -249,17 +247,19 @@ def _estimate(
         )
     found: Found | None = None
     efforts = EFFORTS[grids[0].dims]
+    single = settings.coarse == "keypoints" or settings.search != "global"
     for number, effort in enumerate((*efforts, efforts[-1])):
+        if found is not None and found.beyond_reach(effort):
+            continue
         # chance decides which points are compared: where the answer is one of chance, others are drawn
         drawn = replace(settings, seed=settings.seed + number // len(efforts))
         one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
         earlier = None if found is None else found.affine()[None]
-        again = find(Pair(one, two, initial), drawn, effort, earlier)
-        # the later attempt had the earlier one's answer too, and more to compare it with
-        lower = found is None or again.costs[-1] < found.costs[-1] + _TIE
-        if found is None or again.stands_out or (lower and not found.stands_out):
+        again = find(Pair(one, two, initial), drawn, effort, earlier, single or number >= len(efforts) - 1)
+        met = found is not None and again.meets(found)
+        if found is None or again.supersedes(found):
             found = again
-        if found.convincing or settings.coarse == "keypoints" or settings.search != "global":
+        if single or found.convincing or met:
             break
         if number == len(efforts) - 1 and (found.lead is None or found.lead >= 0):
             break
