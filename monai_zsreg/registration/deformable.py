@@ -62,6 +62,11 @@ _ALIKE = 0.26
 # width of the surroundings that intensities are freed of for that, parts of what the images show: in voxels, it would
 # depend on the resolution whether details or coarse shades decide
 _SURROUNDINGS = 0.03
+# default of the smoothing length, finest steps
+_STIFFNESS = 0.8
+# weight of the neighbors in the patches of descriptors, that of the middle being 1: wider patches move the place where
+# two contrasts agree best, narrower ones let noise through
+_BESIDE = 0.25
 # levels of less than so many finest steps smooth by the same length, coarser ones by as many of their own steps
 _GROWTH = 1.6
 # smallest Jacobian determinant that the map keeps
@@ -82,7 +87,6 @@ class _Likeness:
     """How two images are compared.
 
     Attributes:
-        stiffness: default of the smoothing length, finest steps.
         fluid: smoothing of the equations, steps of the level.
         ridge: what is added to the diagonal of the equations, parts of its mean: points that show little move little.
         turns: looks that it takes to see all channels.
@@ -94,7 +98,6 @@ class _Likeness:
             intensity, 0.10 (2D) and 0.04 (3D) by descriptors; between people from 0.25, and from 0.08 on.
     """
 
-    stiffness: float
     fluid: float
     ridge: float
     turns: int
@@ -105,8 +108,8 @@ class _Likeness:
 
 
 # more smoothing of the equations keeps noise out, less of the map follows what is there
-_INTENSITY = _Likeness(0.8, 2.0, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1})
-_DESCRIPTORS = _Likeness(1.4, 4.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04})
+_INTENSITY = _Likeness(2.0, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1})
+_DESCRIPTORS = _Likeness(4.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04})
 # how intensities are freed of their surroundings: see `_local`
 _AROUND = (2.4, 0.1)
 
@@ -123,8 +126,7 @@ def register_deformable(
     Args:
         result: of `monai_zsreg.register`.
         stiffness: standard deviation, mm, of the Gaussian that the map is smoothed with after each step at the finest
-            level (coarser levels smooth more): larger is smoother. None for 0.8 finest steps where intensities agree,
-            1.4 where only descriptors do.
+            level (coarser levels smooth more): larger is smoother. None for 0.8 finest steps.
         fixed_mask: where the fixed image counts, an image or an array as in `register`; elsewhere, such as in a
             resected region, the map is carried by its surroundings. None for the mask that the result was made with.
         moving_mask: likewise for the moving image.
@@ -197,7 +199,7 @@ def deform(
     check_stiffness(stiffness)
     scene = _Scene(fixed, moving, affine, spacing)
     likeness = _INTENSITY if scene.agreement() > _ALIKE else _DESCRIPTORS
-    length = likeness.stiffness * scene.step if stiffness is None else float(stiffness)
+    length = _STIFFNESS * scene.step if stiffness is None else float(stiffness)
     levels = [(scale, n) for scale, n in _LEVELS if scale == 1 or min(scene.shape) >= _SMALLEST * scale]
     shift = None
     for number, (scale, iterations) in enumerate(levels):
@@ -616,9 +618,8 @@ def _mind(image: Tensor) -> Tensor:
             gap = (part(padded, 2, [0] * dims) - part(padded, 2, apart)).square_()
             for axis in range(dims):
                 n = gap.shape[axis] - 2
-                # the weights 8, 9, 8 over 9: a common factor changes nothing
-                gap = torch.add(gap.narrow(axis, 1, n), gap.narrow(axis, 0, n), alpha=8 / 9).add_(
-                    gap.narrow(axis, 2, n), alpha=8 / 9
+                gap = torch.add(gap.narrow(axis, 1, n), gap.narrow(axis, 0, n), alpha=_BESIDE).add_(
+                    gap.narrow(axis, 2, n), alpha=_BESIDE
                 )
             same[1, t], same[-1, -t] = part(gap, 0, unit(a, 1)), part(gap, 0, unit(b, -t))
         channels += [same[s, t] for s in (-1, 1) for t in (-1, 1)]

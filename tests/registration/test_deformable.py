@@ -126,7 +126,7 @@ def test_descriptors_are_those_of_their_definition() -> None:
             for t in (-1, 1):
                 gap = (np.roll(rim, -s * units[a], (0, 1, 2)) - np.roll(rim, -t * units[b], (0, 1, 2))) ** 2
                 for axis in range(3):
-                    gap = ndimage.convolve1d(gap, [0.32, 0.36, 0.32], axis)
+                    gap = ndimage.convolve1d(gap, [0.25, 1.0, 0.25], axis)
                 raw.append(gap[3:-3, 3:-3, 3:-3])
     above = np.stack(raw) - np.min(raw, axis=0)
     usual = above.mean(0)
