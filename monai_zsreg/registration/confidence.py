@@ -45,9 +45,8 @@ class Calibration:
     """From the blocks' own covariance to the error that was measured.
 
     Attributes:
-        inflation: factor of the standard deviation: neighboring blocks do not err independently.
-        floor: standard deviation that remains where everything agrees, in steps of the finest level: interpolation, and
-            edges that do not lie at quite the same place in two contrasts.
+        inflation: factor of the standard deviation: blocks do not err independently, and contrasts differ.
+        floor: standard deviation that remains where everything agrees, in steps of the finest level.
         shape: of the Weibull distribution of the error's length over its root mean square; 2 for a normal error in
             two directions, less for more outliers.
     """
@@ -57,8 +56,8 @@ class Calibration:
     shape: float
 
 
-#: by number of dimensions: in 3D more edges take part, whose places err by themselves
-CALIBRATION = {2: Calibration(1.25, 0.055, 1.7), 3: Calibration(1.25, 0.025, 1.7)}
+#: by number of dimensions
+CALIBRATION = {2: Calibration(2.2, 0.04, 1.7), 3: Calibration(1.6, 0.01, 1.9)}
 
 
 @dataclass(frozen=True)

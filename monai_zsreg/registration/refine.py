@@ -40,8 +40,8 @@ _GROWS = 0.5
 _NEAR, _COMMON = 2.0, 0.6
 # how far interpolation alone moves neighboring blocks together, lattice steps, at most
 _SLIGHT = 0.15
-# standard deviation of a motion that is not told from none up to here, before calibration, by number of dimensions
-_PART = {2: 0.44, 3: 0.32}
+# standard deviation of a motion that is not told from none up to here, before calibration
+_PART = 0.25
 # places at random that an answer is held against: their number, standard deviations of rotation (radians) and shift
 # (object radii), and the part of them that may fit as well
 _PLACES, _TURNED, _SHIFTED, _SHARE = 24, 0.4, 0.25, 0.1
@@ -353,7 +353,7 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     own[:-1, -1] = points.mean(0)
     centered = points - points.mean(0)
     own[:-1, :-1] = torch.linalg.eigh(centered.mT @ centered).eigenvectors
-    step, part = lattices[-1].step, _PART[lattices[-1].dims]
+    step = lattices[-1].step
     motions = own @ generators("rigid", lattices[-1].dims) @ torch.linalg.inv(own)
     size = apply_affine(motions, points).square().sum(2).mean(1).sqrt()
     motions = motions * (step / size.clamp(min=step))[:, None, None]
@@ -380,11 +380,11 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     untold = ~((errors >= 1.0) & ((lost >= 1.0) | grows)) & ~lost.isnan()
     # what would widen the bound is asked of all blocks
     for number, reach in reversed(list(enumerate(_TRIED[: len(tried)]))):
-        doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((part * reach) ** 2 <= known)
+        doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((_PART * reach) ** 2 <= known)
         if bool(doubtful.any()):
             sides = [_told(lattices, final, sign * reach * motions[doubtful]) for sign in (1, -1)]
             untold[number, doubtful] = ~(torch.minimum(*sides).amin(0).amax(0) >= 1.0)
-    free = part * (untold * torch.tensor(_TRIED[: len(tried)], dtype=torch.float64)[:, None]).amax(0)
+    free = _PART * (untold * torch.tensor(_TRIED[: len(tried)], dtype=torch.float64)[:, None]).amax(0)
     return (parts * (free.square() - known).clamp(min=0.0)) @ parts.mT
 
 
