@@ -506,7 +506,7 @@ def test_persistent_cache(subjects: list[dict], itk_resample, tmp_path: Path) ->
         "sys.path.insert(0, sys.argv[1]); import test_chains\n"
         "folders = [Path(sys.argv[3]), Path(sys.argv[4])]\n"
         "data = [test_chains.persistent(json.loads(sys.argv[2]), folder) for folder in folders]\n"
-        "torch.save([[one[i]['affine_t2'] for i in range(2)] for one in data], sys.argv[5])"
+        "torch.save([[torch.as_tensor(one[i]['affine_t2']).clone() for i in range(2)] for one in data], sys.argv[5])"
     )
     beside = tmp_path.parent / f"{tmp_path.name}_fresh"
     arguments = [str(Path(__file__).parent), json.dumps(subjects), str(tmp_path), str(beside), f"{beside}.pt"]
@@ -515,8 +515,8 @@ def test_persistent_cache(subjects: list[dict], itk_resample, tmp_path: Path) ->
     read, fresh = torch.load(f"{beside}.pt")
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
     for one, two, three in zip(first, read, fresh, strict=True):
-        assert torch.equal(one["affine_t2"], two)
-        torch.testing.assert_close(one["affine_t2"], three, atol=1e-4, rtol=0)
+        assert torch.equal(torch.as_tensor(one["affine_t2"]), two)
+        torch.testing.assert_close(torch.as_tensor(one["affine_t2"]), three, atol=1e-4, rtol=0)
     # other arguments, other files
     persistent(subjects, tmp_path, register_t2(transform="rigid"))[0]
     assert len(list(tmp_path.iterdir())) == 3
