@@ -68,7 +68,6 @@ def test_blocks_that_overlap_in_time_do_not_take_each_others_setting_for_the_cal
     assert precision() == before and torch.get_float32_matmul_precision() == callers
 
 
-@pytest.mark.parametrize("callers", ["medium"], indirect=True)
 def test_registrations_in_threads(callers: str) -> None:
     rng = np.random.default_rng(0)
     ramp = np.hypot(*np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1.4, 40)))

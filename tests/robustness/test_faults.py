@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,37 +46,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, load_slice) -> SimpleNamespa
     return SimpleNamespace(datalist=datalist, **files)
 
 
-def run(pairs: SimpleNamespace, output: Path, **options: Any) -> None:
-    options = {"output_dir": str(output), "datalist": str(pairs.datalist), "page": False, **options}
-    monai.bundle.run(config_file=str(INFERENCE), device="cpu", logging_file=False, **options)
-
-
-def start(
-    pairs: SimpleNamespace, output: Path, before: Callable[[], Any] = int, **options: Any
-) -> multiprocessing.context.ForkProcess:
-    """The bundle in a process of its own: a copy of this one, which need not import everything once more."""
-
-    def work() -> None:
-        for number, name in ((1, os.devnull), (2, errors_of(output))):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        before()
-        run(pairs, output, **options)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def errors_of(output: Path) -> Path:
-    """Where a process that writes to a folder says what is wrong."""
-    return output.with_name(f"{output.name}.txt")
-
-
-def ended(process: multiprocessing.context.ForkProcess) -> int | None:
-    """The exit status, once there is one."""
-    process.join(300)
-    return process.exitcode
+def start(pairs: SimpleNamespace, output: Path, *options: str, **arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE), "--device", "cpu"]
+    command += ["--output_dir", str(output), "--datalist", str(pairs.datalist), "--page", "False", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, **arguments
+    )
 
 
 def wait_for_reports(output: Path, count: int) -> None:
@@ -109,8 +84,9 @@ def whole_files(output: Path) -> int:
 
 
 def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
-    """The same once more, in this process."""
-    run(pairs, output)
+    """The same command once more, in this process."""
+    options: dict[str, Any] = {"output_dir": str(output), "datalist": str(pairs.datalist), "page": False}
+    monai.bundle.run(config_file=str(INFERENCE), device="cpu", logging_file=False, **options)
     with open(output / "summary.csv", newline="") as file:
         assert [row["verdict"] for row in csv.DictReader(file)] == ["PASS"] * PAIRS
     assert whole_files(output) > 4 * PAIRS
@@ -120,10 +96,11 @@ def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signal_in_the_middle(pairs: SimpleNamespace, tmp_path: Path, sent: signal.Signals) -> None:
     # a shell's background jobs ignore SIGINT, and so would what they start
-    process = start(pairs, tmp_path, lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = start(pairs, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_reports(tmp_path, 2)
-    os.kill(process.pid, sent)
-    assert ended(process) not in (0, None)
+    process.send_signal(sent)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
     assert whole_files(tmp_path) >= 4
     assert not (tmp_path / "summary.csv").exists()
     assert_completes(pairs, tmp_path)
@@ -133,9 +110,13 @@ def test_signal_in_the_middle(pairs: SimpleNamespace, tmp_path: Path, sent: sign
 def test_no_room_for_an_image(pairs: SimpleNamespace, tmp_path: Path) -> None:
     limit = 12_000  # bytes a file: the transform fits, the moved image does not
 
-    process = start(pairs, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert ended(process) not in (0, None)
-    assert "room to write it" in errors_of(tmp_path).read_text()
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(pairs, tmp_path, preexec_fn=small_files)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode not in (0, None)
+    assert "room to write it" in errors
     whole_files(tmp_path)
     assert not list(tmp_path.glob("*/moved.nii.gz")) and not list(tmp_path.rglob(".partial-*"))
     assert_completes(pairs, tmp_path)
@@ -145,19 +126,21 @@ def test_no_room_for_an_image(pairs: SimpleNamespace, tmp_path: Path) -> None:
 def test_two_runs_on_one_folder(pairs: SimpleNamespace, tmp_path: Path) -> None:
     both = [start(pairs, tmp_path) for _ in range(2)]
     for process in both:
-        assert ended(process) == 0, errors_of(tmp_path).read_text()
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-6000:]
     assert not list(tmp_path.rglob(".partial-*"))
     assert_completes(pairs, tmp_path)
 
 
 @pytest.mark.slow
 def test_worker_that_dies(pairs: SimpleNamespace, tmp_path: Path) -> None:
-    process = start(pairs, tmp_path, num_workers=1)
+    process = start(pairs, tmp_path, "--num_workers", "1")
     wait_for_reports(tmp_path, 1)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
+    _, errors = process.communicate(timeout=120)
     # the worker may have read everything before it died
-    assert ended(process) == 0 or "worker" in errors_of(tmp_path).read_text().lower()
+    assert process.returncode == 0 or "worker" in errors.lower(), errors[-6000:]
     whole_files(tmp_path)
     assert_completes(pairs, tmp_path)
 

@@ -620,8 +620,11 @@ def test_png(png_item: dict, itk_resample) -> None:
     assert np.linalg.norm(gap, axis=1).mean() < 1.0
     assert np.linalg.norm(transformed(truth_px, points) - points, axis=1).mean() > 15
     expected = itk_resample(native["labels"], native["fixed"], item["affine_moving"].numpy(), nearest=True)
-    # half way between two voxels it may be either
-    assert (item["labels"].numpy() == expected).mean() > 0.9999
+    # half way between two pixels it may be either
+    there = transformed(item["affine_moving"].numpy(), np.argwhere(np.ones(expected.shape[1:])))
+    sure = (np.abs(there % 1 - 0.5) > 1e-4).all(1).reshape(expected.shape[1:])
+    assert sure.mean() > 0.99
+    np.testing.assert_array_equal(item["labels"].numpy()[:, sure], expected[:, sure])
     wide = BorderPad(1)(native["moving"]) * 0 + 1
     outside = itk_resample(wide, native["fixed"], item["affine_moving"].numpy()) == 0
     assert outside.sum() > 50 and (item["moving"].numpy()[outside] == 9).all()

@@ -209,6 +209,18 @@ def test_thread_loader_and_invertd(files: list[dict], itk_resample) -> None:
     check_inverted([i for b in loader for i in predict(b)], transform, files, itk_resample)
 
 
+@pytest.mark.slow
+def test_spawned_workers_and_invertd(files: list[dict], itk_resample) -> None:
+    method = torch.multiprocessing.get_start_method(allow_none=True)
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        transform = load_and_apply()
+        loader = DataLoader(Dataset(files[:1], transform), batch_size=1, num_workers=1)
+        check_inverted([i for b in loader for i in predict(b)], transform, files, itk_resample)
+    finally:
+        torch.multiprocessing.set_start_method(method, force=True)
+
+
 @pytest.mark.parametrize("kind", [CacheDataset, SmartCacheDataset])
 def test_caching_data_sets(files: list[dict], itk_resample, kind: type) -> None:
     transform = load_and_apply()
