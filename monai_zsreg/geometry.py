@@ -19,7 +19,6 @@ same anatomy. A matrix is either homogeneous, ``(D+1, D+1)``, or without its las
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -342,6 +341,8 @@ class AffineParameters:
     @property
     def angle_deg(self) -> float:
         """The whole angle of the rotation, degrees, from 0 to 180."""
+        if len(self.rotation_deg) == 1:
+            return abs(self.rotation_deg[0])
         return math.degrees(_rotation(self.rotation_deg).magnitude())
 
     def as_dict(self) -> dict[str, Any]:
@@ -361,8 +362,6 @@ def _rotation(degrees: Sequence[float]) -> Any:
 def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | None = None) -> AffineParameters:
     """Split a world transform ``(D+1, D+1)`` into translation (at ``center``, or the world's origin), rotation, scale
     and shear; a RegistrationError where its determinant is not positive."""
-    from scipy.spatial.transform import Rotation
-
     matrix = np.asarray(transform, dtype=np.float64)
     dims = len(matrix) - 1
     linear = matrix[:dims, :dims]
@@ -373,17 +372,23 @@ def decompose_affine(transform: np.ndarray | Tensor, center: Sequence[float] | N
     rotation, upper = rotation * sign, upper * sign[:, None]
     scale = np.diag(upper)
     shear = (upper / scale[:, None])[np.triu_indices(dims, 1)]
-    solid = np.eye(3)
-    solid[:dims, :dims] = rotation
-    with warnings.catch_warnings():
+    # by hand: SciPy warns at a quarter turn, and to silence it would change the filters of all threads
+    if dims == 2:
+        angles = [math.atan2(rotation[1, 0], rotation[0, 0])]
+    else:
+        across = math.hypot(rotation[0, 0], rotation[0, 1])
         # a quarter turn about the second axis leaves only the sum of the other two: all of it goes to the first
-        warnings.filterwarnings("ignore", "Gimbal lock", UserWarning)
-        angles = Rotation.from_matrix(solid).as_euler("XYZ", degrees=True)
+        locked = across < 1e-9
+        angles = [
+            math.atan2(rotation[2, 1], rotation[1, 1]) if locked else math.atan2(-rotation[1, 2], rotation[2, 2]),
+            math.atan2(rotation[0, 2], across),
+            0.0 if locked else math.atan2(-rotation[0, 1], rotation[0, 0]),
+        ]
     middle = np.zeros(dims) if center is None else np.asarray(center, dtype=np.float64)
     translation = linear @ middle + matrix[:dims, dims] - middle
     return AffineParameters(
         translation=tuple(translation.tolist()),
-        rotation_deg=tuple(angles[2 if dims == 2 else 0 :].tolist()),
+        rotation_deg=tuple(math.degrees(a) for a in angles),
         scale=tuple(scale.tolist()),
         shear=tuple(shear.tolist()),
         center=tuple(middle.tolist()),
