@@ -28,8 +28,6 @@ from monai_zsreg.registration.search import from_quaternions, rotation_matrices
 from monai_zsreg.registration.separable import blurred
 from monai_zsreg.registration.side import Level
 
-__all__ = ["Candidates", "correlate"]
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -294,16 +292,17 @@ def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales:
         size = [_good_size(a + b - max(1, int(0.15 * min(a, b)))) for a, b in zip(shape, box, strict=True)]
         # overlap and energies hardly change from one translation to the next
         every = [2 if min(a, b) >= _THIN else 1 for a, b in zip(shape, box, strict=True)]
-        spectra, energies = _transformed(channels, size), _energies(channels, seen, size, every)
-        cells = math.prod(size)
-        batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * cells))
+        cells = [n // e for n, e in zip(size, every, strict=True)]
+        spectra, energies = _transformed(channels, size), _energies(channels, seen, cells, every)
+        numbers = math.prod(size)
+        batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * numbers))
         for part in turns.split(batch):
             maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
-            other, others = _transformed(maps, size).conj(), _energies(maps, mask, size, every).conj()
-            some = max(1, _BATCH[device.type == "cuda"] // (2 * len(part) * cells))
+            other, others = _transformed(maps, size).conj(), _energies(maps, mask, cells, every).conj()
+            some = max(1, _BATCH[device.type == "cuda"] // (2 * len(part) * numbers))
             for number in range(0, len(group), some):
                 those = slice(number, number + some)
-                weight = _weights(energies[those], others, seen[those], mask, size, every)
+                weight = _weights(energies[those], others, seen[those], mask, cells)
                 score, place = _best(spectra[those], other, weight, size, every)
                 shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
                 moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
@@ -319,17 +318,16 @@ def _transformed(maps: Tensor, size: list[int]) -> Tensor:
     return torch.fft.rfftn(maps, s=size, dim=tuple(range(-len(size), 0)))
 
 
-def _energies(channels: Tensor, seen: Tensor, size: list[int], every: list[int]) -> Tensor:
+def _energies(channels: Tensor, seen: Tensor, cells: list[int], every: list[int]) -> Tensor:
     """Spectra of what is seen and of the channels' square, summed over cells of ``every`` points: ``[N, 2, *half]``."""
-    total = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
+    total = F.avg_pool2d if len(cells) == 2 else F.avg_pool3d
     stack = torch.stack([seen, channels.square().sum(1)], dim=1)
     stack = total(stack, every, ceil_mode=True, divisor_override=1)
-    return _transformed(stack, [n // e for n, e in zip(size, every, strict=True)])
+    # a product of two such sums counts each pair as often as there are points in a cell
+    return _transformed(stack, cells) / math.prod(every) ** 0.5
 
 
-def _weights(
-    still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, size: list[int], every: list[int]
-) -> Tensor:
+def _weights(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Tensor, cells: list[int]) -> Tensor:
     """What makes a score of a sum of products, for all cells of translations, ``[N, G, *cells]``; 0 for no overlap.
 
     Args:
@@ -337,16 +335,13 @@ def _weights(
         turned: conjugate spectra ``[N, 2, *half]``.
         still_seen: ``[G, *shape]``.
         turned_seen: ``[N, *box]``.
-        size: of the transforms.
-        every: see `_energies`.
+        cells: size of the transforms of the energies.
     """
-    cells = [n // e for n, e in zip(size, every, strict=True)]
+    axes = tuple(range(-len(cells), 0))
     kinds = [still[None, :, i] * turned[:, None, j] for i, j in ((0, 0), (1, 0), (0, 1))]
-    overlap, one, two = (
-        torch.fft.irfftn(kind, s=cells, dim=tuple(range(-len(cells), 0))).div_(math.prod(every)) for kind in kinds
-    )
+    overlap, one, two = (torch.fft.irfftn(kind, s=cells, dim=axes) for kind in kinds)
     least = torch.minimum(still_seen.flatten(1).sum(1)[None], turned_seen.flatten(1).sum(1)[:, None]).clamp(min=1)
-    share = overlap.div_(least.view(*least.shape, *[1] * len(size)))
+    share = overlap.div_(least.view(*least.shape, *[1] * len(cells)))
     squares = one.clamp_(min=1e-3).mul_(two.clamp_(min=1e-3))
     weight = squares.rsqrt_().mul_(share.clamp(min=1e-3).sqrt_().sqrt_())
     return weight.masked_fill_(share <= _LEAST, 0.0)
@@ -371,7 +366,7 @@ def _best(still: Tensor, turned: Tensor, weight: Tensor, size: list[int], every:
     for axis, step in enumerate(every, start=2):
         if step > 1:
             highest = torch.maximum(*highest.unflatten(axis, (-1, step)).unbind(axis + 1))
-    score = highest.mul_(weight).flatten(2) if highest is not common else (highest * weight).flatten(2)
+    score = (highest * weight).flatten(2)
     best = score.amax(-1, keepdim=True)
     place = torch.stack(torch.unravel_index((score >= best).int().argmax(-1), weight.shape[2:]), dim=-1)
     # where in the cell

@@ -38,13 +38,8 @@ from monai_zsreg.geometry import Grid
 from monai_zsreg.registration.displacement import Deformation, least_determinant
 from monai_zsreg.registration.precision import full_precision
 from monai_zsreg.registration.prepared import Prepared, is_number, resolve_device
-from monai_zsreg.registration.separable import along as _along
-from monai_zsreg.registration.separable import blurred as _blurred
-from monai_zsreg.registration.separable import kernel as _kernel
-from monai_zsreg.registration.separable import resized as _resized
+from monai_zsreg.registration.separable import along, blurred, kernel, resized
 from monai_zsreg.registration.side import finest_step
-
-__all__ = ["DEFORMABLE", "check_stiffness", "deform", "deform_prepared", "register_deformable"]
 
 #: the name of this kind of transform
 DEFORMABLE = "deformable"
@@ -204,7 +199,7 @@ def deform(
     shift = None
     for number, (scale, iterations) in enumerate(levels):
         shape = [-(-n // (2 * scale if scale <= likeness.halved else scale)) for n in scene.shape]
-        before = fixed[0].new_zeros(scene.dims, *shape) if shift is None else _resized(shift, shape)
+        before = fixed[0].new_zeros(scene.dims, *shape) if shift is None else resized(shift, shape)
         smooth = length * max(1.0, scale / _GROWTH)
         pair = _Pair(scene, likeness, scale, shape)
         shift = _level(pair, likeness, iterations, before, smooth)
@@ -267,7 +262,7 @@ class _Scene:
         step: float,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         lattice = self._whole
-        on_fixed = [_resized(image[None], lattice.shape) for image in _numbers(fixed)]
+        on_fixed = [resized(image[None], lattice.shape) for image in _numbers(fixed)]
         finer = _lattice(moving[1], step)
         pull = lattice.index_pull(affine.cpu().double(), finer)
         axes = [torch.arange(n, dtype=torch.float64) for n in lattice.shape]
@@ -282,7 +277,7 @@ class _Scene:
             where = where + part.view(*[-1 if a == axis else 1 for a in range(self.dims)], self.dims)
         on_moving = [
             F.grid_sample(
-                _resized(image[None], finer.shape)[None], where[None], padding_mode="border", align_corners=False
+                resized(image[None], finer.shape)[None], where[None], padding_mode="border", align_corners=False
             )[0]
             for image in _numbers(moving)
         ]
@@ -298,13 +293,13 @@ class _Scene:
         Their rims look alike whatever the contrast is.
         """
         shape = [-(-n // 2) for n in self.shape]
-        images = [_resized(image, shape) for image in self.images]
+        images = [resized(image, shape) for image in self.images]
         both = torch.stack([appearance(image[0]).foreground for image in images]).all(0)[None].to(images[0])
-        weight = (_blurred(both, [1.5] * self.dims) > 0.97).to(images[0])
+        weight = (blurred(both, [1.5] * self.dims) > 0.97).to(images[0])
         if not bool(weight.any()):
-            weight = _resized(self.shown, shape)
+            weight = resized(self.shown, shape)
         for count in self.counts:
-            weight = weight if count is None else weight * _resized(count, shape)
+            weight = weight if count is None else weight * resized(count, shape)
         width = _SURROUNDINGS * torch.Size(shape).numel() ** (1 / self.dims)
         one, two = (_local(image, width) for image in images)
         common, *own = ((a * b * weight).double().sum() for a, b in ((one, two), (one, one), (two, two)))
@@ -314,7 +309,7 @@ class _Scene:
         """Let the places ``[1, *n]`` bool of the fixed image count no more; whether there were any."""
         if not bool(where.any()):
             return False
-        rest = 1 - _resized(where.to(self.shown), self.shape)
+        rest = 1 - resized(where.to(self.shown), self.shape)
         self.counts = (rest if self.counts[0] is None else rest * self.counts[0], self.counts[1])
         self.images = (_filled(self.images[0], self.counts[0]), self.images[1])
         return True
@@ -367,8 +362,8 @@ def _filled(image: Tensor, counts: Tensor | None) -> Tensor:
     dims, width = image.ndim - 1, 2.0
     known, result = counts, image * counts
     while width < max(image.shape) and bool((known < 0.5).any()):
-        share = _blurred(known, [width] * dims)
-        mean = _blurred(result, [width] * dims) / share.clamp(min=1e-6)
+        share = blurred(known, [width] * dims)
+        mean = blurred(result, [width] * dims) / share.clamp(min=1e-6)
         new = (known < 0.5) & (share > 0.02)
         result = torch.where(new, mean, result)
         known = torch.where(new, 1.0, known)
@@ -380,8 +375,8 @@ def _box(images: Sequence[Tensor], step: float) -> tuple[list[int], list[int], T
     """First point and size of the part that shows something, with a rim; ``[1, *lattice]``, 1 where one does."""
     shape = images[0].shape[1:]
     coarse = [-(-n // 4) if n >= 16 else n for n in shape]
-    shown = torch.stack([appearance(_resized(image, coarse)[0]).foreground for image in images]).any(0)[None].float()
-    shown = (_blurred(shown, [0.7] * len(shape)) > 0.02).float()
+    shown = torch.stack([appearance(resized(image, coarse)[0]).foreground for image in images]).any(0)[None].float()
+    shown = (blurred(shown, [0.7] * len(shape)) > 0.02).float()
     begin, size = [], []
     for axis, (n, m) in enumerate(zip(shape, coarse, strict=True)):
         places = shown[0].movedim(axis, 0).flatten(1).amax(1).nonzero().flatten()
@@ -389,7 +384,7 @@ def _box(images: Sequence[Tensor], step: float) -> tuple[list[int], list[int], T
         start = max(0, int((first - 1) * n / m))
         begin.append(start)
         size.append(min(n, int(-(-(last + 2) * n // m))) - start)
-    return begin, size, _resized(shown, shape)
+    return begin, size, resized(shown, shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,11 +422,11 @@ def _level(pair: _Pair, likeness: _Likeness, iterations: int, shift: Tensor, smo
                 found = [shared[i] * slopes[j] for i, j in pairs] + [slope * gap for slope in shared]
                 for row, numbers in zip(rows, found, strict=True):
                     row.index_add_(0, at, numbers)
-        smoothed = _blurred(equations, fluid)
+        smoothed = blurred(equations, fluid)
         step = _solved(smoothed[: len(pairs)], smoothed[len(pairs) :], pairs, likeness.ridge)
         length = torch.stack([part.square() for part in step]).sum(0, keepdim=True).sqrt_()
         step = step / length.clamp_(min=1.0) / half
-        shift = _blurred(step + _pulled(shift, step), elastic)
+        shift = blurred(step + _pulled(shift, step), elastic)
     return shift
 
 
@@ -453,10 +448,10 @@ class _Pair:
         self.shape = [-(-n // scale) for n in scene.shape]
         self.steps = [s * n / m for s, n, m in zip(scene.steps, scene.shape, self.shape, strict=True)]
         self._lattice, self._turns = tuple(lattice), likeness.turns
-        fixed, self._moving = (_described(_resized(image, self.shape), likeness) for image in scene.images)
+        fixed, self._moving = (_described(resized(image, self.shape), likeness) for image in scene.images)
         self._fixed = fixed.flatten(1)
         shown, counted, self._seen = (
-            None if part is None else _resized(part, self.shape) for part in (scene.shown, *scene.counts)
+            None if part is None else resized(part, self.shape) for part in (scene.shown, *scene.counts)
         )
         # a channel of the moving image and twice its derivatives, 0 at the edge
         self._bent = self._moving.new_zeros(1 + len(self.shape), *self.shape, dtype=torch.float32)
@@ -493,8 +488,8 @@ class _Pair:
         at = (self._weight.index_select(0, flat) > 0.01).nonzero().flatten()
         flat = flat.index_select(0, at)
         weight = self._weight.index_select(0, flat)
-        rows = [_kernel(m, n, 0.0) for n, m in zip(self.shape, self._lattice, strict=True)]
-        here = _along(shift, [None if k is None else k[t.cpu()] for k, t in zip(rows, axes, strict=True)]).flatten(1)
+        rows = [kernel(m, n, 0.0) for n, m in zip(self.shape, self._lattice, strict=True)]
+        here = along(shift, [None if k is None else k[t.cpu()] for k, t in zip(rows, axes, strict=True)]).flatten(1)
         index = [ticks.index_select(0, at) for ticks in _each(axes)]
         parts = [(2 * i + 1) / n - 1 + h.index_select(0, at) for i, n, h in zip(index, self.shape, here, strict=True)]
         where = torch.stack(parts[::-1], -1)
@@ -524,12 +519,12 @@ class _Pair:
                     ahead, behind = moving.narrow(axis, 2, n - 2), moving.narrow(axis, 0, n - 2)
                     torch.sub(ahead, behind, out=self._bent[1 + axis].narrow(axis, 1, n - 2))
             two, *found = _looked_up(shown, where)
-            along = [
+            derivatives = [
                 sum(row[axis] * slope for row, slope in zip(bend, found, strict=True)) for axis in range(len(bend))
             ]
-            for slope, (a, b) in zip(along, beside, strict=True):
+            for slope, (a, b) in zip(derivatives, beside, strict=True):
                 slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
-            yield at, weight, one.index_select(0, flat), two, along
+            yield at, weight, one.index_select(0, flat), two, derivatives
 
     def difference(self, shift: Tensor, looks: int) -> tuple[Tensor, Tensor]:
         """Squared difference of the images under a map, and how much it counts, ``[1, *lattice]`` each."""
@@ -544,9 +539,9 @@ class _Pair:
         """Where the images differ by far more than elsewhere, ``[1, *lattice]`` bool: a resected region."""
         gap, counted = self.difference(shift, self._turns)
         around = [0.75] * len(shift)
-        usual = _blurred(counted.square(), around)
+        usual = blurred(counted.square(), around)
         known = usual > 0.25 * usual.max()
-        gap = _blurred(gap * counted, around) / usual.clamp(min=1e-6)
+        gap = blurred(gap * counted, around) / usual.clamp(min=1e-6)
         return known & (gap > _STRANGE * gap[known].median()) if bool(known.any()) else known
 
 
@@ -567,11 +562,11 @@ def _trusted(pair: _Pair, likeness: _Likeness, shift: Tensor) -> Tensor:
     # of what either way takes out of sight, nothing is explained
     lost = (torch.maximum(gaps[0][1], gaps[1][1]) - weight) * (gaps[0][0] * weight).sum() / weight.sum().clamp(min=1e-6)
     ours, opposite = (
-        _blurred(gap * weight + lost, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps
+        blurred(gap * weight + lost, [_REGION] * dims) + 1e-3 * (gap * weight).mean() + 1e-20 for gap, _ in gaps
     )
     explained = (opposite - ours) / (3 * ours + opposite)
     keep = (explained / likeness.chance[dims] - 1).clamp_(0, 1)
-    return shift * _blurred(keep, [_REGION / 2] * dims)
+    return shift * blurred(keep, [_REGION / 2] * dims)
 
 
 def _described(image: Tensor, likeness: _Likeness) -> Tensor:
@@ -587,8 +582,8 @@ def _local(image: Tensor, width: float, quiet: float = 1e-3) -> Tensor:
         quiet: part of the usual variance that is added to each: what varies less is noise.
     """
     widths = [width] * (image.ndim - 1)
-    mean = _blurred(image, widths)
-    variance = (_blurred(image.square(), widths) - mean.square()).clamp_(min=0)
+    mean = blurred(image, widths)
+    variance = (blurred(image.square(), widths) - mean.square()).clamp_(min=0)
     return (image - mean) / (variance + quiet * variance.mean()).clamp_(min=1e-20).sqrt_()
 
 
@@ -675,8 +670,8 @@ def _without_folds(shift: Tensor) -> Tensor:
         bad = least_determinant(shift * half) < _LEAST
         if not bool(bad.any()):
             return shift
-        around = (_blurred(bad[None].to(shift), [1.5 + 0.1 * attempt] * dims) * 20).clamp_(max=1.0)
-        shift = torch.lerp(shift, _blurred(shift, [1.0 + 0.1 * attempt] * dims), around)
+        around = (blurred(bad[None].to(shift), [1.5 + 0.1 * attempt] * dims) * 20).clamp_(max=1.0)
+        shift = torch.lerp(shift, blurred(shift, [1.0 + 0.1 * attempt] * dims), around)
     while bool((least_determinant(shift * half) < _LEAST).any()):
         # the identity at the latest
         shift = 0.8 * shift

@@ -40,13 +40,18 @@ def resized(values: Tensor, shape: Sequence[int]) -> Tensor:
 def kernel(n: int, m: int, width: float, zeros: bool = False) -> Tensor | None:
     """From ``n`` to ``m`` points, ``[m, n]``; None where nothing changes.
 
-    Rows sum to 1; with zeros outside those near the ends to less.
+    Args:
+        n: points before.
+        m: points after, over the same extent.
+        width: standard deviation of a Gaussian that smooths, points before.
+        zeros: whether the Gaussian meets zeros outside, so that rows near the ends sum to less than 1.
     """
     factor = n / m
     at = (torch.arange(m, dtype=torch.float64) + 0.5) * factor - 0.5
     distance = at[:, None].clamp(0, n - 1) - torch.arange(n, dtype=torch.float64)
     if m > n and width == 0.0:
         rows = (1 - distance.abs()).clamp(min=0)
+        total = rows.sum(1, keepdim=True)
     else:
         # as wide as the average over a point of the result
         variance = width**2 + max(0.0, factor**2 - 1) / 12
@@ -54,11 +59,10 @@ def kernel(n: int, m: int, width: float, zeros: bool = False) -> Tensor | None:
             if m == n:
                 return None
             variance = 0.09
-        rows = torch.exp(-0.5 * distance.square() / variance)
-    total = rows.sum(1, keepdim=True)
-    if zeros:
         reach = math.ceil(6 * variance**0.5)
-        total = torch.exp(-0.5 * torch.arange(-reach, reach + 1, dtype=torch.float64).square() / variance).sum()
+        rows = torch.exp(-0.5 * distance.square() / variance)
+        whole = torch.exp(-0.5 * torch.arange(-reach, reach + 1, dtype=torch.float64).square() / variance)
+        total = whole.sum() if zeros else rows.sum(1, keepdim=True)
     rows = rows / total
     # far tails would be subnormal numbers, which products take fifteen times as long for
     return torch.where(rows < 1e-9, 0.0, rows).float()

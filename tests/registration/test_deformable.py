@@ -22,6 +22,7 @@ from monai_zsreg.geometry import Grid, apply_affine
 from monai_zsreg.registration import deformable
 from monai_zsreg.registration.deformable import deform, register_deformable
 from monai_zsreg.registration.displacement import Deformation, determinant, least_determinant
+from monai_zsreg.registration.separable import blurred, resized
 
 
 def waves(shape: tuple[int, ...], size: float, length: float, seed: int = 0) -> np.ndarray:
@@ -140,10 +141,10 @@ def test_a_look_gives_derivatives_of_what_the_map_shows(scale: int) -> None:
     image = MetaTensor(wave - wave.min(), affine=torch.eye(4))
     scene = deformable._Scene(side(image), side(image), torch.eye(4, dtype=torch.float64), None)
     pair = deformable._Pair(scene, deformable._INTENSITY, scale, [-(-n // 2) for n in scene.shape])
-    shift = deformable._blurred(torch.from_numpy(waves((20, 18, 16), 0.1, 3.0)).float(), [1.0] * 3)
-    shift = deformable._resized(shift, pair._lattice)
+    shift = blurred(torch.from_numpy(waves((20, 18, 16), 0.1, 3.0)).float(), [1.0] * 3)
+    shift = resized(shift, pair._lattice)
     shape = pair.shape
-    whole = deformable._resized(shift, shape)
+    whole = resized(shift, shape)
     total = pair._fixed.view(shape) + deformable._pulled(pair._moving, whole)[0]
     for number in range(3):
         corner = (0, 7, 3)[number]
