@@ -26,8 +26,6 @@ from monai_zsreg.benchmark.peers import LEVELS
 from monai_zsreg.benchmark.report import COLORS, figure, markdown, percent, save, write_page
 from monai_zsreg.benchmark.volumes import Volume, transformed
 
-__all__ = ["FAILURES", "NARROW", "coverage", "fit", "kind_table", "spoiled_cases", "tabulate", "write_report"]
-
 ROBUST = "ours:robust"
 NARROW = ("ours:robust,search=local", "ours:robust,search=none")
 _ENOUGH = 20  # runs to fit constants to

@@ -38,8 +38,6 @@ from monai_zsreg.benchmark.report import markdown, write_page
 from monai_zsreg.benchmark.volumes import Volume, foreground, labels_dice, moved, read_volume, transformed
 from monai_zsreg.registration.displacement import determinant
 
-__all__ = ["FieldSample", "deformable_cases", "write_report"]
-
 
 @dataclass(frozen=True)
 class FieldSample(Sample):

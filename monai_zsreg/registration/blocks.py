@@ -15,8 +15,6 @@ from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.descriptors import Descriptor
 from monai_zsreg.registration.side import Frame, Level, Pair
 
-__all__ = ["Blocks", "square_index"]
-
 # points of a start that the median of the differences is taken of, about
 _MEDIAN_OF = 1000
 

@@ -17,23 +17,6 @@ from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import Grid, fraction_inside
 from monai_zsreg.registration.estimate import Estimate
 
-__all__ = [
-    "CALIBRATION",
-    "FAIL",
-    "LIMITS",
-    "PASS",
-    "WARN",
-    "Calibration",
-    "Judgement",
-    "Limits",
-    "common_spread",
-    "error_quantile",
-    "honest_covariance",
-    "judge",
-    "spread_at",
-    "weakest_direction",
-]
-
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 
 # fraction of one field of view that must lie in the other; below it there is nothing to compare

@@ -19,8 +19,6 @@ from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
 from monai_zsreg.io.displacement import read_composite, read_displacement, write_composite, write_displacement
 from monai_zsreg.resample import resample
 
-__all__ = ["Deformation", "Transform", "compose", "determinant", "least_determinant", "map_points", "move", "sampled"]
-
 # points that are worked on at a time: what fits a core's cache
 _BLOCK = 2**17
 # lattice steps within which an inverse counts as found, and how long it is looked for

@@ -33,18 +33,6 @@ from monai_zsreg.registration.refine import (
 from monai_zsreg.registration.search import PoseSearch
 from monai_zsreg.registration.side import Pair
 
-__all__ = [
-    "COARSE",
-    "EFFORTS",
-    "Effort",
-    "SEARCHES",
-    "TRANSFORMS",
-    "Found",
-    "Hypothesis",
-    "Settings",
-    "find",
-]
-
 TRANSFORMS = ("rigid", "similarity", "affine")
 SEARCHES = ("global", "local", "none")
 COARSE = ("search", "keypoints")

@@ -14,19 +14,6 @@ from torch import Tensor
 from monai_zsreg.geometry import apply_affine
 from monai_zsreg.registration.blocks import Blocks, square_index
 
-__all__ = [
-    "Evidence",
-    "Refinement",
-    "distance",
-    "generators",
-    "lead_of",
-    "loose",
-    "refine",
-    "settled",
-    "standing",
-    "weigh",
-]
-
 # how much farther than Gauss-Newton a step may go, in steps
 _FARTHEST = 2.0
 # displacements of the object that each rigid motion is tried at, lattice steps
