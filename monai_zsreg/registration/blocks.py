@@ -17,13 +17,16 @@ from monai_zsreg.registration.side import Frame, Level, Pair
 
 # points of a start that the median of the differences is taken of, about
 _MEDIAN_OF = 1000
+# how far a header's columns may be from right angles, cosine, before they count as sheared
+_UPRIGHT = 1e-5
 
 
 class Blocks:
     """Cubic blocks of the fixed image and of the moving one, and their descriptors with gradients.
 
     Tensors have the images first: 0 the fixed image's blocks, looked up in the moving image, 1 the other way round, so
-    that one set of operations does for both.
+    that one set of operations does for both. Blocks lie along the columns of their own image: where a header shears
+    them, descriptors along other axes would have slopes of which the other image shows little.
 
     Args:
         pair: the two images.
@@ -64,13 +67,16 @@ class Blocks:
         images = (pair.fixed.at(spacing), pair.moving.at(spacing))
         frames = (pair.fixed_frame, pair.moving_frame)
         weights = (pair.fixed.weight, pair.moving.weight)
+        self._axes = torch.stack([f.columns(i.grid) for i, f in zip(images, frames, strict=True)])
+        # rounding in headers is no shear
+        self._sheared = bool((self._axes - torch.eye(self.dims)).abs().max() > _UPRIGHT)
         self._others = images[::-1]
         self._other_to_grid = torch.stack([f.to_grid(i.grid) for i, f in zip(images[::-1], frames[::-1], strict=True)])
 
         shown: list[Tensor | None] = [None, None]
         if within is not None:
             shown = list(self._other_to_grid[:, None] @ torch.stack([within, torch.linalg.inv(within)]))
-        sides = zip(images, frames, weights, shown, strict=True)
+        sides = zip(images, frames, self._axes, weights, shown, strict=True)
         chosen = [self._corners(*side, count, seed) for side in sides]
         # as many in one as in the other; those that fill up do not count
         most = max(len(part) for part in chosen)
@@ -92,7 +98,7 @@ class Blocks:
         self.weight = (seen.view(2, most, -1) * counts[..., None]).flatten(1)
         self._total = self.weight.sum(1).clamp(min=1e-6)[:, None]
         self.chance = self._chance()
-        places = (self._corner[:, :, None] + inner).flatten(1, 2)
+        places = (self._corner[:, :, None] + inner[:, None]).flatten(1, 2)
         self.coordinates = torch.cat([places.mT, torch.ones_like(places[:, None, :, 0])], dim=1)
         self.products = _products(self.coordinates, 1)
 
@@ -109,7 +115,7 @@ class Blocks:
         """
         margin = self.describe.margin + around
         to_grid = self._other_to_grid[:, None] @ pull
-        where = _placed(self._corner[:, None], self._lattice(margin), to_grid)
+        where = _placed(self._corner[:, None], self._lattice(margin)[:, None], to_grid)
         maps = self._described(self._others, where, margin)
         maps = maps.view(2, pull.shape[1], -1, *maps.shape[1:])
         inner = to_grid[..., :-1, :].to(self.coordinates) @ self.coordinates[:, None]
@@ -191,8 +197,8 @@ class Blocks:
         return part
 
     def apart(self) -> Tensor:
-        """Distance of the blocks of each image along each axis, block widths, ``[2, B, B, D]`` float64 on the CPU."""
-        places = self._corner.cpu().double() / (self.size * self.step)
+        """Distance of the blocks of each image along each column, block widths, ``[2, B, B, D]`` float64 on the CPU."""
+        places = self._corner.cpu().double() @ torch.linalg.inv(self._axes).mT / (self.size * self.step)
         return (places[:, :, None] - places[:, None]).abs()
 
     def _chance(self) -> float:
@@ -223,7 +229,7 @@ class Blocks:
         return self.describe(_looked_up(images, where).view(-1, *[self.size + 2 * margin] * self.dims))
 
     def _sloped(self, maps: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Maps ``[Q, C, *n]`` without their outermost points, ``[Q, C, P]``, and their slope along each axis there."""
+        """Maps ``[2 B, C, *n]`` without their outermost points, ``[2 B, C, P]``, and their slopes there, own frame."""
 
         def crop(values: Tensor, axes: list[int]) -> Tensor:
             for axis in axes:
@@ -236,9 +242,14 @@ class Blocks:
             n = maps.shape[axis + 2] - 2
             change = part.narrow(axis + 2, 2, n) - part.narrow(axis + 2, 0, n)
             slopes.append(change.flatten(2) * (0.5 / self.step))
+        if self._sheared:
+            back = torch.linalg.inv(self._axes).to(maps).repeat_interleave(len(maps) // 2, dim=0)
+            slopes = list(torch.einsum("qji,jqcp->iqcp", back, torch.stack(slopes)))
         return crop(maps, list(range(self.dims))).flatten(2), slopes
 
-    def _corners(self, own: Level, frame: Frame, weight: Level, shown: Tensor | None, count: int, seed: int) -> Tensor:
+    def _corners(
+        self, own: Level, frame: Frame, columns: Tensor, weight: Level, shown: Tensor | None, count: int, seed: int
+    ) -> Tensor:
         """First inner points of the blocks, ``[B, D]`` in the own frame.
 
         The blocks stand side by side over the field of view, each shifted by a random part of a step, so that their
@@ -253,12 +264,14 @@ class Blocks:
         sides = [m * s / frame.unit for m, s in zip(own.grid.shape, own.grid.spacing, strict=True)]
         cells = [max(1, int(-(-side // width))) for side in sides]
         axes = [(torch.arange(c) - c / 2) * width for c in cells]
+        along = columns.to(own.values.dtype).mT
         middle = apply_affine(torch.linalg.inv(frame.to_world), own.grid.center[None])
         jitter = torch.rand(math.prod(cells), dims, generator=generator)
-        corners = torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * self.step
-        corners = (corners + middle.to(own.values.dtype)).to(device)
+        corners = (torch.cartesian_prod(*axes).view(-1, dims) + (jitter + 0.5) * self.step).to(along) @ along
+        corners = (corners + middle.to(along)).to(device)
         # how much of the block is foreground, from a few points of it
-        probe = torch.cartesian_prod(*[torch.tensor([1 / 4, 3 / 4]) * width] * dims).to(corners)
+        probe = torch.cartesian_prod(*[torch.tensor([1 / 4, 3 / 4]) * width] * dims).to(along) @ along
+        probe = probe.to(device)
         inside = weight.sample(_placed(corners[None], probe, frame.to_grid(weight.grid)[None]).flatten(0, 2))
         inside = inside.view(len(corners), len(probe)).mean(-1)
         inside = torch.where(inside > 0.1, inside, torch.zeros_like(inside))
@@ -274,8 +287,9 @@ class Blocks:
         return corners[chosen[inside[chosen] > 0]] if bool((inside > 0).any()) else corners[chosen]
 
     def _lattice(self, around: int) -> Tensor:
-        """From a block's first inner point to its points, and ``around`` of them on each side, ``[L, D]``."""
-        return _ticks(self.size, around, self.dims, self._corner.dtype, self._corner.device) * self.step
+        """From a block's first inner point to its points, and ``around`` of them on each side, ``[2, L, D]``."""
+        ticks = _ticks(self.size, around, self.dims, self._corner.dtype, self._corner.device)
+        return (ticks * self.step) @ self._axes.to(ticks).mT
 
 
 @lru_cache(maxsize=64)
@@ -311,7 +325,7 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
 
     Args:
         corners: ``[..., B, D]``.
-        lattice: ``[L, D]``, the same for all blocks.
+        lattice: ``[..., L, D]``, the same for all blocks.
         to_grid: ``[..., D+1, D+1]``.
 
     Returns:
@@ -323,8 +337,8 @@ def _placed(corners: Tensor, lattice: Tensor, to_grid: Tensor) -> Tensor:
     lanes = (lattice @ linear).flatten(-2)
     # begin + lattice as one product: a sum that broadcasts over rows of two or three numbers takes four times as long
     flat = begin.flatten(0, -3)
-    repeat = _repeat(corners.shape[-1], len(lattice), corners.dtype, corners.device).expand(len(flat), -1, -1)
-    return torch.baddbmm(lanes.view(len(flat), 1, -1), flat, repeat).view(*begin.shape[:-1], *lattice.shape)
+    repeat = _repeat(corners.shape[-1], lattice.shape[-2], corners.dtype, corners.device).expand(len(flat), -1, -1)
+    return torch.baddbmm(lanes.view(len(flat), 1, -1), flat, repeat).view(*begin.shape[:-1], *lattice.shape[-2:])
 
 
 @lru_cache(maxsize=64)

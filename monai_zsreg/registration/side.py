@@ -115,6 +115,12 @@ class Frame:
         """Frame to the indices of ``grid``, ``(D+1, D+1)`` float64."""
         return torch.linalg.inv(grid.affine) @ self.to_world
 
+    def columns(self, grid: Grid) -> Tensor:
+        """Unit vectors along the columns of ``grid``, whose header may be sheared, ``(D, D)`` float64, one a column."""
+        spacing = torch.tensor(grid.spacing, dtype=torch.float64)
+        along = torch.linalg.inv(self.to_index(grid))[: grid.dims, : grid.dims]
+        return along * self.unit / spacing
+
 
 class Side:
     """One image of a pair.

@@ -239,6 +239,18 @@ def test_both_headers_turned_turn_the_answer(pair: SimpleNamespace) -> None:
     assert error(found, pair.truth, pair.fixed) < 0.3
 
 
+@pytest.mark.parametrize("transform", ["rigid", "affine"])
+def test_columns_of_a_header_need_no_right_angles(load_volume, transform: str) -> None:
+    """Slices that a header shifts far against one another."""
+    volume = pooled(load_volume(), 2, 2, 8)
+    header = Grid.of(volume).affine.clone()
+    header[:3, 2] = torch.tensor([30.0, 30.0, 32.0])
+    fixed = reheadered(volume, header)
+    truth = turn(fixed, 8.0, (0.0, 0.0, 0.0), shear=0.0)
+    found = register(fixed, reheadered(volume, torch.from_numpy(truth) @ header), transform=transform)
+    assert found.verdict == "PASS" and error(found.affine, truth, fixed) < 0.01
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_flipped_storage_of_one_image_does_not_matter(pair: SimpleNamespace, axis: int) -> None:
     flipped = Flip(axis)(reheadered(pair.moving, Grid.of(pair.moving).affine))

@@ -82,15 +82,25 @@ def test_an_image_agrees_with_itself_where_it_is_seen(case: SimpleNamespace) -> 
     assert float(blocks.compare(away)[1].abs().max()) == 0.0
 
 
-def test_slopes_are_differences_of_neighbors(case: SimpleNamespace) -> None:
-    blocks = case.same
+@pytest.mark.parametrize("shear", [0.0, 0.9])
+def test_slopes_are_differences_of_neighbors_along_the_columns(case: SimpleNamespace, shear: float) -> None:
+    blocks, columns = case.same, case.eye[:-1, :-1]
+    if shear:
+        header = case.t1.affine.clone()
+        header[:-1, -2] += shear * header.diagonal()[:-1].roll(1)
+        sheared = MetaTensor(case.t1.as_tensor(), affine=header)
+        blocks = blocks_of(sheared, sheared, count=40)
+        columns = blocks.pair.fixed_frame.columns(Grid.of(sheared))
+        torch.testing.assert_close(columns.norm(dim=0), torch.ones(case.dims).double())
+        assert float((columns.mT @ columns).fill_diagonal_(0).abs().max()) > 0.3
     for axis in range(case.dims):
         ends = []
         for sign in (1, -1):
             shift = case.eye.clone()
-            shift[axis, -1] = sign * blocks.step
+            shift[:-1, -1] = sign * blocks.step * columns[:, axis]
             ends.append(blocks.compare(torch.stack([shift, shift])[:, None])[0].flatten(4)[:, 0])
-        torch.testing.assert_close((ends[0] - ends[1]) / (2 * blocks.step), blocks.gradient[axis], atol=1e-9, rtol=1e-9)
+        along = torch.einsum("i,i...->...", columns[:, axis], blocks.gradient)
+        torch.testing.assert_close((ends[0] - ends[1]) / (2 * blocks.step), along, atol=1e-9, rtol=1e-9)
 
 
 def test_the_equations_are_the_sums_they_stand_for(case: SimpleNamespace) -> None:
