@@ -45,7 +45,7 @@ CALIBRATION = {2: Calibration(2.2, 0.04, 1.7), 3: Calibration(1.6, 0.01, 1.9)}
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the verdict; ``warn`` is passed before ``fail``. How far they are passed adds up.
+    """Of the verdict; ``warn`` is passed before ``fail``. How far they are passed adds up, the mirror image aside.
 
     Attributes:
         agreement: least agreement of the descriptors' slopes. Where the correlation of the coarse stage has one place
@@ -59,7 +59,8 @@ class Limits:
         stretch: largest ratio of the scales along different directions.
         error: largest expected error in the foreground, voxels of the coarser image (sides of a cube of their volume).
         second: least lead over another transform that is no reflection, standard errors of the difference.
-        mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged.
+        mirror: likewise over the best reflection: where that fits clearly better, left and right were exchanged. Where
+            it fits as well, as of a symmetric object, the answer may be right all the same.
     """
 
     agreement: tuple[float, float] = (0.25, -3.0)
@@ -140,7 +141,7 @@ def judge(
     words: dict[str, Any] = {"unit": unit, **measures}
     if estimate.covariance is not None:
         words["weakest"] = weakest_direction(estimate.covariance, estimate.affine.numpy(), fixed, unit)
-    reasons, score, doubt = doubts, -0.5 if doubts else math.inf, 0.0
+    reasons, score, doubt, reflected = doubts, -0.5 if doubts else math.inf, 0.0, 0.0
     # a place that stands out from all others is right however little the two contrasts have in common
     vouched = measures.get("margin", 0.0) >= _MARGIN
     for name, text in _TEXTS.items():
@@ -155,8 +156,9 @@ def judge(
             distance = -math.inf
         score = min(score, distance)
         if distance < 0:
-            doubt -= distance
+            reflected, doubt = (-distance, doubt) if name == "mirror" else (reflected, doubt - distance)
             reasons = [*reasons, text.format(**words, value=value, percent=100 * value, extent=100 * (value - 1))]
+    doubt = max(doubt, reflected)
     verdict = FAIL if doubt > 1 else WARN if doubt > 0 or doubts else PASS
     score = min(score, -doubt) if doubt > 0 else score
     if measures.get("beyond", 0.0) > measures.get("step", math.inf):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import apply_affine, decompose_affine
+from monai_zsreg.geometry import Grid, apply_affine, decompose_affine
 from monai_zsreg.registration.blocks import Blocks
 from monai_zsreg.registration.confidence import common_spread
 from monai_zsreg.registration.correlate import correlate
@@ -31,7 +31,7 @@ from monai_zsreg.registration.refine import (
     weigh,
 )
 from monai_zsreg.registration.search import PoseSearch
-from monai_zsreg.registration.side import Pair
+from monai_zsreg.registration.side import Level, Pair
 
 TRANSFORMS = ("rigid", "similarity", "affine")
 SEARCHES = ("global", "local", "none")
@@ -90,6 +90,7 @@ class Effort:
         trials: trials for each of them in a round.
         results: candidates that are refined.
         followed: candidates that are followed at the first level, whatever they cost at its begin.
+        reflections: reflected candidates of the correlation: those of the search lie about the middle of the object.
         patience: iterations at the first level, as a multiple of the usual ones; further ones for half of those.
         catch: levels before the usual ones, for a search that ended a few blocks off.
         faint: see `monai_zsreg.foreground.appearance`.
@@ -102,6 +103,7 @@ class Effort:
     trials: int = 24
     results: int = 4
     followed: int = 3
+    reflections: int = 0
     patience: int = 1
     catch: tuple[_Stage, ...] = ()
     faint: bool = False
@@ -111,7 +113,7 @@ class Effort:
 EFFORTS = {
     2: (
         Effort(points=1000, keep=16, trials=16),
-        Effort("correlation", points=1000, results=10, followed=6, patience=2),
+        Effort("correlation", points=1000, results=10, followed=6, reflections=4, patience=2),
         Effort(
             points=4000,
             keep=30,
@@ -422,11 +424,13 @@ class _Candidates:
         pose: the search, which also finds reflections.
         starts: ``[K, D+1, D+1]``, fixed frame to moving frame.
         scores: of the last ones, ``[J]``; None for sources without.
+        reflected: reflections beside those that the search finds, ``[R, D+1, D+1]``.
     """
 
     pose: PoseSearch
     starts: Tensor
     scores: Tensor | None = None
+    reflected: Tensor | None = None
 
     def margin(self, answer: Tensor) -> float | None:
         """How far the score of an answer ``(D+1, D+1)`` stands above the best score apart from it."""
@@ -448,7 +452,8 @@ def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor 
         return _Candidates(pose, pose.around(pair.start, effort.results))
     known = header[:0] if earlier is None else pair.to_frames(earlier)
     found, scores = SOURCES[effort.source](pair, pose, settings, effort)
-    return _Candidates(pose, torch.cat([header, known, found]), scores)
+    reflected = _reflected(pair, settings, effort) if effort.reflections else None
+    return _Candidates(pose, torch.cat([header, known, found]), scores, reflected)
 
 
 def _begin(
@@ -462,7 +467,10 @@ def _begin(
         more = (effort.patience - 1) * iterations
         proper = refine(blocks, proper.transform, settings.transform, more, results=effort.followed // 2)
         kinds = [kinds[origin] for origin in proper.origin.tolist()]
-    mirrored = refine(blocks, candidates.pose.mirrored(proper.transform[0], 2), settings.transform, iterations)
+    reflected = candidates.pose.mirrored(proper.transform[0], 2)
+    if candidates.reflected is not None:
+        reflected = torch.cat([reflected, candidates.reflected])
+    mirrored = refine(blocks, reflected, settings.transform, iterations)
     return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
 
 
@@ -473,16 +481,27 @@ def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Ef
 
 def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
     """Every place, for many rotations, by correlation of edge orientations: fields of view may overlap in part."""
-    step = max(pair.base, pair.extent / _EDGES[pair.dims])
-    found = correlate(
-        pair.fixed.at(step),
-        pair.moving.at(step),
-        reach=effort.reach,
-        scales=(1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.9, 1.0, 1.12),
-        count=effort.results,
-        seed=settings.seed,
-    )
+    scales = (1.0,) if settings.transform == "rigid" or pair.dims == 3 else (0.9, 1.0, 1.12)
+    fixed, moving = _edges_on(pair)
+    found = correlate(fixed, moving, reach=effort.reach, scales=scales, count=effort.results, seed=settings.seed)
     return pair.to_frames(found.transform), found.score
+
+
+def _reflected(pair: Pair, settings: Settings, effort: Effort) -> Tensor:
+    """Places of the reflected moving image by the same correlation, ``[R, D+1, D+1]``, fixed frame to moving frame."""
+    mirror = torch.eye(pair.dims + 1, dtype=torch.float64)
+    mirror[0, 0] = -1.0
+    fixed, moving = _edges_on(pair)
+    moving = replace(moving, grid=Grid(moving.grid.shape, mirror @ moving.grid.affine))
+    # of one scale alone: a rival need not be found as surely as the answer
+    found = correlate(fixed, moving, reach=effort.reach, count=effort.reflections, seed=settings.seed)
+    return pair.to_frames(mirror @ found.transform)
+
+
+def _edges_on(pair: Pair) -> tuple[Level, Level]:
+    """Both images as the correlation takes them."""
+    step = max(pair.base, pair.extent / _EDGES[pair.dims])
+    return pair.fixed.at(step), pair.moving.at(step)
 
 
 #: candidates of the coarse stage, ``[K, D+1, D+1]``, fixed frame to moving frame, and their scores if they have any. A

@@ -116,6 +116,13 @@ def test_doubts_that_each_warn_together_fail() -> None:
     assert both.reasons == [reason for one in each for reason in one.reasons]
 
 
+def test_a_mirror_image_that_fits_as_well_does_not_turn_another_doubt_into_a_failure() -> None:
+    doubts = {"lead": 1.0, "mirror": 0.0}
+    assert verdict_on(2, **doubts).verdict == WARN and len(verdict_on(2, **doubts).reasons) == 2
+    # one that fits clearly better does, alone
+    assert verdict_on(2, mirror=-4.0).verdict == FAIL
+
+
 @pytest.mark.parametrize("name", ["agreement", "cost", "lead", "overlap", "error"])
 def test_what_is_no_number_fails(name: str) -> None:
     assert verdict_on(2, **{name: float("nan")}).verdict == FAIL

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from phantoms import error, moved_by, padded, pooled, turn
+from phantoms import blobs, diagonal, error, moved_by, padded, pooled, turn
 
 from monai_zsreg import RegistrationError, register
 from monai_zsreg.geometry import Grid
 from monai_zsreg.registration import engine
-from monai_zsreg.registration.engine import Settings
+from monai_zsreg.registration.engine import EFFORTS, Settings, find
+from monai_zsreg.registration.refine import distance
+from monai_zsreg.registration.side import Pair, Side, finest_step
 
 # two scans of one person are aligned to about half a pixel themselves
 LIMITS = {"template": 0.15, "real": 0.7}
@@ -214,3 +218,18 @@ def test_determinant_is_positive(slices: SimpleNamespace) -> None:
     mirrored = MetaTensor(slices.t2.as_tensor().flip(1), affine=slices.t2.affine)
     result = register(slices.t1, mirrored, search="none")
     assert np.linalg.det(result.affine) > 0 and np.isfinite(result.affine).all()
+
+
+def test_a_reflection_is_found_where_the_fields_of_view_hardly_overlap() -> None:
+    whole = torch.from_numpy(blobs((200, 128), seed=3)).float()
+    sides = []
+    for values in (whole[:112], whole[88:].flip(0)):
+        grid = Grid(tuple(values.shape), diagonal(1.0, 1.0))
+        sides.append(Side(values, grid, *finest_step(grid, grid)))
+    effort = EFFORTS[2][1]
+    truth = torch.tensor([[-1.0, 0.0, 199.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).double()
+    for reflections, missed in ((effort.reflections, False), (0, True)):
+        found = find(Pair(*sides), Settings("rigid"), replace(effort, reflections=reflections))
+        mirrored = [rival for rival in found.rivals if rival.kind == "mirror"]
+        gaps = [float(distance(rival.transform, found.pair.to_frames(truth))) * found.pair.unit for rival in mirrored]
+        assert (min(gaps, default=math.inf) > 10.0) if missed else (gaps[0] < 1.0 and mirrored[0].errors < -3.0)
