@@ -61,8 +61,8 @@ class ApplyAffineRegistration(SpatialResample):
     ``meta["registration_affine"]`` (float64 tensor, ``(D+1, D+1)``).
 
     ``inverse`` puts voxels that live on the fixed grid (the image, or through ``Invertd`` a segmentation predicted
-    there) back on the native grid of the moving image, with its metadata as it was; what lies outside of the fixed
-    grid gets the background of what is inverted, for labels 0.
+    there) back on the native grid of the moving image, with its metadata as it was, so without this matrix; what lies
+    outside of the fixed grid gets the background of what is inverted, for labels 0.
 
     Lazy execution: MONAI carries out all pending operations with the interpolation and padding that the last of them
     states. This transform does, MONAI's own (1.6.1) do not and then get bilinear and border. So where a lazy transform
@@ -220,7 +220,7 @@ class RegisterAffine(ApplyAffineRegistration):
 
     Besides the matrix (see `ApplyAffineRegistration`) the result's ``meta`` has ``registration_verdict`` (``"PASS"``,
     ``"WARN"`` or ``"FAIL"``) and ``registration_reasons`` (one string, empty if there are none), so that all of it
-    collates.
+    collates. These two, and not the matrix, are also in the ``meta`` of what ``inverse`` brings back.
 
     Args:
         preset: name of the method, see `monai_zsreg.register`.
@@ -292,7 +292,12 @@ class RegisterAffine(ApplyAffineRegistration):
         check_pair(moving, fixed, "moving")
         result = self.estimate(moving, fixed if prepared is None else prepared)
         moved = super().__call__(moving, self.map_of(result), fixed, mode, padding_mode, fill_value, lazy)
-        moved.meta |= {VERDICT_KEY: result.verdict, REASONS_KEY: "; ".join(result.reasons)}
+        said = {VERDICT_KEY: result.verdict, REASONS_KEY: "; ".join(result.reasons)}
+        moved.meta |= said
+        if self.tracing:
+            # what comes back is only as good as the registration was
+            last = (moved.pending_operations or moved.applied_operations)[-1]
+            last[TraceKeys.EXTRA_INFO][_NATIVE_META] += said.items()
         return moved
 
     def map_of(self, result: RegistrationResult) -> Any:

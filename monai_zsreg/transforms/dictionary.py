@@ -91,7 +91,8 @@ class RegisterAffined(_OntoFixed):
     """Dictionary form of `RegisterAffine`: aligns several moving images, and what follows each, to a fixed one.
 
     Each image of ``keys`` is replaced by itself on the fixed grid, and ``affine_<key>`` gets its matrix (float64
-    tensor ``(D+1, D+1)``, fixed world to moving world, RAS mm). The fixed image is left as it is.
+    tensor ``(D+1, D+1)``, fixed world to moving world, RAS mm). The fixed image is left as it is. An image's ``meta``
+    has the verdict on its registration, and keeps it through ``inverse``.
 
     .. code-block:: python
 

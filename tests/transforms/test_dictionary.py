@@ -41,6 +41,7 @@ from monai_zsreg.errors import RegistrationError, RegistrationFailure, Registrat
 from monai_zsreg.geometry import AffineParameters, compose_parameters, moved_header
 from monai_zsreg.io import read_transform, write_transform
 from monai_zsreg.transforms import ApplyAffineRegistrationd, RegisterAffined, SaveAffined
+from monai_zsreg.transforms.array import REASONS_KEY, VERDICT_KEY
 
 
 def as_item(pair) -> dict:
@@ -427,6 +428,8 @@ def test_registers_a_real_pair_with_what_follows(real_item: dict, lazy: bool, tm
         assert torch.equal(back[key].affine, real_item[key].affine)
         assert back[key].shape == real_item[key].shape
         assert "registration_affine" not in back[key].meta
+    for name in (VERDICT_KEY, REASONS_KEY):
+        assert back["moving"].meta[name] == moved["moving"].meta[name]
 
 
 def test_same_result_twice_and_after_pickling(real_item: dict) -> None:
@@ -448,6 +451,7 @@ def test_lazy_registration_joins_the_interpolation(real_item: dict, itk_resample
     np.testing.assert_allclose(moved["moving"].numpy()[inner], once[inner], atol=2e-3 * once.max())
     back = chain.inverse(moved)["moving"]
     torch.testing.assert_close(back.affine, real_item["moving"].affine, atol=1e-9, rtol=0)
+    assert back.meta[VERDICT_KEY] == moved["moving"].meta[VERDICT_KEY]
 
 
 def test_a_failed_registration(real_item: dict) -> None:
@@ -455,13 +459,15 @@ def test_a_failed_registration(real_item: dict) -> None:
     item = real_item | {"moving": MetaTensor(noise, affine=real_item["moving"].affine)}
     with pytest.raises(RegistrationFailure, match="registration of .* failed: .*on_failure='warn'"):
         RegisterAffined("moving", "fixed")(item)
+    transform = RegisterAffined("moving", "fixed", on_failure="warn")
     with pytest.warns(RegistrationWarning, match="failed"):
-        moved = RegisterAffined("moving", "fixed", on_failure="warn")(item)
+        moved = transform(item)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RegistrationWarning)
         RegisterAffined("moving", "fixed", on_failure="ignore")(item)
-    assert moved["moving"].meta["registration_verdict"] == "FAIL"
-    assert moved["moving"].meta["registration_reasons"]
+    for image in (moved["moving"], transform.inverse(moved)["moving"]):
+        assert image.meta["registration_verdict"] == "FAIL"
+        assert image.meta["registration_reasons"]
     # the best matrix that was found, whatever it is
     assert moved["affine_moving"].shape == (3, 3) and torch.isfinite(moved["affine_moving"]).all()
 
