@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of an image is foreground, and how bright tissue is: the one definition that the whole package uses."""
+"""What of an image is foreground, and how bright tissue is: the one definition that the whole package uses.
+
+Two places have a simpler one with a purpose of its own: `monai_zsreg.networks.zero_shot` (batches, in TorchScript) and
+`monai_zsreg.benchmark.volumes` (the points where errors are measured stay the same when this one changes).
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 """Images that the tests register, motions of a known size, and how far a matrix is from the truth.
 
 The head is nilearn's MNI152 template, which its wheel ships, bent, because the template is its own mirror image and no
-head is. T2 and FLAIR are simulated from the tissue maps beside it, so all contrasts lie exactly on one another. SciPy
-moves images here, so that the package is not its own judge.
+head is. T2 and FLAIR are simulated from the tissue maps beside it as the demonstration pair is, so all contrasts lie
+exactly on one another. SciPy moves images here, so that the package is not its own judge.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from monai_zsreg.app.demo import bent
+from monai_zsreg.app.demo import T2_SIGNAL, simulated_scan, template_tissues
 from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_parameters
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # signal of cerebrospinal fluid, gray and white matter
-_SIGNAL = {"t2": (1.0, 0.6, 0.35), "flair": (0.1, 0.9, 0.7)}
+_SIGNAL = {"t1": (0.2, 0.6, 0.9), "t2": T2_SIGNAL, "flair": (0.1, 0.9, 0.7)}
 _BRIGHTEST = 1000.0
 
 
@@ -50,44 +50,26 @@ def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return image * inside
 
 
-@lru_cache(maxsize=1)
-def _tissues() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """T1 in [0, 1], shares of the three tissues ``[3, I, J, K]``, index to world; 1 mm."""
-    from nilearn import datasets
-
-    images = [getattr(datasets, f"load_mni152_{name}template")(resolution=1) for name in ("", "gm_", "wm_")]
-    t1, gray, white = (bent(image.get_fdata(dtype=np.float32)) for image in images)
-    head = (t1 > 0).astype(np.float32)
-    scale = head / np.maximum(gray + white, 1.0)
-    # what is neither gray nor white is mostly fluid
-    return t1, np.stack([head - (gray + white) * scale, gray * scale, white * scale]), images[0].affine
+_tissues = lru_cache(maxsize=1)(template_tissues)
 
 
 def tissue_shares() -> tuple[np.ndarray, np.ndarray]:
     """Shares of cerebrospinal fluid, gray and white matter in the head ``[3, I, J, K]``, and index to world."""
-    return _tissues()[1:]
+    shares = _tissues()[1]
+    return shares.values.numpy(), shares.affine.numpy()
 
 
 @lru_cache(maxsize=3)
 def template(modality: str = "t1") -> MetaTensor:
     """The head ``[1, 197, 233, 189]`` at 1 mm: ``"t1"`` as it is, ``"t2"`` and ``"flair"`` simulated."""
-    t1, shares, affine = _tissues()
-    values = t1 if modality == "t1" else simulated(shares, _SIGNAL[modality])
-    return MetaTensor(torch.from_numpy(_BRIGHTEST * values)[None], affine=torch.from_numpy(affine))
+    t1, shares = _tissues()
+    values = t1.values[0].numpy() if modality == "t1" else simulated(shares.values.numpy(), modality)
+    return MetaTensor(torch.from_numpy(_BRIGHTEST * values)[None], affine=t1.affine)
 
 
-def simulated(
-    shares: np.ndarray, signal: tuple[float, ...], noise: float = 0.02, bias: float = 0.1, seed: int = 0
-) -> np.ndarray:
-    """A scan of tissue shares ``[T, *spatial]`` with Rician noise and a smooth bias field; nothing but zero outside."""
-    rng = np.random.default_rng(seed)
-    shape = shares.shape[1:]
-    scan = np.tensordot(np.asarray(signal, dtype=np.float32), shares, axes=1)
-    for axis, n in enumerate(shape):
-        field = 1 + bias * rng.choice([-1, 1]) * np.cos(np.linspace(0, np.pi, n, dtype=np.float32) + rng.uniform(0, 1))
-        scan *= field.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    first, second = noise * rng.standard_normal((2, *shape), dtype=np.float32)
-    return np.where(shares.sum(0) > 0.5, np.hypot(scan + first, second), 0).astype(np.float32)
+def simulated(shares: np.ndarray, modality: str, noise: float = 0.02, bias: float = 0.1, seed: int = 0) -> np.ndarray:
+    """A scan of the template's tissue shares ``[3, *spatial]``, float32; see `simulated_scan`."""
+    return simulated_scan(shares, _SIGNAL[modality], np.random.default_rng(seed), noise, bias).astype(np.float32)
 
 
 def diagonal(*spacing: float) -> torch.Tensor:

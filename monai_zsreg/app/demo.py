@@ -10,6 +10,7 @@ works; they are no measure of accuracy on patients.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,8 +22,8 @@ from monai_zsreg.geometry import AffineParameters, Grid, apply_affine, compose_p
 from monai_zsreg.io import Image, output_folder, write_image
 from monai_zsreg.resample import resample
 
-# signal relative to the brightest tissue, in the order of a T2-weighted scan
-_SIGNAL = {"csf": 1.0, "gm": 0.6, "wm": 0.35}
+#: signal of cerebrospinal fluid, gray and white matter in a T2-weighted scan, relative to the brightest tissue
+T2_SIGNAL = (1.0, 0.6, 0.35)
 _BRIGHTEST = 1000.0  # of the stored integers
 _MOVING_SPACING = 1.2  # mm
 _MARGIN = 12.0  # mm of background around the moved head, as a scanner's field of view has
@@ -71,48 +72,50 @@ def demo_pair(
     """
     if spatial_dims not in (2, 3):
         raise RegistrationError("spatial_dims", spatial_dims, "2 or 3")
-    tissues = _tissues(spatial_dims)
+    t1, tissues = template_tissues(spatial_dims)
     folder = output_folder(output_dir)
     rng = np.random.default_rng(seed)
 
-    grid = tissues["t1"].grid
-    mask = (tissues["t1"].values[0] * _BRIGHTEST).round() > 0  # as stored
-    inside = apply_affine(grid.affine, mask.nonzero().double())
+    mask = (t1.values[0] * _BRIGHTEST).round() > 0  # as stored
+    inside = apply_affine(t1.affine, mask.nonzero().double())
     truth = _transform(inside.mean(0).tolist(), rng, rotation_degrees, shift_mm, scale, shear)
-    moving = _acquire(tissues, truth, _moving_grid(apply_affine(torch.from_numpy(truth), inside)), rng, noise, bias)
+    grid = _moving_grid(apply_affine(torch.from_numpy(truth), inside))
+    pull = torch.linalg.inv(torch.from_numpy(truth))
+    shares = resample(tissues.values, tissues.grid, grid, pull, fill=0.0).numpy()
+    scan = simulated_scan(shares, T2_SIGNAL, rng, noise, bias)
+    moving = Image(torch.from_numpy(scan)[None], grid.affine)
     paths = folder / "fixed_t1.nii.gz", folder / "moving_simulated_t2.nii.gz"
-    for path, image in zip(paths, (tissues["t1"], moving), strict=True):
+    for path, image in zip(paths, (t1, moving), strict=True):
         write_image(path, Image(image.values * _BRIGHTEST, image.affine, {"dtype": "int16"}))
     return DemoPair(fixed=paths[0], moving=paths[1], truth=truth, mask=mask.numpy())
 
 
-def _tissues(spatial_dims: int) -> dict[str, Image]:
-    """T1 and fractions of CSF, gray and white matter in [0, 1], each ``[1, *spatial]``, on the template's 1 mm grid."""
+def template_tissues(spatial_dims: int = 3) -> tuple[Image, Image]:
+    """The template's T1 in [0, 1], ``[1, *spatial]``, and the fractions of cerebrospinal fluid, gray and white matter
+    in its head, ``[3, *spatial]``; both `bent`, on a grid of 1 mm. In 2D the middle axial slice.
+
+    Raises:
+        ImportError: nilearn is not installed.
+    """
     try:
         from nilearn import datasets
     except ImportError as error:
         told = f'the demonstration pair needs nilearn: pip install "monai-zsreg[demo]" ({error})'
         raise ImportError(told, name="nilearn") from error
-    images = {
-        "t1": datasets.load_mni152_template(resolution=1),
-        "gm": datasets.load_mni152_gm_template(resolution=1),
-        "wm": datasets.load_mni152_wm_template(resolution=1),
-    }
-    arrays = {name: bent(image.get_fdata(dtype=np.float32)) for name, image in images.items()}
-    affine = np.asarray(images["t1"].affine, dtype=np.float64)
+    images = [getattr(datasets, f"load_mni152_{name}template")(resolution=1) for name in ("", "gm_", "wm_")]
+    t1, gray, white = (bent(image.get_fdata(dtype=np.float32)) for image in images)
+    affine = np.asarray(images[0].affine, dtype=np.float64)
     if spatial_dims == 2:
-        middle = arrays["t1"].shape[2] // 2
-        arrays = {name: array[:, :, middle] for name, array in arrays.items()}
+        middle = t1.shape[2] // 2
+        t1, gray, white = (array[:, :, middle] for array in (t1, gray, white))
         affine = affine[np.ix_([0, 1, 3], [0, 1, 3])]
-    # what the head holds besides gray and white matter is nearly all CSF
-    head = arrays["t1"] > 0
-    total = np.maximum(arrays["gm"] + arrays["wm"], 1.0)
-    arrays["gm"], arrays["wm"] = head * arrays["gm"] / total, head * arrays["wm"] / total
-    arrays["csf"] = head - arrays["gm"] - arrays["wm"]
-    return {
-        name: Image(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], torch.from_numpy(affine))
-        for name, array in arrays.items()
-    }
+    head = t1 > 0
+    total = np.maximum(gray + white, 1.0)
+    gray, white = head * gray / total, head * white / total
+    # what the head holds besides is nearly all fluid
+    shares = np.stack([head - gray - white, gray, white])
+    world = torch.from_numpy(affine)
+    return Image(torch.from_numpy(t1.copy())[None], world), Image(torch.from_numpy(shares), world)
 
 
 def bent(values: np.ndarray) -> np.ndarray:
@@ -171,22 +174,29 @@ def _moving_grid(points: torch.Tensor) -> Grid:
     return Grid(tuple(shape.tolist()), affine)
 
 
-def _acquire(
-    tissues: dict[str, Image], truth: np.ndarray, grid: Grid, rng: np.random.Generator, noise: float, bias: float
-) -> Image:
-    """Simulated scan of the moved tissues on ``grid``: signal, bias field, noise; brightest tissue about 1."""
-    pull = torch.linalg.inv(torch.from_numpy(truth))
-    signal = np.zeros(grid.shape)
-    head = np.zeros(grid.shape)
-    for name, weight in _SIGNAL.items():
-        share = resample(tissues[name].values, tissues[name].grid, grid, pull, fill=0.0)[0].numpy()
-        signal += weight * share
+def simulated_scan(
+    shares: np.ndarray, signal: Sequence[float], rng: np.random.Generator, noise: float, bias: float
+) -> np.ndarray:
+    """A scan of known tissues: their signal, a smooth bias field, Rician noise, and 0 outside the head.
+
+    Args:
+        shares: fractions of the tissues in each voxel, ``[T, *spatial]``.
+        signal: of each tissue, ``[T]``; the brightest is about 1.
+        rng: draws the bias field, then the noise.
+        noise, bias: see `demo_pair`.
+
+    Returns:
+        ``[*spatial]`` float64.
+    """
+    shape = shares.shape[1:]
+    scan, head = np.zeros(shape), np.zeros(shape)
+    for share, weight in zip(shares, signal, strict=True):
+        scan += weight * share
         head += share
-    signal *= 1.0 + bias * _smooth_field(grid.shape, rng)
-    in_phase, quadrature = rng.normal(0.0, noise, (2, *grid.shape))
-    scan = np.hypot(signal + in_phase, quadrature)
-    scan = np.where(head >= 0.5, scan, 0.0)  # stripped of skull and air, as the fixed image is
-    return Image(torch.from_numpy(scan)[None], grid.affine)
+    scan *= 1.0 + bias * _smooth_field(shape, rng)
+    in_phase, quadrature = rng.normal(0.0, noise, (2, *shape))
+    # stripped of skull and air, as the template is
+    return np.where(head >= 0.5, np.hypot(scan + in_phase, quadrature), 0.0)
 
 
 def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,9 @@
 Two real scans of one person are aligned to within a few tenths of a millimeter at best. A contrast computed voxel by
 voxel from a T1 has no such residual. It does not carry the T1's noise either: tissue fractions come from a lightly
 smoothed T1 (a symmetric kernel moves nothing), and noise and bias field are drawn afresh after the warp.
+
+The demonstration pair's `monai_zsreg.app.demo.simulated_scan` needs tissue maps and a head in empty air. Scans have
+neither, and what is measured on them must not change with what is demonstrated, so the two stand apart.
 """
 
 from __future__ import annotations

@@ -299,7 +299,10 @@ def equalize(image: Tensor, inside: Tensor, level: float) -> Tensor:
 
 
 def foreground(image: Tensor) -> Tensor:
-    """1 where a scaled image ``[B, 1, *spatial]`` exceeds 0.05, else 0: what stands out of a dark background."""
+    """1 where a scaled image ``[B, 1, *spatial]`` exceeds 0.05, else 0: what stands out of a dark background.
+
+    `monai_zsreg.foreground.appearance` branches on each image's values, which a batch in TorchScript cannot.
+    """
     return (image > 0.05).to(image.dtype)
 
 

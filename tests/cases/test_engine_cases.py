@@ -131,10 +131,10 @@ def test_the_error_that_a_result_states_is_honest() -> None:
     """What the result states must cover what is wrong, in most of a few cases."""
     held = []
     shares = tissue_shares()[0][..., 94]
-    t1 = torch.from_numpy(1000 * simulated(shares, (0.2, 0.6, 0.9), 0.04, seed=100))
+    t1 = torch.from_numpy(1000 * simulated(shares, "t1", 0.04, seed=100))
     fixed = padded(MetaTensor(t1[None], affine=torch.eye(3)), 20)
     for number in range(8):
-        scan = 1000 * simulated(shares, (1.0, 0.6, 0.35), 0.05, seed=number + 1)
+        scan = 1000 * simulated(shares, "t2", 0.05, seed=number + 1)
         truth = turn(fixed, 20.0 * number, (5.0, -number), 1.02)
         moving = moved_by(padded(MetaTensor(torch.from_numpy(scan)[None], affine=torch.eye(3)), 20), truth)
         held.append(within_its_bound(register(fixed, moving), truth, fixed))

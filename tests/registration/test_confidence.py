@@ -188,7 +188,7 @@ def test_what_no_matrix_follows_widens_the_bound_and_is_told(bend: float) -> Non
     affine = np.linalg.lstsq(places, field[:, at[0], at[1]].T, rcond=None)[0]
     field -= np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None]
     field *= bend / np.sqrt(np.square(field[:, at[0], at[1]]).sum(0).mean())
-    t1, t2 = simulated(shares, (0.2, 0.6, 0.9), 0.04, seed=1), simulated(shares, (1.0, 0.6, 0.35), 0.05, seed=2)
+    t1, t2 = simulated(shares, "t1", 0.04, seed=11), simulated(shares, "t2", 0.05, seed=12)
     bent = ndimage.map_coordinates(t2, grid + field, order=1, mode="nearest")
     result = register(t1.astype(np.float32), bent.astype(np.float32))
     said = [reason for reason in result.reasons if "more than such a transform" in reason]
