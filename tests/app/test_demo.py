@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 from phantoms import sitk_affine
 
+from monai_zsreg.app import demo
 from monai_zsreg.app.demo import DemoPair, demo_pair
 from monai_zsreg.errors import RegistrationError
 from monai_zsreg.geometry import decompose_affine
@@ -111,6 +113,12 @@ def test_itk_and_nibabel_read_the_same(pair: DemoPair, key: str) -> None:
     np.testing.assert_allclose(corner, expected, atol=1e-3)
 
 
+@pytest.fixture
+def one_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pairs of one head, which is read and bent once."""
+    monkeypatch.setattr(demo, "template_tissues", lru_cache(demo.template_tissues))
+
+
 def test_contrast_is_that_of_t2(tmp_path: Path) -> None:
     clean = demo_pair(tmp_path, spatial_dims=2, noise=0.0, bias=0.0)
     moving = nib.load(clean["moving"]).get_fdata()
@@ -120,7 +128,7 @@ def test_contrast_is_that_of_t2(tmp_path: Path) -> None:
     assert np.median(moved[fixed > 800]) < 420
 
 
-def test_noise_and_bias_have_the_stated_sizes(tmp_path: Path) -> None:
+def test_noise_and_bias_have_the_stated_sizes(tmp_path: Path, one_template: None) -> None:
     def moving(name: str, noise: float, bias: float) -> np.ndarray:
         return nib.load(demo_pair(tmp_path / name, 2, noise=noise, bias=bias)["moving"]).get_fdata()
 
@@ -131,7 +139,7 @@ def test_noise_and_bias_have_the_stated_sizes(tmp_path: Path) -> None:
     assert 0.1 < np.abs(field - 1.0).max() < 0.205
 
 
-def test_seed_decides(tmp_path: Path) -> None:
+def test_seed_decides(tmp_path: Path, one_template: None) -> None:
     first, again, other = (demo_pair(tmp_path / name, 2, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     np.testing.assert_array_equal(first["truth"], again["truth"])
     assert first["moving"].read_bytes() == again["moving"].read_bytes()

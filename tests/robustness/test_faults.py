@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,10 +47,21 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, load_slice) -> SimpleNamespa
     return SimpleNamespace(datalist=datalist, **files)
 
 
-def start(pairs: SimpleNamespace, output: Path, *options: str, **arguments) -> subprocess.Popen:
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE), "--device", "cpu"]
-    command += ["--output_dir", str(output), "--datalist", str(pairs.datalist), "--page", "False", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def bundle(pairs: SimpleNamespace, output: Path, *options: str) -> list[str]:
+    words = ["-m", "monai.bundle", "run", "--config_file", str(INFERENCE), "--device", "cpu", "--page", "False"]
+    return [*words, "--output_dir", str(output), "--datalist", str(pairs.datalist), *options]
+
+
+def zsreg(pairs: SimpleNamespace, output: Path) -> list[str]:
+    """The same without the six seconds that MONAI takes to import, where it is not what is tested."""
+    words = ["-m", "monai_zsreg.app.cli", "cohort", str(pairs.datalist), "--device", "cpu", "--no-page"]
+    return [*words, "--output", str(output)]
+
+
+def start(words: list[str], **arguments) -> subprocess.Popen:
+    command = [sys.executable, *words]
+    path = os.pathsep.join(filter(None, [str(INFERENCE.parents[3]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, **arguments
     )
@@ -84,7 +96,7 @@ def whole_files(output: Path) -> int:
 
 
 def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
-    """The same command once more, in this process."""
+    """The bundle's command, once more or on what the other one left, in this process."""
     options: dict[str, Any] = {"output_dir": str(output), "datalist": str(pairs.datalist), "page": False}
     monai.bundle.run(config_file=str(INFERENCE), device="cpu", logging_file=False, **options)
     with open(output / "summary.csv", newline="") as file:
@@ -93,10 +105,14 @@ def assert_completes(pairs: SimpleNamespace, output: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signal_in_the_middle(pairs: SimpleNamespace, tmp_path: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("command", "sent"), [(bundle, signal.SIGINT), (bundle, signal.SIGTERM), (zsreg, signal.SIGKILL)]
+)
+def test_signal_in_the_middle(
+    pairs: SimpleNamespace, tmp_path: Path, command: Callable[..., list[str]], sent: signal.Signals
+) -> None:
     # a shell's background jobs ignore SIGINT, and so would what they start
-    process = start(pairs, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(command(pairs, tmp_path), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_reports(tmp_path, 2)
     process.send_signal(sent)
     process.communicate(timeout=120)
@@ -113,7 +129,7 @@ def test_no_room_for_an_image(pairs: SimpleNamespace, tmp_path: Path) -> None:
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = start(pairs, tmp_path, preexec_fn=small_files)
+    process = start(zsreg(pairs, tmp_path), preexec_fn=small_files)
     _, errors = process.communicate(timeout=300)
     assert process.returncode not in (0, None)
     assert "room to write it" in errors
@@ -124,7 +140,7 @@ def test_no_room_for_an_image(pairs: SimpleNamespace, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_runs_on_one_folder(pairs: SimpleNamespace, tmp_path: Path) -> None:
-    both = [start(pairs, tmp_path) for _ in range(2)]
+    both = [start(zsreg(pairs, tmp_path)) for _ in range(2)]
     for process in both:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-6000:]
@@ -134,7 +150,7 @@ def test_two_runs_on_one_folder(pairs: SimpleNamespace, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_that_dies(pairs: SimpleNamespace, tmp_path: Path) -> None:
-    process = start(pairs, tmp_path, "--num_workers", "1")
+    process = start(bundle(pairs, tmp_path, "--num_workers", "1"))
     wait_for_reports(tmp_path, 1)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
