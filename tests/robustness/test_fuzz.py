@@ -24,15 +24,15 @@ def fuzz() -> ModuleType:
 
 @pytest.mark.slow
 def test_wrong_input_ends_in_an_error_that_names_it(fuzz: ModuleType) -> None:
-    count = 60
+    count = 30
     rows = fuzz.run(count, seed=11, workers=1)
     assert not fuzz.bad(rows), fuzz.summary(rows)
     outcomes = {row["number"]: row["outcome"] for row in rows}
     assert len(outcomes) == count
     # cases that register, and cases that do not, or this proves nothing
-    assert sum(outcome == "PASS" for outcome in outcomes.values()) > 8
-    assert sum(outcome.startswith("error") for outcome in outcomes.values()) > 25
-    assert sum(row.get("right", False) for row in rows) > 4
+    assert sum(outcome == "PASS" for outcome in outcomes.values()) > 4
+    assert sum(outcome.startswith("error") for outcome in outcomes.values()) > 12
+    assert sum(row.get("right", False) for row in rows) > 2
 
 
 def test_what_must_not_be_is_seen(fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
