@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fire
+import monai.bundle.__main__
 import nibabel as nib
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ def test_command(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) ->
         assert words[:3] == ["python", "-m", "monai.bundle"]
         if "--datalist" in words:
             # here, because that a process of its own works is shown by the first command
-            monkeypatch.setattr(sys, "argv", words[2:])
-            runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+            monkeypatch.setattr(sys, "argv", [monai.bundle.__main__.__file__, *words[3:]])
+            fire.Fire({"run": monai.bundle.run}, words[3:])
         else:
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
