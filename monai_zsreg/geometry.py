@@ -120,6 +120,18 @@ class Grid:
         return torch.linalg.inv(moving.affine) @ transform @ self.affine
 
 
+def lattice_index(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """Points of a lattice by their numbers ``[...]``, the last axis running fastest, as indices ``[..., D]``.
+
+    As `torch.unravel_index`, which on its first call imports SymPy: half a second.
+    """
+    index = []
+    for size in reversed(shape):
+        index.append(numbers % size)
+        numbers = numbers // size
+    return torch.stack(index[::-1], dim=-1)
+
+
 def checked_affine(affine: Any, dims: int, name: str) -> Tensor:
     """An index to world matrix ``(dims+1, dims+1)``, float64 on the CPU, from what the image ``name`` carries: a matrix
     of this or of a higher dimension, which loses its further axes, or None for the identity.

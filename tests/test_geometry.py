@@ -29,6 +29,7 @@ from monai_zsreg.geometry import (
     flip_points,
     fraction_inside,
     homogeneous,
+    lattice_index,
     lps_to_ras,
     moved_header,
     nearest_axes,
@@ -188,6 +189,14 @@ def test_an_index_pull_makes_grid_sample_look_where_it_says(data: st.DataObject,
     ).view(dims, -1)
     limits = np.array(moving.shape)[:, None] - 1.0
     np.testing.assert_allclose(sampled, expected.T.clip(0, limits), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 1, 7)])
+def test_numbers_of_lattice_points(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    index = lattice_index(numbers, shape)
+    assert index.shape == (*shape, len(shape))
+    assert torch.equal(numbers[tuple(index.movedim(-1, 0))], numbers)
 
 
 @quick

@@ -74,7 +74,8 @@ def test_imports_go_downwards(path: Path) -> None:
 _CORE_ALONE = """
 import sys, monai_zsreg
 assert monai_zsreg.__version__ and "torch" not in sys.modules
-for name in ("monai", "itk", "torchvision", "nitransforms"):
+# SymPy, which some of torch's functions import at their first call, takes half a second
+for name in ("monai", "itk", "torchvision", "nitransforms", "sympy"):
     sys.modules[name] = None
 import nibabel as nib, numpy as np
 from PIL import Image

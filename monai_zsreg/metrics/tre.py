@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monai_zsreg.errors import require
 from monai_zsreg.foreground import foreground_mask
-from monai_zsreg.geometry import Grid, apply_affine
+from monai_zsreg.geometry import Grid, apply_affine, lattice_index
 from monai_zsreg.metrics.similarity import plain_mask
 from monai_zsreg.registration.displacement import Deformation, Transform, map_points
 
@@ -122,7 +122,7 @@ def foreground_tre(
         draw = torch.rand(_MOST_POINTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         rank = ((torch.arange(_MOST_POINTS) + draw) * (len(flat) / _MOST_POINTS)).long().clamp_(max=len(flat) - 1)
         flat = flat[rank]
-    sample = torch.stack(torch.unravel_index(flat, grid.shape), dim=-1)
+    sample = lattice_index(flat, grid.shape)
     errors, ends = (
         target_registration_error(affine, truth, apply_affine(grid.affine, index.double()))
         for index in (sample, _row_ends(inside))

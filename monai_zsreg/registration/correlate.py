@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_zsreg.foreground import grown, seen_region
-from monai_zsreg.geometry import Grid, nearest_axes, pooled_grid
+from monai_zsreg.geometry import Grid, lattice_index, nearest_axes, pooled_grid
 from monai_zsreg.registration.search import from_quaternions, rotation_matrices
 from monai_zsreg.registration.separable import blurred
 from monai_zsreg.registration.side import Level
@@ -368,7 +368,7 @@ def _best(still: Tensor, turned: Tensor, weight: Tensor, size: list[int], every:
             highest = torch.maximum(*highest.unflatten(axis, (-1, step)).unbind(axis + 1))
     score = (highest * weight).flatten(2)
     best = score.amax(-1, keepdim=True)
-    place = torch.stack(torch.unravel_index((score >= best).int().argmax(-1), weight.shape[2:]), dim=-1)
+    place = lattice_index((score >= best).int().argmax(-1), weight.shape[2:])
     # where in the cell
     corners = torch.cartesian_prod(*[torch.arange(e, device=place.device) for e in every]).view(-1, len(every))
     places = place[:, :, None] * torch.tensor(every, device=place.device) + corners

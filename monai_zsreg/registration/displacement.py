@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_zsreg.errors import RegistrationError
-from monai_zsreg.geometry import Grid, apply_affine, checked_matrix
+from monai_zsreg.geometry import Grid, apply_affine, checked_matrix, lattice_index
 from monai_zsreg.io.displacement import read_composite, read_displacement, write_composite, write_displacement
 from monai_zsreg.resample import resample
 
@@ -93,7 +93,7 @@ class Deformation:
         count = flat.shape[1]
         for start in range(0, count, _BLOCK):
             numbers = torch.arange(start, min(start + _BLOCK, count))
-            index = torch.stack(torch.unravel_index(numbers, self.grid.shape), 1).double()
+            index = lattice_index(numbers, self.grid.shape).double()
             points = apply_affine(self.grid.affine, index)
             # the displacement of the inverse comes first too: of points of the moving world, along its axes
             moved = (self._solve(points) - points) @ self.affine[: self.dims, : self.dims].mT

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_zsreg.geometry import apply_affine
+from monai_zsreg.geometry import apply_affine, lattice_index
 from monai_zsreg.registration.side import Pair, Side
 
 _BINS = 16
@@ -152,7 +152,7 @@ class PoseSearch:
         u = (torch.arange(count) + torch.rand(count, generator=self.generator)) / count
         place = torch.searchsorted(below, u.to(below) * below[-1], right=True).clamp(max=len(near) - 1)
         bins = _equal_bins(side.coarse.values, mask).flatten()[place]
-        index = torch.stack(torch.unravel_index(place, grid.shape), dim=-1)
+        index = lattice_index(place, grid.shape)
         to_frame = torch.linalg.inv(self.pair.fixed_frame.to_index(grid))
         points = apply_affine(to_frame.to(place.device), index.double()).float()
         return torch.cat([points.mT, torch.ones_like(points[:, :1].mT)]).contiguous(), bins
