@@ -31,6 +31,11 @@ def blurred(values: Tensor, widths: Sequence[float], zeros: bool = False) -> Ten
     return along(values, [kernel(n, n, round(w, 4), zeros) for n, w in zip(values.shape[1:], widths, strict=True)])
 
 
+def flattened(values: Tensor, widths: Sequence[float]) -> Tensor:
+    """As `blurred`, but long waves pass: what a Gaussian takes away is smoothed once more and given back."""
+    return along(values, [_flat(n, round(w, 4)) for n, w in zip(values.shape[1:], widths, strict=True)])
+
+
 def resized(values: Tensor, shape: Sequence[int]) -> Tensor:
     """``[C, *n]`` on as many points over the same extent: averaged where there are fewer, interpolated where more."""
     return along(values, [kernel(n, m, 0.0) for n, m in zip(values.shape[1:], shape, strict=True)])
@@ -66,3 +71,12 @@ def kernel(n: int, m: int, width: float, zeros: bool = False) -> Tensor | None:
     rows = rows / total
     # far tails would be subnormal numbers, which products take fifteen times as long for
     return torch.where(rows < 1e-9, 0.0, rows).float()
+
+
+@lru_cache(maxsize=64)
+def _flat(n: int, width: float) -> Tensor | None:
+    once = kernel(n, n, width)
+    if once is None:
+        return None
+    rows = 2 * once.double() - once.double() @ once.double()
+    return torch.where(rows.abs() < 1e-9, 0.0, rows).float()
