@@ -45,7 +45,9 @@ from monai_zsreg.registration.side import finest_step
 DEFORMABLE = "deformable"
 
 # resolutions of the images in steps of the finest, and iterations at each
-_LEVELS = ((8, 10), (4, 12), (2, 12), (1, 7))
+_LEVELS = ((8, 10), (4, 12), (2, 12), (1, 9))
+# levels of no more than so many finest steps have a map of half their resolution
+_HALVED = 2
 # points along an axis that a level needs
 _SMALLEST = 6
 # most points of the finest level
@@ -90,7 +92,6 @@ class _Likeness:
         ridge: what is added to the diagonal of the equations, parts of its mean: points that show little move little.
         turns: looks that it takes to see all channels.
         looks: at the images in each iteration, where the map has half their resolution.
-        halved: the coarsest level, finest steps, at which it has.
         tolerance: difference of a channel at which a point counts half.
         chance: part of the difference of the images, by number of dimensions, that a map explains by chance; at twice
             that it is kept whole. Measured at scans of one person with noise or of two contrasts: up to 0.10 by
@@ -103,15 +104,14 @@ class _Likeness:
     ridge: float
     turns: int
     looks: int
-    halved: int
     tolerance: float
     chance: dict[int, float]
     detail: float | None
 
 
 # more smoothing of the equations keeps noise out, less of the map follows what is there
-_INTENSITY = _Likeness(2.0, 0.5, 1, 2, 1, 1.0, {2: 0.1, 3: 0.1}, 0.015)
-_DESCRIPTORS = _Likeness(4.0, 0.3, 4, 1, 2, 1.0, {2: 0.08, 3: 0.04}, None)
+_INTENSITY = _Likeness(2.0, 0.5, 1, 2, 1.0, {2: 0.1, 3: 0.1}, 0.01)
+_DESCRIPTORS = _Likeness(4.0, 0.3, 4, 1, 1.0, {2: 0.08, 3: 0.04}, None)
 # how intensities are freed of their surroundings: see `_local`
 _AROUND = (2.4, 0.1)
 
@@ -206,7 +206,7 @@ def deform(
     shift: Tensor | None = None
     detail: Tensor | None = None
     for number, (scale, iterations) in enumerate(levels):
-        shape = [-(-n // (2 * scale if scale <= likeness.halved else scale)) for n in scene.shape]
+        shape = [-(-n // (2 * scale if scale <= _HALVED else scale)) for n in scene.shape]
         before = fixed[0].new_zeros(scene.dims, *shape) if shift is None else resized(shift, shape)
         detail = None if detail is None else resized(detail, shape)
         smooth = length * max(1.0, scale / _GROWTH)
@@ -488,7 +488,8 @@ class _Pair:
 
         Yields:
             for each channel: numbers of the points of the map that count, how much they do, the fixed and the moving
-            image there ``[N]``, and along each axis twice the derivative of their sum, per point of the images.
+            image there ``[N]``, and along each axis the sum of twice their own derivatives, per point of the images.
+            How the map turns the moving image's is left out: no map came nearer to a truth for it.
         """
         dims = len(self.shape)
         # opposite corners of a cell of the map follow one another
@@ -515,15 +516,6 @@ class _Pair:
             weight = weight * _looked_up(self._seen, where)[0]
         # beyond the edge there is nothing to compare: its last values, repeated, would draw the map ever further out
         weight = weight * (where.abs() <= 1).all(-1)
-        # how the map turns and stretches what it shows
-        bend = [
-            [
-                torch.gradient(part, dim=j)[0].flatten().index_select(0, at) * (0.5 * n * m / p) + float(i == j)
-                for j, (p, m) in enumerate(zip(self.shape, self._lattice, strict=True))
-            ]
-            for i, (part, n) in enumerate(zip(shift, self.shape, strict=True))
-            if slopes
-        ]
         beside = [
             (flat + (i < n - 1) * stride, flat - (i > 0) * stride)
             for i, n, stride in zip(index, self.shape, strides, strict=True)
@@ -536,10 +528,7 @@ class _Pair:
                 if slopes and n > 2:
                     ahead, behind = moving.narrow(axis, 2, n - 2), moving.narrow(axis, 0, n - 2)
                     torch.sub(ahead, behind, out=self._bent[1 + axis].narrow(axis, 1, n - 2))
-            two, *found = _looked_up(shown, where)
-            derivatives = [
-                sum(row[axis] * slope for row, slope in zip(bend, found, strict=True)) for axis in range(len(bend))
-            ]
+            two, *derivatives = _looked_up(shown, where)
             for slope, (a, b) in zip(derivatives, beside, strict=True):
                 slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
             yield at, weight, one.index_select(0, flat), two, derivatives
