@@ -427,14 +427,19 @@ def _level(
         equations.zero_()
         rows = equations.flatten(1)
         for look in range(number * looks, (number + 1) * looks):
-            for at, weight, one, two, slopes in pair.looks(shift, look):
+            at, weight, channels = pair.look(shift, look)
+            total = shift.new_zeros(len(rows), len(at))
+            for one, two, slopes in channels:
                 gap = (one - two) * weight
                 # what differs much has no counterpart there
-                share = 1 / (1 + (gap / likeness.tolerance).square_())
+                share = (gap / likeness.tolerance).square_().add_(1).reciprocal_()
                 shared = [slope * share for slope in slopes]
-                found = [shared[i] * slopes[j] for i, j in pairs] + [slope * gap for slope in shared]
-                for row, numbers in zip(rows, found, strict=True):
-                    row.index_add_(0, at, numbers)
+                for numbers, (i, j) in zip(total, pairs, strict=False):
+                    numbers.addcmul_(shared[i], slopes[j])
+                for numbers, slope in zip(total[len(pairs) :], shared, strict=True):
+                    numbers.addcmul_(slope, gap)
+            for row, numbers in zip(rows, total, strict=True):
+                row.index_add_(0, at, numbers)
         smoothed = blurred(equations, fluid)
         step = _solved(smoothed[: len(pairs)], smoothed[len(pairs) :], pairs, likeness.ridge)
         length = torch.stack([part.square() for part in step]).sum(0, keepdim=True).sqrt_()
@@ -476,9 +481,9 @@ class _Pair:
         assert shown is not None
         self._weight = (shown if counted is None else shown * counted).flatten()
 
-    def looks(
+    def look(
         self, shift: Tensor, number: int, slopes: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
+    ) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor, list[Tensor]]]]:
         """What there is to compare.
 
         Args:
@@ -486,10 +491,10 @@ class _Pair:
             number: of the look.
             slopes: whether the derivatives are asked for.
 
-        Yields:
-            for each channel: numbers of the points of the map that count, how much they do, the fixed and the moving
-            image there ``[N]``, and along each axis the sum of twice their own derivatives, per point of the images.
-            How the map turns the moving image's is left out: no map came nearer to a truth for it.
+        Returns:
+            The numbers of the points of the map that count, how much they do, and for each channel the fixed and the
+            moving image there ``[N]``, and along each axis the sum of twice their own derivatives, per point of the
+            images. How the map turns the moving image's is left out: no map came nearer to a truth for it.
         """
         dims = len(self.shape)
         # opposite corners of a cell of the map follow one another
@@ -521,23 +526,29 @@ class _Pair:
             for i, n, stride in zip(index, self.shape, strides, strict=True)
             if slopes
         ]
-        shown = self._bent if slopes else self._bent[:1]
-        for channel in range(number % self._turns, len(self._fixed), self._turns):
-            one, moving = self._fixed[channel], self._bent[0].copy_(self._moving[channel])
-            for axis, n in enumerate(self.shape):
-                if slopes and n > 2:
-                    ahead, behind = moving.narrow(axis, 2, n - 2), moving.narrow(axis, 0, n - 2)
-                    torch.sub(ahead, behind, out=self._bent[1 + axis].narrow(axis, 1, n - 2))
-            two, *derivatives = _looked_up(shown, where)
-            for slope, (a, b) in zip(derivatives, beside, strict=True):
-                slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
-            yield at, weight, one.index_select(0, flat), two, derivatives
+        channels = range(number % self._turns, len(self._fixed), self._turns)
+        return at, weight, (self._channel(channel, flat, where, beside) for channel in channels)
+
+    def _channel(
+        self, channel: int, flat: Tensor, where: Tensor, beside: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """One channel as `look` gives it, at points of the fixed and places of the moving image."""
+        one, moving = self._fixed[channel], self._bent[0].copy_(self._moving[channel])
+        for axis, (n, slope) in enumerate(zip(self.shape, self._bent[1:] if beside else (), strict=False)):
+            if n > 2:
+                ahead, behind = moving.narrow(axis, 2, n - 2), moving.narrow(axis, 0, n - 2)
+                torch.sub(ahead, behind, out=slope.narrow(axis, 1, n - 2))
+        two, *slopes = _looked_up(self._bent if beside else self._bent[:1], where)
+        for slope, (a, b) in zip(slopes, beside, strict=True):
+            slope.add_(one.index_select(0, a)).sub_(one.index_select(0, b))
+        return one.index_select(0, flat), two, slopes
 
     def difference(self, shift: Tensor, looks: int) -> tuple[Tensor, Tensor]:
         """Squared difference of the images under a map, and how much it counts, ``[1, *lattice]`` each."""
         gap, counted = torch.zeros_like(shift[:1]), torch.zeros_like(shift[:1])
         for look in range(looks):
-            for at, weight, one, two, _ in self.looks(shift, look, slopes=False):
+            at, weight, channels = self.look(shift, look, slopes=False)
+            for one, two, _ in channels:
                 gap.view(-1).index_add_(0, at, (one - two).square_())
                 counted.view(-1).index_add_(0, at, weight)
         return gap, counted

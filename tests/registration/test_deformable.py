@@ -175,7 +175,8 @@ def test_a_look_gives_what_both_show_and_their_derivatives(scale: int) -> None:
     moved = deformable._pulled(torch.stack(twice[3:]), whole)
     for number in range(3):
         corner = (0, 7, 3)[number]
-        for at, _, one, two, slopes in pair.looks(shift, number):
+        at, _, channels = pair.look(shift, number)
+        for one, two, slopes in channels:
             places = torch.unravel_index(at, pair._lattice)
             ticks = [
                 ((2 * k + (corner >> axis & 1)).clamp(max=n - 1) if n > m else k)
