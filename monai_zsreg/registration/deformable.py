@@ -251,52 +251,30 @@ class _Scene:
     ) -> None:
         grid = fixed[1]
         self.dims = grid.dims
+        numbers = _numbers(fixed), _numbers(moving)
         step = finest_step(grid, moving[1], spacing)[0]
         while True:
             self._whole = _lattice(grid, step)
-            images, counts = self._look(fixed, moving, affine, step)
-            self._begin, self.shape, shown = _box(images, step)
+            # where there is something a coarse look tells
+            coarse = _over(grid, [-(-n // 4) if n >= 16 else n for n in self._whole.shape])
+            every = 4 if coarse.shape != self._whole.shape else 1
+            still = [resized(image, coarse.shape) for image in numbers[0]]
+            seen = _seen(numbers[1][:1], moving[1], affine, coarse, every * step)[0]
+            self._begin, self.shape, shown = _box([still[0], seen[0]], self._whole.shape)
             if torch.Size(self.shape).numel() <= _MOST[self.dims]:
                 break
             step *= 1.02 * (torch.Size(self.shape).numel() / _MOST[self.dims]) ** (1 / self.dims)
         self.step, self.steps = step, self._whole.spacing
         cut = (slice(None), *[slice(b, b + n) for b, n in zip(self._begin, self.shape, strict=True)])
-        self.shown = shown[cut].contiguous()
-        self.counts = tuple(None if count is None else count[cut].contiguous() for count in counts)
-        self.images = tuple(_filled(image[cut].contiguous(), c) for image, c in zip(images, self.counts, strict=True))
-
-    def _look(
-        self,
-        fixed: tuple[Tensor, Grid, Tensor | None],
-        moving: tuple[Tensor, Grid, Tensor | None],
-        affine: Tensor,
-        step: float,
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        lattice = self._whole
-        on_fixed = [resized(image[None], lattice.shape) for image in _numbers(fixed)]
-        finer = _lattice(moving[1], step)
-        pull = lattice.index_pull(affine.cpu().double(), finer)
-        axes = [torch.arange(n, dtype=torch.float64) for n in lattice.shape]
-        size = torch.tensor(finer.shape, dtype=torch.float64)
-        # normalized coordinates in double precision axis by axis, summed in single
-        parts = [
-            ((2 / size * pull[: self.dims, axis]) * ticks[:, None]).flip(-1).float().to(fixed[0].device)
-            for axis, ticks in enumerate(axes)
-        ]
-        where = ((2 * pull[: self.dims, self.dims] + 1) / size - 1).flip(-1).float().to(fixed[0].device)
-        for axis, part in enumerate(parts):
-            where = where + part.view(*[-1 if a == axis else 1 for a in range(self.dims)], self.dims)
-        on_moving = [
-            F.grid_sample(
-                resized(image[None], finer.shape)[None], where[None], padding_mode="border", align_corners=False
-            )[0]
-            for image in _numbers(moving)
-        ]
-        outside = (where.abs() > 1).any(-1)[None]
-        seen = on_moving[1] if len(on_moving) > 1 else None
-        if bool(outside.any()):
-            seen = (~outside).float() if seen is None else seen * ~outside
-        return [on_fixed[0], on_moving[0]], [on_fixed[1] if len(on_fixed) > 1 else None, seen]
+        self.shown, *still = (resized(image, self._whole.shape)[cut].contiguous() for image in [shown, *numbers[0]])
+        place = torch.eye(self.dims + 1, dtype=torch.float64)
+        place[:-1, -1] = torch.tensor(self._begin, dtype=torch.float64)
+        box = Grid(tuple(self.shape), self._whole.affine @ place)
+        seen, inside = _seen(numbers[1], moving[1], affine, box, step)
+        if inside is not None:
+            seen = [seen[0], inside if len(seen) == 1 else seen[1] * inside]
+        self.counts = tuple(images[1] if len(images) > 1 else None for images in (still, seen))
+        self.images = tuple(_filled(images[0], c) for images, c in zip((still, seen), self.counts, strict=True))
 
     def agreement(self) -> float:
         """Correlation of the two images' local z-scores, at half the resolution, inside both foregrounds.
@@ -347,16 +325,52 @@ class _Scene:
 
 
 def _numbers(side: tuple[Tensor, Grid, Tensor | None]) -> list[Tensor]:
+    """The image, so that nothing of the size of its numbers matters, and where it counts, ``[1, *spatial]`` each."""
     values, _, counts = side
     found = appearance(values)
-    # so that nothing of the size of the numbers matters
-    numbers = ((values - found.background) / found.scale).clamp_(-10.0, 10.0)
-    return [numbers] if counts is None else [numbers, counts.to(values.dtype)]
+    numbers = ((values - found.background) / found.scale).clamp_(-10.0, 10.0)[None]
+    return [numbers] if counts is None else [numbers, counts.to(values.dtype)[None]]
+
+
+def _seen(
+    images: Sequence[Tensor], grid: Grid, affine: Tensor, lattice: Grid, step: float
+) -> tuple[list[Tensor], Tensor | None]:
+    """Images of the moving world at the points of a lattice of the fixed world.
+
+    Args:
+        images: ``[1, *grid.shape]`` each.
+        grid: of the images.
+        affine: fixed world to moving world.
+        lattice: where to look.
+        step: distance of its points, mm, over which the images are averaged.
+
+    Returns:
+        ``[1, *lattice.shape]`` each, and 1 where they have something, or None for everywhere.
+    """
+    dims, like = grid.dims, images[0]
+    finer = _lattice(grid, step)
+    pull = lattice.index_pull(affine.cpu().double(), finer)
+    size = torch.tensor(finer.shape, dtype=torch.float64)
+    # normalized coordinates in double precision axis by axis, summed in single
+    where = ((2 * pull[:dims, dims] + 1) / size - 1).flip(-1).to(like)
+    for axis, n in enumerate(lattice.shape):
+        part = ((2 / size * pull[:dims, axis]) * torch.arange(n, dtype=torch.float64)[:, None]).flip(-1).to(like)
+        where = where + part.view(*[-1 if a == axis else 1 for a in range(dims)], dims)
+    found = [
+        F.grid_sample(resized(image, finer.shape)[None], where[None], padding_mode="border", align_corners=False)[0]
+        for image in images
+    ]
+    outside = (where.abs() > 1).any(-1)[None]
+    return found, (~outside).to(like) if bool(outside.any()) else None
 
 
 def _lattice(grid: Grid, step: float) -> Grid:
     """A lattice over the same field of view, of points ``step`` apart but nowhere finer than ``grid``."""
-    shape = [max(1, min(n, round(n * s / step))) for n, s in zip(grid.shape, grid.spacing, strict=True)]
+    return _over(grid, [max(1, min(n, round(n * s / step))) for n, s in zip(grid.shape, grid.spacing, strict=True)])
+
+
+def _over(grid: Grid, shape: Sequence[int]) -> Grid:
+    """A lattice of so many points over the same field of view."""
     place = torch.eye(grid.dims + 1, dtype=torch.float64)
     for axis, (n, m) in enumerate(zip(grid.shape, shape, strict=True)):
         place[axis, axis], place[axis, -1] = n / m, 0.5 * n / m - 0.5
@@ -382,20 +396,23 @@ def _filled(image: Tensor, counts: Tensor | None) -> Tensor:
     return torch.where(counts > 0.5, image, result)
 
 
-def _box(images: Sequence[Tensor], step: float) -> tuple[list[int], list[int], Tensor]:
-    """First point and size of the part that shows something, with a rim; ``[1, *lattice]``, 1 where one does."""
-    shape = images[0].shape[1:]
-    coarse = [-(-n // 4) if n >= 16 else n for n in shape]
-    shown = torch.stack([appearance(resized(image, coarse)[0]).foreground for image in images]).any(0)[None].float()
+def _box(images: Sequence[Tensor], shape: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
+    """First point and size of the part that shows something, with a rim; ``[1, *coarse]``, 1 where an image does.
+
+    Args:
+        images: ``[1, *coarse]`` each.
+        shape: of the lattice whose points are counted.
+    """
+    shown = torch.stack([appearance(image[0]).foreground for image in images]).any(0)[None].float()
     shown = (blurred(shown, [0.7] * len(shape)) > 0.02).float()
     begin, size = [], []
-    for axis, (n, m) in enumerate(zip(shape, coarse, strict=True)):
+    for axis, (n, m) in enumerate(zip(shape, shown.shape[1:], strict=True)):
         places = shown[0].movedim(axis, 0).flatten(1).amax(1).nonzero().flatten()
         first, last = (int(places[0]), int(places[-1])) if len(places) else (0, m - 1)
         start = max(0, int((first - 1) * n / m))
         begin.append(start)
         size.append(min(n, int(-(-(last + 2) * n // m))) - start)
-    return begin, size, resized(shown, shape)
+    return begin, size, shown
 
 
 # --------------------------------------------------------------------------------------------------------------------
