@@ -61,10 +61,11 @@ _LEAST = 0.2
 # numbers of a batch, by whether there is a GPU; on the CPU few enough for its cache
 _BATCH = {False: 500_000, True: 20_000_000}
 # most points that a transform may have; the lattice gets coarser where a small image is looked for in a large one
-_LARGEST = {2: 250_000, 3: 250_000}
-_LARGEST_ALL = {2: 250_000, 3: 100_000}
+_LARGEST = {2: 250_000, 3: 100_000}
 # lattice points along an axis below which overlap changes with each of them
 _THIN = 8
+# of the turns of a lattice onto itself one in so many goes on to all frequencies
+_PART = 4
 # widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
 # (logarithm)
 _ROUNDS = (
@@ -118,10 +119,10 @@ def correlate(
 def _step(still: Tensor, turned: Tensor, reach: float | None) -> float:
     """Distance of the lattice points, mm, by the sides of the two fields of view."""
     dims = len(still)
-    cells, largest = (_CELLS_ALL, _LARGEST_ALL) if reach is None else (_CELLS, _LARGEST)
-    step = min(float(still.max()), float(turned.max())) / cells[dims]
+    cells = (_CELLS_ALL if reach is None else _CELLS)[dims]
+    step = min(float(still.max()), float(turned.max())) / cells
     whole = (still.max().expand(dims) if reach is None else still) + turned.norm()
-    return step * max(1.0, float((whole / step).prod()) / largest[dims]) ** (1 / dims)
+    return step * max(1.0, float((whole / step).prod()) / _LARGEST[dims]) ** (1 / dims)
 
 
 @dataclass(frozen=True)
@@ -294,22 +295,25 @@ def _scan(still: _Maps, turned: _Maps, step: float, reach: float | None, scales:
         every = [2 if min(a, b) >= _THIN else 1 for a, b in zip(shape, box, strict=True)]
         cells = [n // e for n, e in zip(size, every, strict=True)]
         spectra, energies = _transformed(channels, size), _energies(channels, seen, cells, every)
+        low = _low(spectra, size, cells)
         numbers = math.prod(size)
         batch = max(1, _BATCH[device.type == "cuda"] // (spectra.shape[1] * numbers))
         for part in turns.split(batch):
             maps, mask, world = _on_lattice(turned, part @ axes, box, wide)
             other, others = _transformed(maps, size).conj(), _energies(maps, mask, cells, every).conj()
-            some = max(1, _BATCH[device.type == "cuda"] // (2 * len(part) * numbers))
+            other_low = _low(other, size, cells)
+            some = max(1, _BATCH[device.type == "cuda"] // (3 * len(part) * math.prod(cells)))
             for number in range(0, len(group), some):
                 those = slice(number, number + some)
                 weight = _weights(energies[those], others, seen[those], mask, cells)
-                score, place = _best(spectra[those], other, weight, size, every)
+                pairs = _promising(low[those], other_low, weight)
+                score, place = _best(spectra[those], other, weight, pairs, size, every)
                 shift = place - torch.tensor(size) * (place >= torch.tensor(shape))
-                moved = torch.eye(dims + 1, dtype=torch.float64).repeat(*shift.shape[:2], 1, 1)
-                moved[..., :dims, dims] = -shift.double()
-                transform = world[:, None] @ moved @ torch.linalg.inv(still_world[those])
-                found.append(transform.flatten(0, 1))
-                scores.append(score.flatten())
+                moved = torch.eye(dims + 1, dtype=torch.float64).repeat(len(shift), 1, 1)
+                moved[:, :dims, dims] = -shift.double()
+                one, two = pairs.cpu()
+                found.append(world[one] @ moved @ torch.linalg.inv(still_world[those][two]))
+                scores.append(score)
     return torch.cat(found), torch.cat(scores)
 
 
@@ -347,35 +351,74 @@ def _weights(still: Tensor, turned: Tensor, still_seen: Tensor, turned_seen: Ten
     return weight.masked_fill_(share <= _LEAST, 0.0)
 
 
-def _best(still: Tensor, turned: Tensor, weight: Tensor, size: list[int], every: list[int]) -> tuple[Tensor, Tensor]:
-    """Best score ``[N, G]`` float64, and its translation ``[N, G, D]``, lattice points, both on the CPU.
+def _low(spectra: Tensor, size: list[int], cells: list[int]) -> Tensor:
+    """What spectra ``[..., *half]`` are on a lattice of ``cells`` in place of ``size`` points."""
+    for axis, (n, m) in enumerate(zip(size, cells, strict=True), start=-len(size)):
+        if m == n:
+            continue
+        if axis == -1:
+            spectra = spectra.narrow(axis, 0, m // 2 + 1)
+        else:
+            ends = spectra.narrow(axis, 0, (m + 1) // 2), spectra.narrow(axis, n - m // 2, m // 2)
+            spectra = torch.cat(ends, axis)
+    return spectra
+
+
+def _promising(still: Tensor, turned: Tensor, weight: Tensor) -> Tensor:
+    """Which turns of the lattice score best by low frequencies, for each of the other image's.
+
+    Args:
+        still: spectra ``[G, C, *half]``, see `_low`.
+        turned: conjugate spectra ``[N, C, *half]``.
+        weight: ``[N, G, *cells]``, see `_weights`.
+
+    Returns:
+        Numbers ``[2, J]``: of the other image's turns and of the lattice's.
+    """
+    n, g, *cells = weight.shape
+    count = -(-g // _PART)
+    rows = torch.arange(n, device=weight.device).repeat_interleave(count)
+    if count == g:
+        return torch.stack([rows, torch.arange(g, device=rows.device).repeat(n)])
+    # a sum in place: einsum and the product of whole stacks are slower by half
+    total = still[None, :, 0] * turned[:, None, 0]
+    for channel in range(1, still.shape[1]):
+        total.addcmul_(still[None, :, channel], turned[:, None, channel])
+    score = torch.fft.irfftn(total, s=cells, dim=tuple(range(-len(cells), 0))).mul_(weight)
+    return torch.stack([rows, score.flatten(2).amax(2).topk(count).indices.flatten()])
+
+
+def _best(
+    still: Tensor, turned: Tensor, weight: Tensor, pairs: Tensor, size: list[int], every: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Best score ``[J]`` float64, and its translation ``[J, D]``, lattice points, both on the CPU.
 
     Args:
         still: spectra ``[G, C, *half]``.
         turned: conjugate spectra ``[N, C, *half]``.
         weight: ``[N, G, *cells]``, see `_weights`.
+        pairs: ``[2, J]``, see `_promising`.
         size: of the transforms.
         every: see `_energies`.
     """
-    # a sum in place: einsum and the product of whole stacks are slower by half
-    total = still[None, :, 0] * turned[:, None, 0]
-    for channel in range(1, still.shape[1]):
-        total.addcmul_(still[None, :, channel], turned[:, None, channel])
-    common = torch.fft.irfftn(total, s=size, dim=tuple(range(-len(size), 0)))
-    highest = common
-    for axis, step in enumerate(every, start=2):
-        if step > 1:
-            highest = torch.maximum(*highest.unflatten(axis, (-1, step)).unbind(axis + 1))
-    score = (highest * weight).flatten(2)
-    best = score.amax(-1, keepdim=True)
-    place = lattice_index((score >= best).int().argmax(-1), weight.shape[2:])
-    # where in the cell
-    corners = torch.cartesian_prod(*[torch.arange(e, device=place.device) for e in every]).view(-1, len(every))
-    places = place[:, :, None] * torch.tensor(every, device=place.device) + corners
-    strides = torch.tensor([math.prod(size[axis + 1 :]) for axis in range(len(size))], device=place.device)
-    which = common.flatten(2).gather(2, (places * strides).sum(-1)).argmax(-1)
-    place = places.gather(2, which[:, :, None, None].expand(-1, -1, 1, len(size)))[:, :, 0]
-    return best[..., 0].cpu().double(), place.cpu()
+    corners = torch.cartesian_prod(*[torch.arange(e, device=weight.device) for e in every]).view(-1, len(every))
+    steps = torch.tensor(every, device=weight.device)
+    scores, places = [], []
+    for n, g in pairs.mT.tolist():
+        total = still[g, 0] * turned[n, 0]
+        for channel in range(1, still.shape[1]):
+            total.addcmul_(still[g, channel], turned[n, channel])
+        common = torch.fft.irfftn(total, s=size)
+        highest = common
+        for axis, step in enumerate(every):
+            if step > 1:
+                highest = torch.maximum(*highest.unflatten(axis, (-1, step)).unbind(axis + 1))
+        best, place = (highest * weight[n, g]).flatten().max(0)
+        scores.append(best)
+        # where in the cell
+        within = lattice_index(place, weight.shape[2:]) * steps + corners
+        places.append(within[common[within.unbind(1)].argmax()])
+    return torch.stack(scores).cpu().double(), torch.stack(places).cpu()
 
 
 def _good_size(least: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_zsreg.geometry import Grid
+from monai_zsreg.registration import correlate as module
 from monai_zsreg.registration.correlate import Candidates, correlate
 from monai_zsreg.registration.side import Level
 
@@ -96,6 +97,16 @@ def test_finds_overlapping_volumes(degrees: float, reach: float | None) -> None:
     found = correlate(level(fixed), level(moving), reach=reach)
     assert error(found.transform[0], truth, fixed.shape) < 4.0
     assert margin(found) > 0.1
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_low_frequencies_leave_out_no_place_that_wins(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, moving, _ = overlapping(dims, 100.0)
+    some = correlate(level(fixed), level(moving), reach=None, count=1)
+    monkeypatch.setattr(module, "_PART", 1)
+    every = correlate(level(fixed), level(moving), reach=None, count=1)
+    assert error(some.transform[0], every.transform[0], fixed.shape) < 1.0
+    assert float(some.score[0]) == pytest.approx(float(every.score[0]), abs=0.02)
 
 
 def test_headers_and_roles_may_be_any() -> None:
