@@ -32,6 +32,8 @@ _PART = 0.25
 # places at random that an answer is held against: their number, standard deviations of rotation (radians) and shift
 # (object radii), and the part of them that may fit as well
 _PLACES, _TURNED, _SHIFTED, _SHARE = 24, 0.4, 0.25, 0.1
+# transforms that are looked at together: more do not fit the cache
+_TOGETHER = 6
 # what it costs to stretch more than at the start, beside the points' own equations, by number of dimensions: a slab
 # hardly tells how it is stretched across
 _STIFF = {2: 5e3, 3: 5e4}
@@ -176,7 +178,8 @@ def refine(
         if bool(singular.any()):  # images without sense led there: back to the best, which has an inverse
             current = torch.where(singular[:, None, None] > 0, kept, current)
             inverse = torch.linalg.inv(current)
-        full, right, costs = blocks.equations(torch.stack([current, inverse]))
+        some = [blocks.equations(part) for part in torch.stack([current, inverse]).split(_TOGETHER, 1)]
+        full, right, costs = (torch.cat(part, 1) for part in zip(*some, strict=True))
         jacobian = _motions(basis, current, inverse)[..., :dims, :].flatten(-2)
         normal = (jacobian @ full @ jacobian.mT).sum(0)
         right = (jacobian @ right.unsqueeze(-1)).squeeze(-1).sum(0)
@@ -213,7 +216,9 @@ def lead_of(blocks: Blocks, transforms: Tensor) -> tuple[Tensor, Tensor]:
         Mean difference of the costs, ``[K]``, and the same in standard errors, from how it varies between the blocks;
         positive where the first is better.
     """
-    return _ahead(*blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)])))
+    pull = torch.stack([transforms, torch.linalg.inv(transforms)])
+    sums, weight = zip(*[blocks.differences(part) for part in pull.split(_TOGETHER, 1)], strict=True)
+    return _ahead(torch.cat(sums), weight[0])
 
 
 def _ahead(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
