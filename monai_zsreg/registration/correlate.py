@@ -64,8 +64,8 @@ _BATCH = {False: 500_000, True: 20_000_000}
 _LARGEST = {2: 250_000, 3: 100_000}
 # lattice points along an axis below which overlap changes with each of them
 _THIN = 8
-# of the turns of a lattice onto itself one in so many goes on to all frequencies
-_PART = 4
+# turns of a lattice onto itself that go on to all frequencies
+_TURNS_KEPT = 6
 # widths of the trials that improve candidates, round after round: rotation (degrees), shift (lattice steps), scale
 # (logarithm)
 _ROUNDS = (
@@ -376,7 +376,7 @@ def _promising(still: Tensor, turned: Tensor, weight: Tensor) -> Tensor:
         Numbers ``[2, J]``: of the other image's turns and of the lattice's.
     """
     n, g, *cells = weight.shape
-    count = -(-g // _PART)
+    count = min(g, _TURNS_KEPT)
     rows = torch.arange(n, device=weight.device).repeat_interleave(count)
     if count == g:
         return torch.stack([rows, torch.arange(g, device=rows.device).repeat(n)])
