@@ -56,8 +56,8 @@ _SURE = 2.0
 _SAME = 0.35
 # steps along the longest side that edges are found on
 _EDGES = {2: 256, 3: 80}
-# lattice steps between two answers that are not the same
-_APART = 3.0
+# lattice steps between two answers that are not the same; and within which the first level may move one that is
+_APART, _STAYS = 3.0, 0.75
 # difference of costs that tells nothing
 _TIE = 5e-4
 # standard errors that a rival is behind by where it is given up
@@ -261,11 +261,19 @@ class Found:
             return earlier.given_up
         return self.stands_out or (not earlier.stands_out and self.costs[-1] < earlier.costs[-1] + _TIE)
 
-    def meets(self, earlier: Found) -> bool:
-        """Whether the correlation, by itself, says first what an earlier attempt found from other candidates."""
-        there = self.pair.to_frames(earlier.affine())
-        near = float(distance(self.answer.transform, there)) <= _APART * self.lattices[-1].step
-        return near and not earlier.given_up and self.margin is not None and self.margin > 0
+    def suffices(self, earlier: Found, effort: Effort) -> bool:
+        """Whether there is no need to look further after an attempt of such effort beside what an earlier one found.
+
+        The correlation, by itself, says first what the other candidates led to; or it says first what turned out best,
+        or it found nothing better among all rotations, and the images fit much better there than at places at random.
+        """
+        first = self.margin is not None and self.margin > 0
+        if first and not earlier.given_up:
+            there = self.pair.to_frames(earlier.affine())
+            if float(distance(self.answer.transform, there)) <= _APART * self.lattices[-1].step:
+                return True
+        stands = self.answer is earlier.answer and effort.reach is None
+        return (first or stands) and not self.given_up and (self.lead or 0) >= _BETTER
 
     def beyond_reach(self, effort: Effort) -> bool:
         """Whether the answer, of which its blocks are sure, is turned too far for an effort to come upon it."""
@@ -336,20 +344,21 @@ class Found:
 
 
 def find(
-    pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None = None, only_chance: bool = True
+    pair: Pair, settings: Settings, effort: Effort, earlier: Found | None = None, only_chance: bool = True
 ) -> Found:
     """One attempt: candidates, then level by level down to the images' own resolution.
 
     1. Candidates come from one of `SOURCES`. Where the user or the headers put the images is one too.
     2. All are refined by Gauss-Newton on local descriptors (`refine`). What ends apart from the best, and the best
-       reflection of it, are its rivals: they are followed as long as they are not clearly behind.
+       reflection of it, are its rivals: they are followed as long as they are not clearly behind. Where the first
+       level says that an earlier attempt was right, its answer stands.
     3. Where both images turn out to be of one contrast, their intensities have the last word.
 
     Args:
         pair: the two images.
         settings: options of the method.
         effort: how hard to look.
-        earlier: what an earlier attempt found, ``[K, D+1, D+1]``, fixed world to moving world.
+        earlier: what an earlier attempt found.
         only_chance: whether no other attempt follows; else this one is given up where nothing corresponds after its
             first level.
     """
@@ -364,7 +373,10 @@ def find(
     ]
     # the level where the coarser image still shows something
     shown = min(levels, key=lambda level: abs(math.log(level[1].step * pair.base / pair.detail)))
-    candidates = _candidates(pair, settings, effort, earlier)
+    before = None if earlier is None else pair.to_frames(earlier.affine())
+    candidates = _candidates(pair, settings, effort, before)
+    # an answer that may stand as it is
+    known = None if earlier is None or earlier.given_up else before
     going: list[Hypothesis] = []
     beaten: list[Hypothesis] = []
     costs: list[float] = []
@@ -375,6 +387,14 @@ def find(
         blocks = Blocks(pair, describe, stage.step * pair.base, stage.size, stage.blocks, seed, within)
         if not going:
             going = _begin(blocks, candidates, settings, effort, stage.iterations)
+            stands = _stands(blocks, going, known)
+            if not stands or candidates.reflections is not None:
+                mirrored = _reflected(blocks, candidates, going[0].transform, settings, stage.iterations)
+                stands = stands and _stands(blocks, going[:1] + mirrored, known)
+                going += mirrored
+            if stands:
+                assert earlier is not None and known is not None
+                return replace(earlier, margin=candidates.margin(known))
         else:
             going = _followed(blocks, going, settings.transform, stage.iterations)
         going, lost = _compared(blocks, going, candidates)
@@ -383,7 +403,7 @@ def find(
             # a level that was left out shows the next one's
             costs += [going[0].cost] * (number + 1 - len(costs))
         lattices.append(blocks)
-        if number == 0 and not only_chance and _hopeless(blocks, going, candidates, settings.transform):
+        if len(lattices) == 1 and not only_chance and _hopeless(blocks, going, candidates, settings.transform):
             break
     answer, margin = going[0], candidates.margin(going[0].transform)
     first = min(levels.index(shown), len(lattices) - 1)
@@ -424,13 +444,13 @@ class _Candidates:
         pose: the search, which also finds reflections.
         starts: ``[K, D+1, D+1]``, fixed frame to moving frame.
         scores: of the last ones, ``[J]``; None for sources without.
-        reflected: reflections beside those that the search finds, ``[R, D+1, D+1]``.
+        reflections: those beside what the search finds, ``[R, D+1, D+1]``.
     """
 
     pose: PoseSearch
     starts: Tensor
     scores: Tensor | None = None
-    reflected: Tensor | None = None
+    reflections: Tensor | None = None
 
     def margin(self, answer: Tensor) -> float | None:
         """How far the score of an answer ``(D+1, D+1)`` stands above the best score apart from it."""
@@ -440,8 +460,19 @@ class _Candidates:
         best = [float(self.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
         return best[0] - best[1]
 
+    def worth(self) -> Tensor:
+        """Numbers of the starts to try: where one place stands out, none that a source gives apart from it."""
+        every = torch.arange(len(self.starts))
+        if self.scores is None:
+            return every
+        given = len(self.starts) - len(self.scores)
+        best = self.starts[given + int(self.scores.argmax())]
+        if (self.margin(best) or 0) < _MARGIN:
+            return every
+        return every[(every < given) | (distance(self.starts, best) < _SAME)]
 
-def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor | None) -> _Candidates:
+
+def _candidates(pair: Pair, settings: Settings, effort: Effort, known: Tensor | None) -> _Candidates:
     pose = PoseSearch(
         pair, settings.transform != "rigid", effort.points, effort.keep, effort.trials, seed=settings.seed
     )
@@ -450,28 +481,42 @@ def _candidates(pair: Pair, settings: Settings, effort: Effort, earlier: Tensor 
         return _Candidates(pose, header)
     if settings.search == "local":
         return _Candidates(pose, pose.around(pair.start, effort.results))
-    known = header[:0] if earlier is None else pair.to_frames(earlier)
     found, scores = SOURCES[effort.source](pair, pose, settings, effort)
-    reflected = _reflected(pair, settings, effort) if effort.reflections else None
-    return _Candidates(pose, torch.cat([header, known, found]), scores, reflected)
+    reflections = _reflections(pair, settings, effort) if effort.reflections else None
+    before = header if known is None else torch.stack([pair.start, known])
+    return _Candidates(pose, torch.cat([before, found]), scores, reflections)
 
 
 def _begin(
     blocks: Blocks, candidates: _Candidates, settings: Settings, effort: Effort, iterations: int
 ) -> list[Hypothesis]:
-    """Hypotheses after the first level, best first."""
-    starts = candidates.starts
-    proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
-    kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
+    """Hypotheses after the first level, best first, none of them a reflection."""
+    which = candidates.worth()
+    proper = refine(blocks, candidates.starts[which], settings.transform, iterations, results=effort.followed)
+    kinds = ["header" if origin == 0 and len(which) > 1 else "second" for origin in proper.origin.tolist()]
     if effort.patience > 1:
         more = (effort.patience - 1) * iterations
         proper = refine(blocks, proper.transform, settings.transform, more, results=effort.followed // 2)
         kinds = [kinds[origin] for origin in proper.origin.tolist()]
-    reflected = candidates.pose.mirrored(proper.transform[0], 2)
-    if candidates.reflected is not None:
-        reflected = torch.cat([reflected, candidates.reflected])
-    mirrored = refine(blocks, reflected, settings.transform, iterations)
-    return _hypotheses(kinds, proper) + _hypotheses(["mirror"], mirrored)
+    return _hypotheses(kinds, proper)
+
+
+def _reflected(
+    blocks: Blocks, candidates: _Candidates, answer: Tensor, settings: Settings, iterations: int
+) -> list[Hypothesis]:
+    """The best reflection of an answer ``(D+1, D+1)`` after the first level."""
+    starts = candidates.pose.mirrored(answer, 2)
+    if candidates.reflections is not None:
+        starts = torch.cat([starts, candidates.reflections])
+    mirrored = refine(blocks, starts, settings.transform, iterations)
+    return _hypotheses(["mirror"], mirrored)
+
+
+def _stands(blocks: Blocks, going: list[Hypothesis], known: Tensor | None) -> bool:
+    """Whether the first level leads back to an earlier answer ``(D+1, D+1)``, and all else is clearly behind it."""
+    if known is None or float(distance(going[0].transform, known)) > _STAYS * blocks.step:
+        return False
+    return all(rival.errors >= _BETTER for rival in _against(blocks, going)[1:])
 
 
 def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:
@@ -487,7 +532,7 @@ def _by_correlation(pair: Pair, pose: PoseSearch, settings: Settings, effort: Ef
     return pair.to_frames(found.transform), found.score
 
 
-def _reflected(pair: Pair, settings: Settings, effort: Effort) -> Tensor:
+def _reflections(pair: Pair, settings: Settings, effort: Effort) -> Tensor:
     """Places of the reflected moving image by the same correlation, ``[R, D+1, D+1]``, fixed frame to moving frame."""
     mirror = torch.eye(pair.dims + 1, dtype=torch.float64)
     mirror[0, 0] = -1.0

@@ -254,12 +254,11 @@ def _estimate(
         # chance decides which points are compared: where the answer is one of chance, others are drawn
         drawn = replace(settings, seed=settings.seed + number // len(efforts))
         one, two = (side.side(base, coarse, effort.faint, device) for side in (fixed, moving))
-        earlier = None if found is None else found.affine()[None]
-        again = find(Pair(one, two, initial), drawn, effort, earlier, single or number >= len(efforts) - 1)
-        met = found is not None and again.meets(found)
+        again = find(Pair(one, two, initial), drawn, effort, found, single or number >= len(efforts) - 1)
+        enough = found is not None and again.suffices(found, effort)
         if found is None or again.supersedes(found):
             found = again
-        if single or found.convincing or met:
+        if single or found.convincing or enough:
             break
         if number == len(efforts) - 1 and (found.lead is None or found.lead >= 0):
             break

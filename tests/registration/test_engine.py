@@ -176,6 +176,29 @@ def test_a_few_thick_slices_of_a_whole_head(load_volume, begin: int) -> None:
     assert error(result.affine, truth, seen) < 0.7 and result.verdict != "FAIL"
 
 
+def test_a_later_attempt_leaves_what_is_right_and_mends_what_is_not(two: dict) -> None:
+    fixed, truth = two[3].t1, turn(two[3].t1, 20.0, (12.0, -9.0, 15.0), 1.0)
+    moving = moved_by(two[3].t2, truth)
+    grids = Grid.of(fixed), Grid.of(moving)
+    sides = [
+        Side(image.as_tensor()[0], grid, *finest_step(*grids))
+        for image, grid in zip((fixed, moving), grids, strict=True)
+    ]
+    pair, rigid, (effort, other, *_) = Pair(*sides), Settings("rigid"), engine.EFFORTS[3]
+    with torch.inference_mode():
+        found = find(pair, rigid, effort)
+        again = find(pair, rigid, other, found, False)
+        # refined to the end already
+        assert again.answer is found.answer and again.stands_out and again.suffices(found, other)
+        aside = found.answer.transform.clone()
+        aside[:3, 3] += torch.tensor([2.0, -3.0, 3.0], dtype=torch.float64) * found.lattices[0].step
+        wrong = replace(found, answer=replace(found.answer, transform=aside))
+        mended = find(pair, rigid, other, wrong, False)
+    assert error(found.affine().numpy(), truth, fixed) < 1.0 < error(wrong.affine().numpy(), truth, fixed)
+    assert mended.answer is not wrong.answer
+    assert error(mended.affine().numpy(), truth, fixed) < 1.0
+
+
 @pytest.mark.weights
 def test_keypoints_as_coarse_stage_and_vgg_as_descriptor(slices: SimpleNamespace, vgg19_weights) -> None:
     truth = turn(slices.t1, 8.0, (9.0, -12.0))
