@@ -460,17 +460,6 @@ class _Candidates:
         best = [float(self.scores[part].max()) if bool(part.any()) else 0.0 for part in (there, ~there)]
         return best[0] - best[1]
 
-    def worth(self) -> Tensor:
-        """Numbers of the starts to try: where one place stands out, none that a source gives apart from it."""
-        every = torch.arange(len(self.starts))
-        if self.scores is None:
-            return every
-        given = len(self.starts) - len(self.scores)
-        best = self.starts[given + int(self.scores.argmax())]
-        if (self.margin(best) or 0) < _MARGIN:
-            return every
-        return every[(every < given) | (distance(self.starts, best) < _SAME)]
-
 
 def _candidates(pair: Pair, settings: Settings, effort: Effort, known: Tensor | None) -> _Candidates:
     pose = PoseSearch(
@@ -491,9 +480,9 @@ def _begin(
     blocks: Blocks, candidates: _Candidates, settings: Settings, effort: Effort, iterations: int
 ) -> list[Hypothesis]:
     """Hypotheses after the first level, best first, none of them a reflection."""
-    which = candidates.worth()
-    proper = refine(blocks, candidates.starts[which], settings.transform, iterations, results=effort.followed)
-    kinds = ["header" if origin == 0 and len(which) > 1 else "second" for origin in proper.origin.tolist()]
+    starts = candidates.starts
+    proper = refine(blocks, starts, settings.transform, iterations, results=effort.followed)
+    kinds = ["header" if origin == 0 and len(starts) > 1 else "second" for origin in proper.origin.tolist()]
     if effort.patience > 1:
         more = (effort.patience - 1) * iterations
         proper = refine(blocks, proper.transform, settings.transform, more, results=effort.followed // 2)
