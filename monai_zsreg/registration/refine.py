@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -353,15 +353,16 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     along = torch.linalg.pinv(parts)
     known = (along @ evidence.covariance @ along.mT).diagonal()
 
-    some, going, tried = [lattices[-1].half()], torch.arange(len(motions)), []
+    some, every = _Displaced(lattices[-1].half(), final), [_Displaced(blocks, final) for blocks in lattices]
+    going, tried = torch.arange(len(motions)), []
     for reach in _TRIED:
         told = torch.full((2, len(motions)), torch.nan, dtype=torch.float64)
-        told[:, going] = _told(some, final, reach * motions[going])[:, 0]
+        told[:, going] = some.told(reach * motions[going])
         tried.append(told)
         # what is told twice as clearly as it must be on one side is told on the other
         going = going[~(told[:, going].amin(0) >= 2.0)]
         if len(going):
-            told[:, going] = torch.minimum(told[:, going], _told(some, final, -reach * motions[going])[:, 0])
+            told[:, going] = torch.minimum(told[:, going], some.told(-reach * motions[going]))
             going = going[~(told[:, going].amin(0) >= 1.0)]
         if not len(going):
             break
@@ -370,28 +371,39 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     grows = ~(lost[:-1] > _GROWS * lost[1:]).any(0)
     grows[going] = False  # nothing was told at all
     untold = ~((errors >= 1.0) & ((lost >= 1.0) | grows)) & ~lost.isnan()
-    # what would widen the bound is asked of all blocks
+    # what would widen the bound is asked of all blocks, those of a level that are quickly asked first
     for number, reach in reversed(list(enumerate(_TRIED[: len(tried)]))):
         doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((_PART * reach) ** 2 <= known)
-        if bool(doubtful.any()):
-            sides = [_told(lattices, final, sign * reach * motions[doubtful]) for sign in (1, -1)]
-            untold[number, doubtful] = ~(torch.minimum(*sides).amin(0).amax(0) >= 1.0)
+        for one in every:
+            asked = doubtful.nonzero().flatten()
+            for sign in (1, -1):
+                if len(asked):
+                    asked = asked[one.told(sign * reach * motions[asked]).amin(0) >= 1.0]
+            doubtful[asked], untold[number, asked] = False, False
     free = _PART * (untold * torch.tensor(_TRIED[: len(tried)], dtype=torch.float64)[:, None]).amax(0)
     return (parts * (free.square() - known).clamp(min=0.0)) @ parts.mT
 
 
-def _told(lattices: Sequence[Blocks], final: Tensor, displaced: Tensor) -> Tensor:
-    """How clearly blocks tell motions ``[K, D+1, D+1]``: likeness lost and its standard errors, ``[2, L, K]``, 1 where
-    just so.
-    """
-    transforms = torch.cat([final[None], final @ torch.linalg.matrix_exp(displaced)])
-    told = []
-    for blocks in lattices:
-        sums, weight = blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)]))
-        likeness = blocks.chance - float(sums[0].sum() / weight.sum().clamp(min=1e-9))
-        lost, errors = _ahead(sums, weight)
-        told.append(torch.stack([lost[1:] / max(_LOST * likeness, 1e-12), errors[1:] / _ERRORS]))
-    return torch.stack(told, dim=1)
+class _Displaced:
+    """How clearly blocks tell a transform ``(D+1, D+1)`` from displaced ones."""
+
+    def __init__(self, blocks: Blocks, final: Tensor) -> None:
+        self.blocks, self.final = blocks, final
+
+    @cached_property
+    def _there(self) -> tuple[Tensor, Tensor]:
+        return self._differences(self.final[None])
+
+    def _differences(self, transforms: Tensor) -> tuple[Tensor, Tensor]:
+        return self.blocks.differences(torch.stack([transforms, torch.linalg.inv(transforms)]))
+
+    def told(self, motions: Tensor) -> Tensor:
+        """Likeness that motions ``[K, D+1, D+1]`` lose, and its standard errors, ``[2, K]``; 1 where just told."""
+        there, weight = self._there
+        likeness = self.blocks.chance - float(there.sum() / weight.sum().clamp(min=1e-9))
+        sums, _ = self._differences(self.final @ torch.linalg.matrix_exp(motions))
+        lost, errors = _ahead(torch.cat([there, sums]), weight)
+        return torch.stack([lost[1:] / max(_LOST * likeness, 1e-12), errors[1:] / _ERRORS])
 
 
 def _strain(transforms: Tensor) -> Tensor:
