@@ -231,7 +231,7 @@ class Found:
         cost = self.costs[-1]
         alike = cost <= _LIKE or (cost <= _LIKELY and self.agreement >= _AGREE)
         # of images with much that is flat any place costs little
-        leads = all(rival.errors >= _BETTER for rival in self.rivals) and self.agreement >= _RELATED
+        leads = _leads(self.rivals) and self.agreement >= _RELATED
         return (alike and leads or self.stands_out) and self.spread() <= _SURE
 
     @property
@@ -505,7 +505,12 @@ def _stands(blocks: Blocks, going: list[Hypothesis], known: Tensor | None) -> bo
     """Whether the first level leads back to an earlier answer ``(D+1, D+1)``, and all else is clearly behind it."""
     if known is None or float(distance(going[0].transform, known)) > _STAYS * blocks.step:
         return False
-    return all(rival.errors >= _BETTER for rival in _against(blocks, going)[1:])
+    return _leads(_against(blocks, going)[1:])
+
+
+def _leads(rivals: list[Hypothesis]) -> bool:
+    """Whether all rivals are clearly behind. A reflection need not be: that of a symmetric object fits as well."""
+    return all(rival.errors >= (-_BETTER if rival.kind == "mirror" else _BETTER) for rival in rivals)
 
 
 def _by_information(pair: Pair, pose: PoseSearch, settings: Settings, effort: Effort) -> tuple[Tensor, Tensor | None]:

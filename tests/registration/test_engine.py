@@ -199,6 +199,26 @@ def test_a_later_attempt_leaves_what_is_right_and_mends_what_is_not(two: dict) -
     assert error(mended.affine().numpy(), truth, fixed) < 1.0
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_mirror_image_that_fits_as_well_is_told_and_not_looked_for_again(two: dict, dims: int, monkeypatch) -> None:
+    t1, t2 = (
+        MetaTensor(image.as_tensor() + image.as_tensor().flip(1), affine=image.affine)
+        for image in (two[dims].t1, two[dims].t2)
+    )
+    truth = turn(t1, 20.0, (12.0, -9.0, 15.0)[:dims], 1.0)
+    attempts: list[engine.Found] = []
+
+    def counted(*args) -> engine.Found:
+        attempts.append(find(*args))
+        return attempts[-1]
+
+    monkeypatch.setattr("monai_zsreg.registration.pair.find", counted)
+    result = register(t1, moved_by(t2, truth), transform="rigid")
+    assert len(attempts) == 1 and abs(result.measures["mirror"]) < 3
+    assert result.verdict == "WARN" and "mirror" in result.reasons[0]
+    assert error(result.affine, truth, t1) < 1.0
+
+
 @pytest.mark.weights
 def test_keypoints_as_coarse_stage_and_vgg_as_descriptor(slices: SimpleNamespace, vgg19_weights) -> None:
     truth = turn(slices.t1, 8.0, (9.0, -12.0))
