@@ -509,7 +509,7 @@ def _stands(blocks: Blocks, going: list[Hypothesis], known: Tensor | None) -> bo
 
 
 def _leads(rivals: list[Hypothesis]) -> bool:
-    """Whether all rivals are clearly behind. A reflection need not be: that of a symmetric object fits as well."""
+    """Whether all rivals are clearly behind, and no reflection is ahead: that of a symmetric object fits as well."""
     return all(rival.errors >= (-_BETTER if rival.kind == "mirror" else _BETTER) for rival in rivals)
 
 

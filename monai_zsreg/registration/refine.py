@@ -371,7 +371,7 @@ def loose(lattices: Sequence[Blocks], final: Tensor, evidence: Evidence, points:
     grows = ~(lost[:-1] > _GROWS * lost[1:]).any(0)
     grows[going] = False  # nothing was told at all
     untold = ~((errors >= 1.0) & ((lost >= 1.0) | grows)) & ~lost.isnan()
-    # what would widen the bound is asked of all blocks, those of a level that are quickly asked first
+    # what would widen the bound is asked of all blocks, first of coarse ones, which are fewer
     for number, reach in reversed(list(enumerate(_TRIED[: len(tried)]))):
         doubtful = untold[number] & ~untold[number + 1 :].any(0) & ~((_PART * reach) ** 2 <= known)
         for one in every:
